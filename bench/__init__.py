@@ -1,0 +1,1 @@
+"""Benchmarks: pytest-benchmark suites, probes, and the report made from recorded results."""

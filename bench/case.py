@@ -1,0 +1,88 @@
+"""What a benchmark is: a case that prepares itself, is timed in rounds by whoever runs it, and makes an entry."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bench import floor
+from mlp_fast.config import Config
+from mlp_fast.timing import Spread, rest, seconds
+
+SCHEDULE = 100_000  # steps of the schedule: more than any case does
+
+Entry = dict[str, Any]
+# Times rounds: (work, what comes before each round off the clock, number of rounds) -> seconds of every round.
+Timer = Callable[[Callable[[], object], Callable[[], None], int], list[float]]
+
+
+class Skipped(Exception):
+    """A case cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured, and where.
+
+    Attributes:
+        full: everything, sweeps included.
+        dry: tiny sizes, two rounds: whether everything runs. Its times mean nothing.
+        device: "cpu" or "cuda".
+    """
+
+    full: bool = False
+    dry: bool = False
+    device: str = "cpu"
+
+    @property
+    def rounds(self) -> int:
+        """How often a case is timed."""
+        return 2 if self.dry else 10
+
+    @property
+    def round_seconds(self) -> float:
+        """How long a round of steps should take."""
+        return 0.005 if self.dry else 0.05
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The arithmetics that the device has: TF32 is NVIDIA's."""
+        return ("fp32", "tf32x3", "tf32") if self.device == "cuda" else ("fp32",)
+
+    def config(self, **settings: Any) -> Config:
+        """A run's settings: the defaults, or tiny ones."""
+        tiny = {"embedding_size": 8, "hidden_size": 32, "batch_size": 16} if self.dry else {}
+        return Config(**{"device": self.device, "num_steps": SCHEDULE, "quiet": True, **tiny, **settings})
+
+
+def plain_timer(work: Callable[[], object], before: Callable[[], None], rounds: int) -> list[float]:
+    """The Timer that needs no pytest-benchmark."""
+    times = []
+    for _ in range(rounds):
+        before()
+        rest()
+        times.append(seconds(work))
+    return times
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark.
+
+    Attributes:
+        group: one of GROUPS.
+        id: unique in its group.
+        run: does it with a timer and the machine's probes; raises Skipped or NotEquivalent.
+    """
+
+    group: str
+    id: str
+    run: Callable[[Timer, floor.Probes], Entry] = field(repr=False, compare=False)
+
+    def entry(self, timer: Timer, probes: floor.Probes) -> Entry:
+        """The result: group and id; `per`, the unit; `ms`, its Spread; and what else the group has to say."""
+        return {"group": self.group, "id": self.id, **self.run(timer, probes)}
+
+
+def spread_ms(times: Sequence[float]) -> Entry:
+    """Seconds of rounds as a Spread of milliseconds, for an entry."""
+    return asdict(Spread.of([1e3 * t for t in times]))

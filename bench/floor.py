@@ -1,0 +1,132 @@
+"""The least time a step can take, from what the machine was measured to do (probes.py).
+
+    floor = max(operations / rate, bytes / bandwidth) + synchronisation
+
+Operations of a step, two for every multiply-add:
+
+    gather   2 * 3 (B T E) H                       first layer forward, dW1, demb
+    table    2 * 3 (T V E) H + 2 B T H             tables, dW1, dwte; look-up and segment sum are additions
+    both     2 * 3 B V H  +  14 P                  logits, dW2, dh; AdamW on the P parameters
+    direct   2 * 3 B V (T E)                       logits, dD, demb
+
+Bytes: parameters and both moments are read once and written once, 24 P. They count at the bandwidth of a working set
+of their size: at the default sizes they fit any cache.
+
+Synchronisation: kernels and grid barriers. A launch costs what the host needs for an empty one, or, captured in a
+graph, what an empty node takes; a barrier costs what was measured for that many programs. On the CPU it is left out.
+
+The operations are those of the function, not of an implementation: a kernel that multiplies one-hot matrices or
+computes a softmax in every program does more, and that is part of its distance from the floor.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlp_fast.models import Shape
+from mlp_fast.step import chosen_form
+
+ADAMW_OPERATIONS = 14  # an element: 3 first moment, 4 second, 7 update
+STATE_BYTES = 24  # a parameter: itself and two moments, 4 bytes each, read and written
+GATHER_BACKENDS = ("reference-loop", "eager-raw", "eager", "compile-raw", "compile")
+
+Probes = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step asks for at the least."""
+
+    operations: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Synchronisation:
+    """How a step waits: launches by the host, or captured, and barriers among so many programs."""
+
+    launches: float = 0
+    captured: bool = False
+    barriers: float = 0
+    programs: int = 0
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The parts of a step's floor, in milliseconds; a part that nothing was measured for is 0."""
+
+    compute: float
+    memory: float
+    synchronisation: float
+
+    @property
+    def total(self) -> float:
+        """Computing and moving overlap; waiting comes on top."""
+        return max(self.compute, self.memory) + self.synchronisation
+
+
+def step_cost(shape: Shape, batch_size: int, form: str) -> Cost:
+    """Operations and bytes of a step in a form of the first layer, "table" or "gather"."""
+    B, V, T, E, H = batch_size, shape.V, shape.T, shape.E, shape.H
+    first = 6 * T * V * E * H + 2 * B * T * H if form == "table" else 6 * B * T * E * H
+    direct = 6 * B * V * T * E if shape.direct else 0
+    P = shape.num_parameters
+    return Cost(first + 6 * B * V * H + direct + ADAMW_OPERATIONS * P, STATE_BYTES * P)
+
+
+def form_of(backend: str, form: str, shape: Shape, batch_size: int) -> str:
+    """The form that a backend computes: autograd's is the gather form."""
+    return "gather" if backend in GATHER_BACKENDS else chosen_form(form, shape.V, batch_size)
+
+
+def step_floor(
+    cost: Cost, probes: Probes, precision: str, threads: int, sync: Synchronisation | None = None
+) -> Floor | None:
+    """The floor of a step, or None where the machine's rate was not measured.
+
+    Args:
+        probes: as probes.measure_all() returns them.
+        threads: on the CPU, how many work; the rate measured for the nearest number counts.
+        sync: how the step waits; nothing where None.
+    """
+    rate = _rate(probes, precision, threads)
+    bandwidth = _bandwidth(probes, cost.bytes)
+    if rate is None or bandwidth is None:
+        return None
+    return Floor(1e3 * cost.operations / rate, 1e3 * cost.bytes / bandwidth, _waiting(sync, probes))
+
+
+def _rate(probes: Probes, precision: str, threads: int) -> float | None:
+    """Operations per second: the FMA peak of so many threads on the CPU, the precision's matrix rate on CUDA."""
+    if "fma_rate" in probes and isinstance(probes["fma_rate"], Mapping):
+        rates = probes["fma_rate"]
+        return rates[min(rates, key=lambda key: abs(int(key) - threads))]
+    fp32, tf32 = probes.get("fp32_rate"), probes.get("tf32_rate")
+    if precision == "fp32" or not isinstance(tf32, float):
+        return fp32 if isinstance(fp32, float) else None
+    if precision == "tf32":
+        return tf32
+    # Three tensor-core products for one, unless plain FMA is faster.
+    return max(tf32 / 3, fp32) if isinstance(fp32, float) else tf32 / 3
+
+
+def _bandwidth(probes: Probes, size: float) -> float | None:
+    """Bytes per second of the smallest measured working set that holds `size` bytes, else of the largest."""
+    measured = probes.get("copy_bandwidth")
+    if not isinstance(measured, Mapping):
+        return None
+    sets = sorted(int(key) for key in measured)
+    return measured[str(next((bytes_ for bytes_ in sets if bytes_ >= size), sets[-1]))]
+
+
+def _waiting(sync: Synchronisation | None, probes: Probes) -> float:
+    """Milliseconds."""
+    if sync is None:
+        return 0.0
+    each = probes.get("graph_node" if sync.captured else "empty_launch")
+    total = sync.launches * each if isinstance(each, float) else 0.0
+    barriers = probes.get("grid_barrier")
+    if sync.barriers and isinstance(barriers, Mapping):
+        nearest = min(barriers, key=lambda key: abs(int(key) - sync.programs))
+        total += sync.barriers * barriers[nearest]
+    return 1e3 * total

@@ -1,0 +1,218 @@
+"""What the arithmetic of the matrix products does to a run: fp32, tf32x3 and tf32 against float64, without a GPU.
+
+    python -m bench.numerics [--num-steps N] [--json FILE]
+
+TF32 keeps 10 of fp32's 23 bits of mantissa, so it can be emulated: the operands of every product are rounded to it and
+multiplied in fp32, where their products are exact. All runs go through mlp_fast.step, the formulas of the kernels,
+from the same initial values and over the same batches; only what `@` does differs.
+
+    float64        every number in float64: the truth
+    fp32 gather    float32, the first layer as a product of gathered rows
+    fp32 table     float32, the first layer as a table of products: the same function, its additions in another order
+    tf32x3         operands as a sum of two TF32 numbers, three products of the four: about fp32
+    tf32           operands rounded to TF32, to the nearest
+    tf32 cut       operands cut to TF32: what a tensor core does with fp32 numbers that nobody has rounded
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mlp_fast import machine
+from mlp_fast.backends.compiled import forward
+from mlp_fast.command import run_main
+from mlp_fast.config import Config
+from mlp_fast.corpus import Corpus, load
+from mlp_fast.models import Shape
+from mlp_fast.optim import update_scalars
+from mlp_fast.state import TrainState
+from mlp_fast.step import adamw_, loss_and_gradients
+from mlp_fast.tape import Tape, evaluated_windows
+
+Product = Callable[[Tensor, Tensor], Tensor]
+_PRODUCTS = (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul)
+_DROPPED_BITS = 13  # fp32's bits of mantissa that TF32 has not
+
+
+def truncated(x: Tensor) -> Tensor:
+    """Float32 numbers cut to TF32, towards 0."""
+    return (x.contiguous().view(torch.int32) & -(1 << _DROPPED_BITS)).view(torch.float32)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Float32 numbers rounded to TF32, to the nearest, ties away from 0 (PTX: cvt.rna.tf32.f32)."""
+    return truncated((x.contiguous().view(torch.int32) + (1 << (_DROPPED_BITS - 1))).view(torch.float32))
+
+
+def tf32x3(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b by three products of TF32 numbers, the smallest first; low @ low is left out."""
+    a_high, b_high = rounded(a), rounded(b)
+    a_low, b_low = rounded(a - a_high), rounded(b - b_high)
+    return (a_low @ b_high + a_high @ b_low) + a_high @ b_high
+
+
+class Products(TorchFunctionMode):
+    """Within it every matrix product is computed by `product`."""
+
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self.product = product
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            return self.product(*args)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a run computes.
+
+    Attributes:
+        name: as in the table.
+        dtype: of all its numbers.
+        form: of the first layer.
+        product: what `@` does.
+    """
+
+    name: str
+    dtype: torch.dtype
+    form: str
+    product: Product
+
+
+ARITHMETICS = (
+    Arithmetic("float64", torch.float64, "gather", torch.matmul),
+    Arithmetic("fp32 gather", torch.float32, "gather", torch.matmul),
+    Arithmetic("fp32 table", torch.float32, "table", torch.matmul),
+    Arithmetic("tf32x3", torch.float32, "table", tf32x3),
+    Arithmetic("tf32", torch.float32, "table", lambda a, b: rounded(a) @ rounded(b)),
+    Arithmetic("tf32 cut", torch.float32, "table", lambda a, b: truncated(a) @ truncated(b)),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table; all differences are from the float64 run.
+
+    Attributes:
+        arithmetic: its name.
+        val_loss: after the last step, in nats.
+        val_difference: of val_loss, in nats.
+        loss_difference: the largest of a batch loss, in nats.
+        parameter_difference: of all parameters after the last step, relative, by their norm.
+        product_difference: of one product of the size of a first layer's with normal operands, relative, by its norm.
+    """
+
+    arithmetic: str
+    val_loss: float
+    val_difference: float
+    loss_difference: float
+    parameter_difference: float
+    product_difference: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left: batch losses (steps,), the validation loss, and all parameters in one line; in float64."""
+
+    losses: Tensor
+    val_loss: float
+    parameters: Tensor
+
+
+def train(arithmetic: Arithmetic, config: Config, corpus: Corpus) -> Run:
+    """config.num_steps steps of the model in an arithmetic, on the CPU."""
+    T, B = config.context_length, config.batch_size
+    shape = Shape(len(corpus.vocabulary), T, config.embedding_size, config.hidden_size)
+    initial, tape = TrainState.initial(shape, config.seed), Tape(corpus.train, T)
+    parameters, exp_avg, exp_avg_sq = (
+        {name: tensor.to(arithmetic.dtype) for name, tensor in part.items()}
+        for part in (initial.parameters, initial.exp_avg, initial.exp_avg_sq)
+    )
+    scalars = update_scalars(config).to(arithmetic.dtype)
+    windows = evaluated_windows(Tape(corpus.val, T), B)
+    losses = []
+    with Products(arithmetic.product):
+        for step in range(config.num_steps):
+            loss, gradients = loss_and_gradients(parameters, *tape.batch(step, B), arithmetic.form)
+            adamw_(parameters, gradients, exp_avg, exp_avg_sq, scalars[step])
+            losses.append(loss.double())
+        val_losses = F.cross_entropy(forward(parameters, windows.contexts), windows.targets, reduction="none")
+    every = torch.cat([tensor.double().flatten() for tensor in parameters.values()])
+    return Run(torch.stack(losses), windows.mean(val_losses), every)
+
+
+def product_difference(arithmetic: Arithmetic) -> float:
+    """The relative error of a (128, 144) @ (144, 512) product of normal numbers, by its norm."""
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(size, generator=generator) for size in ((128, 144), (144, 512)))
+    true = a.double() @ b.double()
+    computed = arithmetic.product(a.to(arithmetic.dtype), b.to(arithmetic.dtype)).double()
+    return ((computed - true).norm() / true.norm()).item()
+
+
+def measure(config: Config, corpus: Corpus, arithmetics: Iterable[Arithmetic] = ARITHMETICS) -> list[Result]:
+    """Runs every arithmetic and compares it with the first, which is the truth."""
+    truth, results = None, []
+    for arithmetic in arithmetics:
+        run = train(arithmetic, config, corpus)
+        truth = truth or run
+        results.append(
+            Result(
+                arithmetic.name,
+                run.val_loss,
+                abs(run.val_loss - truth.val_loss),
+                (run.losses - truth.losses).abs().max().item(),
+                ((run.parameters - truth.parameters).norm() / truth.parameters.norm()).item(),
+                product_difference(arithmetic),
+            )
+        )
+    return results
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| arithmetic | val loss | its difference | largest of a batch loss | parameters | one product |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for r in results:
+        differences = (r.val_difference, r.loss_difference, r.parameter_difference, r.product_difference)
+        cells = [r.arithmetic, f"{r.val_loss:.6f}", *("-" if d == 0 else f"{d:.1e}" for d in differences)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.numerics", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--num-steps", type=int, default=1000, help="of every run (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    arguments = parser.parse_args(argv)
+    config = Config(num_steps=arguments.num_steps)
+    results = measure(config, load("embedded"))
+    print(f"{config.num_steps} steps on the embedded corpus; differences from float64\n\n{table(results)}")
+    if arguments.json is not None:
+        record = {
+            **machine.facts(torch.device("cpu")),
+            "num_steps": config.num_steps,
+            "results": [asdict(result) for result in results],
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))

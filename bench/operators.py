@@ -1,0 +1,257 @@
+"""The fused operators as cases, each beside the same function in plain torch; on CUDA both are captured in a graph.
+
+So what is timed is the device's time for kernels back to back, and not how fast the host launches them. Both sides are
+compared with float64 first: error(fused) <= 2 * error(torch) + 1e-6, relative to the largest number, in every result.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import floor
+from bench.case import Case, Entry, Plan, Skipped, Timer
+from mlp_fast import ops
+from mlp_fast.config import Config
+from mlp_fast.kernels._runtime import interpreting
+from mlp_fast.models import B1, B2, W1, W2, WTE, Shape, initial_parameters
+from mlp_fast.optim import BETA1, BETA2, EPS
+from mlp_fast.timing import NotEquivalent, Spread, seconds
+
+CALLS = 100  # in a captured graph
+TORCH, COMPILE, COPY, EMPTY = "torch", "torch.compile", "copy of as many bytes", "an empty kernel"
+LARGE_BATCH = 65_536
+V = 27
+
+Work = Callable[[], list[Tensor]]
+# (config, device, dtype, fused) -> work that computes, and returns, the operator's results
+Maker = Callable[[Config, torch.device, torch.dtype, bool], Work]
+
+
+def _inputs(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Parameters that need gradients, tokens, targets and hidden activations: the same numbers in every dtype."""
+    B, T = config.batch_size, config.context_length
+    generator = torch.Generator().manual_seed(1)
+    named = initial_parameters(Shape(V, T, config.embedding_size, config.hidden_size), config.seed)
+    tensors = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in named.items()}
+    hidden = torch.rand(B, config.hidden_size, generator=generator) * 2 - 1
+    tensors["h"] = hidden.to(device, dtype).requires_grad_()
+    tensors["idx"] = torch.randint(V, (B, T), generator=generator).to(device)
+    tensors["targets"] = torch.randint(V, (B,), generator=generator).to(device)
+    return tensors
+
+
+def _embed_linear_tanh(form: str, backward: bool) -> Maker:
+    def make(config: Config, device: torch.device, dtype: torch.dtype, fused: bool) -> Work:
+        x = _inputs(config, device, dtype)
+        weights = [x[WTE], x[W1], x[B1]]
+        gradient = x["h"].detach()
+
+        def forward() -> Tensor:
+            if fused:
+                return ops.embed_linear_tanh(x["idx"], *weights, form=form, precision=config.precision)
+            return torch.tanh(F.linear(F.embedding(x["idx"], x[WTE]).flatten(1), x[W1], x[B1]))
+
+        if backward:
+            return lambda: list(torch.autograd.grad(forward(), weights, gradient))
+        return lambda: [forward().detach()]
+
+    return make
+
+
+def _linear_cross_entropy(backward: bool) -> Maker:
+    def make(config: Config, device: torch.device, dtype: torch.dtype, fused: bool) -> Work:
+        x = _inputs(config, device, dtype)
+        operands = h, weight, bias = [x["h"], x[W2], x[B2]]
+
+        def forward() -> Tensor:
+            if fused:
+                return ops.linear_cross_entropy(h, weight, bias, x["targets"], precision=config.precision)
+            return F.cross_entropy(F.linear(h, weight, bias), x["targets"])
+
+        if backward:
+            return lambda: list(torch.autograd.grad(forward(), operands))
+        return lambda: [forward().detach()]
+
+    return make
+
+
+def _adamw(config: Config, device: torch.device, dtype: torch.dtype, fused: bool) -> Work:
+    """The first update, over and over: the parameters that it returns are those after the first."""
+    x = _inputs(config, device, dtype)
+    params = [x[name].detach().requires_grad_() for name in (WTE, W1, B1, W2, B2)]
+    for p in params:
+        p.grad = torch.sin(torch.arange(p.numel(), device=device, dtype=dtype)).view_as(p) * 1e-2
+    grads = [p.grad for p in params if p.grad is not None]
+    lr, decay = config.learning_rate, config.weight_decay
+    if fused:
+        first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
+        step, rate = torch.ones(1, device=device), torch.full((1,), lr, device=device)
+
+        def work() -> list[Tensor]:
+            held = [p.detach() for p in params]
+            ops.adamw_(held, grads, first, second, step, rate, betas=(BETA1, BETA2), eps=EPS, weight_decay=decay)
+            return held
+
+        return work
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        params, lr, betas=(BETA1, BETA2), eps=EPS, weight_decay=decay, fused=cuda or None, capturable=cuda
+    )
+
+    def plain() -> list[Tensor]:
+        optimizer.step()
+        return [p.detach() for p in params]
+
+    return plain
+
+
+OPERATORS: dict[str, Maker] = {
+    "embed_linear_tanh-table": _embed_linear_tanh("table", backward=False),
+    "embed_linear_tanh-table-and-backward": _embed_linear_tanh("table", backward=True),
+    "embed_linear_tanh-gather": _embed_linear_tanh("gather", backward=False),
+    "embed_linear_tanh-gather-and-backward": _embed_linear_tanh("gather", backward=True),
+    "linear_cross_entropy": _linear_cross_entropy(backward=False),
+    "linear_cross_entropy-and-backward": _linear_cross_entropy(backward=True),
+    "adamw": _adamw,
+}
+
+
+def check(name: str, make: Maker, config: Config, device: torch.device) -> None:
+    """Raises NotEquivalent where the fused operator is further from float64 than plain torch may excuse."""
+    true = [t.double().cpu() for t in make(config, torch.device("cpu"), torch.float64, False)()]
+    errors = []
+    for fused in (True, False):
+        results = [t.double().cpu() for t in make(config, device, torch.float32, fused)()]
+        scale = [max(t.abs().max().item(), 1e-30) for t in true]
+        errors.append([((r - t).abs().max().item() / s) for r, t, s in zip(results, true, scale, strict=True)])
+    slack = 1e-6 if config.precision != "tf32" else 2.0**-9  # torch may round its operands where the kernel cuts them
+    for mine, theirs in zip(*errors, strict=True):
+        if not mine <= 2 * theirs + slack:
+            raise NotEquivalent(f"{name} is not equivalent: off by {mine:.1e}, torch by {theirs:.1e}")
+
+
+def repeated(work: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
+    """Something that does the work often enough to be timed and waits for it, and how often it does."""
+    if device.type == "cpu":
+        return work, 1
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # autograd must have run where it is captured
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            work()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    replay()
+    return replay, CALLS
+
+
+# What is timed beside an operator: (config, device) -> work.
+Rival = Callable[[Config, torch.device], Callable[[], object]]
+
+
+def operator_case(name: str, make: Maker, config: Config, plan: Plan, more: dict[str, Rival] | None = None) -> Case:
+    """An operator beside plain torch, and beside what else is given."""
+    device, precision = torch.device(plan.device), config.precision
+
+    def run(timer: Timer, probes: floor.Probes) -> Entry:
+        if device.type == "cpu" and not interpreting():
+            raise Skipped("on the CPU the operators are plain torch; their kernels need a CUDA device")
+        before_precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        try:
+            check(name, make, config, device)
+            works: dict[str, Callable[[], object]] = {TORCH: make(config, device, torch.float32, False)}
+            works |= {rival: of(config, device) for rival, of in (more or {}).items()}
+            fused = make(config, device, torch.float32, True)
+            peaks = {rival: _peak_bytes(work, device) for rival, work in ((name, fused), (TORCH, works[TORCH]))}
+            mine, calls = repeated(fused, device)
+            rivals = {rival: repeated(work, device)[0] for rival, work in works.items()}
+            other: dict[str, list[float]] = {rival: [] for rival in rivals}
+
+            def before() -> None:
+                for rival, work in rivals.items():
+                    other[rival].append(1e3 * seconds(work) / calls)
+
+            times = timer(mine, before, plan.rounds)
+        finally:
+            torch.set_float32_matmul_precision(before_precision)
+        spread = Spread.of([1e3 * t / calls for t in times])
+        beside: dict[str, Entry] = {}
+        for rival, milliseconds in other.items():
+            theirs = Spread.of(milliseconds)
+            beside[rival] = {"ms": dataclasses.asdict(theirs), "ratio": theirs.median / spread.median}
+        if peaks[name] is not None:
+            beside[TORCH]["peak_bytes"] = peaks[TORCH]
+        return {
+            "B": config.batch_size,
+            "precision": precision,
+            "per": "call",
+            "ms": dataclasses.asdict(spread),
+            "peak_bytes": peaks[name],
+            "rivals": beside,
+        }
+
+    return Case("kernels", f"{name}-{config.batch_size}-{precision}", run)
+
+
+def _peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """Device memory that the work takes at its peak, beyond what is held before it; None on the CPU."""
+    if device.type == "cpu":
+        return None
+    work()
+    torch.cuda.synchronize(device)
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - held
+
+
+def _compiled(make: Maker) -> Rival:
+    return lambda config, device: torch.compile(make(config, device, torch.float32, False), fullgraph=True)
+
+
+def _copy(config: Config, device: torch.device) -> Callable[[], object]:
+    """Moves as many bytes as the table form must: h written and the tokens read; half read here, and half written."""
+    numbers = config.batch_size * (config.hidden_size + 2 * config.context_length)  # of 4 bytes; a token has 8
+    source = torch.ones(numbers // 2, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _empty_kernel(config: Config, device: torch.device) -> Callable[[], object]:
+    if device.type == "cpu":
+        return lambda: None
+    return lambda: torch.cuda._sleep(0)
+
+
+def ceiling_cases(plan: Plan) -> Iterator[Case]:
+    """The forward pass beside the ceilings of a large and of a small batch, and the memory of both passes."""
+    forward, both = OPERATORS["embed_linear_tanh-table"], OPERATORS["embed_linear_tanh-table-and-backward"]
+    large = plan.config() if plan.dry else plan.config(batch_size=LARGE_BATCH)
+    ceilings: dict[str, Rival] = {COMPILE: _compiled(forward), COPY: _copy}
+    yield operator_case("large-embed_linear_tanh-table", forward, large, plan, ceilings)
+    yield operator_case("large-embed_linear_tanh-table-and-backward", both, large, plan)
+    auto = _embed_linear_tanh("auto", backward=False)
+    yield operator_case("small-embed_linear_tanh", auto, plan.config(), plan, {EMPTY: _empty_kernel})
+
+
+def kernel_cases(plan: Plan) -> Iterator[Case]:
+    """The fused operators beside the same in plain torch."""
+    for precision in plan.precisions:
+        for name, make in OPERATORS.items():
+            if name == "adamw" and precision != "fp32":
+                continue  # it has no products
+            yield operator_case(name, make, plan.config(precision=precision), plan)
+    yield from ceiling_cases(plan)

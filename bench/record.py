@@ -1,0 +1,177 @@
+"""`python -m bench.record`: every case of the suite, timed without pytest-benchmark, into one recording.
+
+It writes bench/results/<device>/<date>.json (or --out FILE), which `python -m bench.report` makes tables and plots of.
+The machine should have nothing else to do meanwhile.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import numerics, tables
+from bench.case import Plan, Skipped, plain_timer
+from bench.recording import Recording, default_path
+from bench.suite import GROUPS, cases, usual
+from mlp_fast import backends, compare, profile, train
+from mlp_fast.command import run_main
+from mlp_fast.config import Config
+from mlp_fast.corpus import load
+from mlp_fast.errors import UserError
+from mlp_fast.timing import NotEquivalent
+
+COMPARED_STEPS = 500
+ARITHMETIC_STEPS = 1000
+
+
+def record(plan: Plan, groups: Sequence[str], path: Path, *, budget: float | None = None) -> Recording:
+    """Measures groups of cases, printing how it goes, and writes the recording after each.
+
+    Args:
+        plan: how much, and where.
+        groups: some of suite.GROUPS.
+        path: of the recording.
+        budget: seconds, of which cases may use four fifths: none is begun after that, and what is left out is noted
+            as skipped.
+    """
+    recording = Recording.begin(torch.device(plan.device), dry=plan.dry)
+    start = time.perf_counter()
+    for group in groups:
+        for case in cases(group, plan):
+            if budget is not None and time.perf_counter() - start >= 0.8 * budget:
+                recording.skipped.append((group, case.id, f"the budget of {budget:g} s was spent"))
+                continue
+            begun = time.perf_counter()
+            try:
+                entry = recording.add(case, plain_timer)
+            except Skipped as reason:
+                outcome = f"skipped: {reason}"
+            except NotEquivalent as reason:
+                outcome = f"no number: {reason}"
+            else:
+                outcome = f"{entry['ms']['median']:.4f} ms per {entry['per']}"
+            recording.save(path)
+            print(f"{group:10} {case.id:36} {outcome}  [{time.perf_counter() - begun:.1f} s]", flush=True)
+    return recording
+
+
+def comparison(plan: Plan) -> dict[str, Any]:
+    """What `python -m mlp_fast.compare` finds, with the table that it prints."""
+    config = plan.config(num_steps=20 if plan.dry else COMPARED_STEPS)
+    # On CUDA Inductor takes minutes to compile all; one stands for the others.
+    left_out = ("compile-raw", "compile") if plan.device == "cuda" or plan.dry else ()
+    here = [n for n in backends.REGISTRY if n not in left_out and backends.obstacle(n, config) is None]
+    options = ["--backends", ",".join(here), "--num-steps", str(config.num_steps)]
+    return _command(compare.main, [*options, *_sizes(plan)])
+
+
+def profiles(plan: Plan, trace: Path | None) -> dict[str, Any]:
+    """What `python -m mlp_fast.profile` finds of eager and of the fastest backend here, by name."""
+    config = plan.config()
+    results = {}
+    for name in ("eager", "auto"):
+        alias = backends.ALIASES.get(name, (name,))
+        chosen = next((b for b in alias if backends.obstacle(b, config) is None), None)
+        if chosen is None or chosen in results:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            file = trace if trace is not None and name == "auto" else Path(folder) / "trace.json"
+            options = ["--backend", chosen, "--trace", str(file), "--steps", "4" if plan.dry else "50"]
+            results[chosen] = _command(profile.main, [*options, "--warmup", "2" if plan.dry else "50", *_sizes(plan)])
+    return results
+
+
+def losses(plan: Plan) -> dict[str, Any]:
+    """A whole run of the fastest backend here: the losses of every evaluation, the test loss, and the floor of val."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "log.jsonl"
+        steps = "20" if plan.dry else "50000"
+        train.main(["--quiet", "--num-steps", steps, "--log-json", str(file), *_sizes(plan)])
+        events = [json.loads(line) for line in file.read_text().splitlines()]
+    config = next(event for event in events if event["event"] == "config")
+    return {
+        "backend": config["chosen_backend"],
+        "num_steps": config["num_steps"],
+        "floor": config["floor"],
+        "test_loss": next(event["loss"] for event in events if event["event"] == "test"),
+        "evaluations": [
+            {key: event[key] for key in ("step", "train_loss", "val_loss")}
+            for event in events
+            if event["event"] == "eval"
+        ],
+    }
+
+
+def arithmetic(plan: Plan) -> dict[str, Any]:
+    """What bench.numerics finds: differences of whole runs from float64. It has nothing to do with the device."""
+    config = Config(num_steps=5 if plan.dry else ARITHMETIC_STEPS)
+    return {"num_steps": config.num_steps, "output": numerics.table(numerics.measure(config, load("embedded")))}
+
+
+def _sizes(plan: Plan) -> list[str]:
+    """The options that make a command's sizes the plan's."""
+    config = plan.config()
+    names = ("embedding_size", "hidden_size", "batch_size", "device")
+    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(config, name)))]
+
+
+def _command(main: Any, arguments: list[str]) -> dict[str, Any]:
+    """A command's JSON, with what it printed as "output"."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        printed = Path(folder) / "output.txt"
+        with printed.open("w") as stream, contextlib.redirect_stdout(stream):
+            main([*arguments, "--json", str(file)])
+        # The run's own facts stand in the recording.
+        kept = {k: v for k, v in json.loads(file.read_text()).items() if k in ("results", "backend", "rows", "wall")}
+        return {**kept, "output": printed.read_text()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 1 where a backend was refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.record", description="Measure everything into one recording."
+    )
+    parser.add_argument("--full", action="store_true", help="sweep B, H, T, V and precision over all backends")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes: only whether everything runs")
+    parser.add_argument("--groups", metavar="A,B", help=f"only some of {', '.join(GROUPS)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: cuda where there is one)")
+    parser.add_argument("--budget", type=float, metavar="S", help="begin no further case after this many seconds")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the Chrome trace of the fastest backend")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the recording")
+    arguments = parser.parse_args(argv)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    plan = Plan(arguments.full, arguments.dry_run, device)
+    groups = arguments.groups.split(",") if arguments.groups else usual(plan)
+    if unknown := [group for group in groups if group not in GROUPS]:
+        raise UserError(f"--groups: {unknown[0]!r} is unknown; choose some of {', '.join(GROUPS)}")
+    if plan.dry and arguments.out is None:
+        raise UserError("--dry-run needs --out FILE: its times mean nothing and stay out of bench/results")
+    path = arguments.out or default_path(torch.device(device))
+    start = time.perf_counter()
+    recording = record(plan, groups, path, budget=arguments.budget)
+    if not arguments.groups:
+        extras: list[tuple[str, Callable[[], Any]]] = [
+            ("profile", lambda: profiles(plan, arguments.trace)),
+            ("compare", lambda: comparison(plan)),
+            ("losses", lambda: losses(plan)),
+        ]
+        if plan.device == "cpu":
+            extras.append(("numerics", lambda: arithmetic(plan)))
+        for name, extra in extras:
+            if arguments.budget is None or time.perf_counter() - start < arguments.budget:
+                recording.extra[name] = extra()
+    recording.save(path)
+    print(f"\n{tables.whole(recording)}\n\nrecorded in {path}")
+    return 1 if recording.refused else 0
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))

@@ -1,0 +1,123 @@
+"""Recordings: what was measured on one machine at one time, as a JSON file under bench/results/<device>/."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import probes
+from bench.case import Case, Entry, Skipped, Timer
+from mlp_fast import machine
+from mlp_fast.errors import UserError
+from mlp_fast.timing import NotEquivalent
+
+RESULTS = Path(__file__).parent / "results"
+SCHEMA = 1
+
+
+@dataclass
+class Recording:
+    """Entries and where they come from.
+
+    Attributes:
+        facts: machine.facts() of the device.
+        dry: made by a dry run: its times mean nothing, and the report refuses it.
+        probes: what the machine can do; measured when first asked for.
+        entries: by group and id, as suite.Case.entry() makes them.
+        skipped, refused: (group, id, reason): could not run here; computed something else.
+        extra: further results by name: those of EXTRA.
+    """
+
+    facts: dict[str, Any]
+    dry: bool = False
+    probes: dict[str, Any] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    refused: list[tuple[str, str, str]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, device: torch.device, *, dry: bool = False) -> "Recording":
+        """An empty recording of this machine, its probes measured."""
+        return cls(machine.facts(device), dry, probes.measure_all(device, quick=dry))
+
+    def add(self, case: Case, timer: Timer) -> Entry:
+        """Runs a case and keeps its entry; Skipped and NotEquivalent are noted and raised."""
+        try:
+            entry = case.entry(timer, self.probes)
+        except Skipped as reason:
+            self.skipped.append((case.group, case.id, str(reason)))
+            raise
+        except NotEquivalent as reason:
+            self.refused.append((case.group, case.id, str(reason)))
+            raise
+        self.entries.append(entry)
+        return entry
+
+    def group(self, name: str) -> list[Entry]:
+        """The entries of a group, in the order in which they were made."""
+        return [entry for entry in self.entries if entry["group"] == name]
+
+    def entry(self, group: str, id: str) -> Entry | None:
+        """The entry of that name, or None."""
+        return next((entry for entry in self.group(group) if entry["id"] == id), None)
+
+    def save(self, path: Path) -> None:
+        """Writes the file, with its folder."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "schema": SCHEMA,
+            **self.facts,
+            "dry": self.dry,
+            "probes": self.probes,
+            "entries": self.entries,
+            "skipped": self.skipped,
+            "refused": self.refused,
+            **self.extra,
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def default_path(device: torch.device) -> Path:
+    """bench/results/<device>/<date and time>.json, for a recording begun now."""
+    facts = machine.facts(device)
+    begun = datetime.fromisoformat(facts["date"])
+    return RESULTS / machine.folder_name(facts["device"]) / f"{begun:%Y-%m-%d-%H%M}.json"
+
+
+EXTRA = ("compare", "profile", "losses", "numerics")
+FACTS = ("device", "device_type", "driver", "cuda", "threads", "versions", "system", "commit", "date")
+
+
+def load(path: Path) -> Recording:
+    """Reads a recording; UserError where the file is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise UserError(f"{path}: a recording of schema {content['schema']}; this program reads {SCHEMA}")
+        return Recording(
+            {key: content[key] for key in FACTS},
+            content["dry"],
+            content["probes"],
+            content["entries"],
+            [(group, id, reason) for group, id, reason in content["skipped"]],
+            [(group, id, reason) for group, id, reason in content["refused"]],
+            {key: content[key] for key in EXTRA if key in content},
+        )
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a recording ({type(error).__name__}: {error})") from None
+
+
+def recorded(folder: Path = RESULTS) -> Iterator[list[Recording]]:
+    """The recordings of every device, the latest first, in the order of the devices' names; dry ones do not count."""
+    for device in sorted(path for path in folder.glob("*") if path.is_dir()):
+        files = [load(path) for path in device.glob("*.json")]
+        real = [recording for recording in files if not recording.dry]
+        if real:
+            yield sorted(real, key=lambda recording: recording.facts["date"], reverse=True)

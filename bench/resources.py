@@ -1,0 +1,237 @@
+"""What every shipped kernel asks of the hardware, read from its machine code; needs no GPU.
+
+    python -m bench.resources [--json FILE]
+
+compiles every configuration that the launchers use (kernels/_aot.py) for sm_80, sm_90 and sm_100 and prints
+registers a thread, spill instructions, shared memory, FMA and tensor-core instructions, and the occupancy that
+they allow. Exits 1 where a kernel spills, uses a tensor core under fp32, or takes more shared memory than 99 KiB,
+which is what every GPU since sm_80 has.
+"""
+
+import argparse
+import bisect
+import importlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, is_dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from mlp_fast.command import run_main
+from mlp_fast.errors import UserError
+from mlp_fast.kernels._runtime import interpreting
+
+KERNELS = ("embed_linear_tanh", "linear_cross_entropy", "adamw", "train_step", "persistent_step", "evaluation")
+MODULES = tuple(f"mlp_fast.kernels.{name}" for name in KERNELS)
+CAPABILITIES = (80, 90, 100)
+MAX_SHARED = 99 * 1024
+
+FMA = re.compile(r"\bFFMA2?\b")
+TENSOR_CORE = re.compile(r"\b(?:[BDHIO]MMA|[HIQ]GMMA|UTC\w*MMA)\b")
+SPILL = re.compile(r"\b(?:STL|LDL)\b")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")  # of a listing: its address, its text
+
+# Of one multiprocessor: registers, warps, thread blocks, and shared memory in bytes by compute capability; of a
+# thread block: bytes of shared memory that the system takes. (CUDA C++ Programming Guide, compute capabilities.)
+REGISTERS, WARPS, BLOCKS, RESERVED_SHARED = 65536, 64, 32, 1024
+SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel in one configuration asks of one architecture."""
+
+    kernel: str
+    precision: str
+    constants: str
+    sm: int
+    num_warps: int
+    registers: int
+    spills: int  # instructions that store to or load from local memory
+    shared: int  # bytes a thread block
+    fma: int  # instructions in the code, not executed ones
+    tensor_core: int
+    occupancy: float  # share of the multiprocessor's warps that can be resident
+
+    def faults(self) -> list[str]:
+        """What forbids shipping it."""
+        faults = []
+        if self.spills:
+            faults.append(f"{self.spills} spill instructions")
+        if self.precision == "fp32" and self.tensor_core:
+            faults.append(f"{self.tensor_core} tensor-core instructions under fp32")
+        if self.shared > MAX_SHARED:
+            faults.append(f"{self.shared} bytes of shared memory")
+        return faults
+
+
+def occupancy(sm: int, num_warps: int, registers: int, shared: int) -> float:
+    """Share of a multiprocessor's warps that blocks of these needs can fill."""
+    registers_per_warp = -(-max(registers, 1) * 32 // 256) * 256  # handed out 256 at a time
+    warps_by_registers = REGISTERS // registers_per_warp // 4 * 4  # in four partitions
+    blocks = min(BLOCKS, WARPS // num_warps, warps_by_registers // num_warps, SHARED[sm] // (shared + RESERVED_SHARED))
+    return blocks * num_warps / WARPS
+
+
+def measure(configurations: Sequence[Any], sm: int) -> list[Resources]:
+    """Compiles kernels._aot.Shipped for an architecture and reads their machine code."""
+    compiled = [shipped.compile(sm) for shipped in configurations]
+    cubins = [kernel.asm["cubin"] for kernel in compiled]
+    codes = disassembled(cubins, sm)
+    return [
+        _resources(shipped, sm, kernel.metadata, _registers(cubin), code)
+        for shipped, kernel, cubin, code in zip(configurations, compiled, cubins, codes, strict=True)
+    ]
+
+
+def _resources(shipped: Any, sm: int, metadata: Any, registers: int, code: str) -> Resources:
+    return Resources(
+        kernel=shipped.kernel.fn.__name__,
+        precision=shipped.precision,
+        constants=_constants(shipped.constexprs),
+        sm=sm,
+        num_warps=metadata.num_warps,
+        registers=registers,
+        spills=len(SPILL.findall(code)),
+        shared=metadata.shared,
+        fma=len(FMA.findall(code)),
+        tensor_core=len(TENSOR_CORE.findall(code)),
+        occupancy=occupancy(sm, metadata.num_warps, registers, metadata.shared),
+    )
+
+
+def disassembled(cubins: Sequence[bytes], sm: int) -> list[str]:
+    """The instructions of each cubin, a line each.
+
+    All go through one nvdisasm, as raw code one behind the other, and are told apart by their addresses: it takes half
+    a second to start, and milliseconds to disassemble a kernel.
+    """
+    ends = list(itertools.accumulate(len(machine_code(cubin)) for cubin in cubins))
+    joined = b"".join(machine_code(cubin) for cubin in cubins)
+    listing = _tool(joined, "nvdisasm", "--binary", f"SM{sm}a" if sm >= 90 else f"SM{sm}")
+    codes: list[list[str]] = [[] for _ in cubins]
+    for address, instruction in INSTRUCTION.findall(listing):
+        codes[bisect.bisect_right(ends, int(address, 16))].append(instruction)
+    return ["\n".join(code) for code in codes]
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The one .text section of a cubin, which is an ELF64 file, little-endian."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    # sh_name, sh_type, sh_flags, sh_addr, sh_offset, sh_size
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    found = [
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin.startswith(b".text.", sections[names][4] + name)
+    ]
+    (code,) = found
+    return code
+
+
+def _registers(cubin: bytes) -> int:
+    usage = _tool(cubin, "cuobjdump", "-res-usage")
+    found = re.search(r"REG:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1])
+
+
+def _tool(content: bytes, name: str, *options: str) -> str:
+    """What one of the tools that Triton brings along says of a file with this content."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(content)
+        return subprocess.run([path, *options, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _constants(constexprs: dict[str, Any]) -> str:
+    """Compile-time constants, shortened to fit a table: the tile sizes, and whatever else is a plain number or name."""
+    flat: dict[str, Any] = {}
+    for name, value in constexprs.items():
+        flat |= asdict(value) if is_dataclass(value) and not isinstance(value, type) else {name: value}
+    return " ".join(
+        f"{name.removeprefix('BLOCK_')}={value}"
+        for name, value in flat.items()
+        if isinstance(value, (int, str)) and name != "INPUT_PRECISION"
+    )
+
+
+def configurations(modules: Sequence[str]) -> list[Any]:
+    """The different kernels._aot.Shipped of the modules."""
+    unique: dict[str, Any] = {}
+    for name in modules:
+        for shipped in importlib.import_module(name).shipped():
+            # The strictest precision comes first and stays: what does not depend on the precision is compiled once.
+            unique.setdefault(shipped.key, shipped)
+    return list(unique.values())
+
+
+def _measure_share(modules: Sequence[str], capabilities: Sequence[int], share: int, shares: int) -> list[Resources]:
+    """Every `shares`-th configuration, from number `share` on."""
+    mine = configurations(modules)[share::shares]
+    return [r for sm in capabilities for r in measure([s for s in mine if sm in s.capabilities], sm)]
+
+
+def measure_all(modules: Sequence[str], capabilities: Sequence[int]) -> list[Resources]:
+    """Resources of every configuration, compiled by one process per core, in the order of the modules."""
+    shares = os.cpu_count() or 1
+    with ProcessPoolExecutor(shares, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_measure_share, modules, capabilities, share, shares) for share in range(shares)]
+        results = [future.result() for future in futures]
+    return sorted((r for result in results for r in result), key=lambda r: (r.kernel, r.precision, r.constants, r.sm))
+
+
+def table(resources: Sequence[Resources]) -> Iterator[str]:
+    """Lines of the printed table."""
+    header = ("kernel", "precision", "sm", "regs", "spills", "shared", "ffma", "tensor", "occ", "constants")
+    rows = [
+        (r.kernel, r.precision, f"sm_{r.sm}", r.registers, r.spills, r.shared, r.fma, r.tensor_core,
+         f"{r.occupancy:.0%}", r.constants)
+        for r in resources
+    ]  # fmt: skip
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header) - 1)]
+    for row in [header, *rows]:
+        cells = [
+            str(x).ljust(w) if i < 3 else str(x).rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=False))
+        ]
+        yield "  ".join([*cells, str(row[-1])]).rstrip()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; 1 if a kernel must not be shipped as it is."""
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
+    parser.add_argument("--modules", nargs="+", default=MODULES, metavar="M", help="with a shipped() (default: all)")
+    parser.add_argument("--sm", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES, help="default: all")
+    args = parser.parse_args(argv)
+    if interpreting():
+        raise UserError("TRITON_INTERPRET is set, so kernels would not be compiled; unset it")
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("Triton is not installed, so kernels cannot be compiled; pip install triton")
+    resources = measure_all(args.modules, args.sm)
+    for line in table(resources):
+        print(line)
+    faults = [f"{r.kernel} {r.precision} sm_{r.sm} ({r.constants}): {f}" for r in resources for f in r.faults()]
+    if args.json:
+        Path(args.json).write_text(json.dumps({"ok": not faults, "kernels": [asdict(r) for r in resources]}, indent=1))
+    for fault in faults:
+        print(f"fault: {fault}", file=sys.stderr)
+    print(f"{len(resources)} configurations, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

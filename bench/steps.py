@@ -1,0 +1,281 @@
+"""Training steps as cases: every contender checked against float64, then timed in rounds beside its rivals."""
+
+import dataclasses
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench import floor
+from bench.case import Case, Entry, Plan, Skipped, Timer
+from bench.reference_loop import ReferenceLoop
+from mlp_fast import backends
+from mlp_fast.backends.base import Backend
+from mlp_fast.config import Config
+from mlp_fast.corpus import load
+from mlp_fast.models import Shape
+from mlp_fast.profile import profile_steps
+from mlp_fast.tape import Tape
+from mlp_fast.timing import BASELINE, Contender, Judge, NotEquivalent, Spread, measure, seconds
+
+REFERENCE = "reference-loop"  # eager-raw on batches from Python lists, bench/reference_loop.py
+SWEPT_SIZES = (128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rivals in a step case share.
+
+    Attributes:
+        config: without its backend.
+        vocab_size: of a random tape; None for the embedded corpus.
+        threads: that torch may use.
+    """
+
+    config: Config
+    vocab_size: int | None = None
+    threads: int = field(default_factory=torch.get_num_threads)
+
+
+@dataclass
+class Ready:
+    """A contender, checked and warm.
+
+    Attributes:
+        contender: its steps.
+        restart: back to the initial state.
+        steps: of a round.
+        facts: for the entry.
+    """
+
+    contender: Contender
+    restart: Callable[[], None]
+    steps: int
+    facts: Entry
+
+
+class Workshop:
+    """Makes contenders for one setting at a time and keeps them while it stays: compiling is slow, memory is finite."""
+
+    def __init__(self) -> None:
+        self._setting: Setting | None = None
+        self._ready: dict[str, Ready] = {}
+
+    def ready(self, name: str, setting: Setting, round_seconds: float, probes: floor.Probes) -> Ready:
+        """The contender of that name; Skipped or NotEquivalent where there is none."""
+        if setting != self._setting:
+            self._enter(setting)
+        torch.set_num_threads(setting.threads)
+        if name not in self._ready:
+            make = self._reference if name == REFERENCE else self._backend
+            self._ready[name] = make(name, setting, round_seconds, probes)
+        return self._ready[name]
+
+    def _enter(self, setting: Setting) -> None:
+        self._setting, self._ready = None, {}
+        gc.collect()
+        torch._dynamo.reset()  # its limit of compilations counts over the whole process
+        torch.set_num_threads(setting.threads)
+        config = setting.config
+        T, E, H = config.context_length, config.embedding_size, config.hidden_size
+        if setting.vocab_size is None:
+            corpus = load("embedded")
+            V, tokens = len(corpus.vocabulary), corpus.train
+        else:
+            V = setting.vocab_size
+            tokens = torch.randint(V, (100_000,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+        self.shape, self.tape = Shape(V, T, E, H), Tape(tokens, T)
+        self.judge = Judge(config, self.shape, self.tape)
+        self._setting = setting
+
+    def _backend(self, name: str, setting: Setting, round_seconds: float, probes: floor.Probes) -> Ready:
+        config = dataclasses.replace(setting.config, backend=name)
+        reason = backends.obstacle(name, config, self.shape)
+        if reason is not None:
+            raise Skipped(reason)
+        start = time.perf_counter()
+        backend = backends.create(config, self.shape, self.tape, self.judge.initial)
+        backend.prepare()
+        facts: Entry = {"first_step_seconds": time.perf_counter() - start, "loss_error": self.judge.check(backend)}
+        contender = Contender.of(backend)
+        steps = self._steps_per_round(contender, backend, round_seconds)
+        sync = None
+        if backend.device.type == "cuda":
+            sync = self._look_at_device(backend, steps, facts)
+        form = floor.form_of(name, config.form, self.shape, config.batch_size)
+        cost = floor.step_cost(self.shape, config.batch_size, form)
+        least = floor.step_floor(cost, probes, config.precision, setting.threads, sync)
+        facts |= {"form": form, "operations": cost.operations, "bytes": cost.bytes}
+        if least is not None:
+            facts |= {"floor_ms": least.total, "floor_parts_ms": dataclasses.asdict(least)}
+        return Ready(contender, lambda: backend.load(self.judge.initial), steps, facts)
+
+    def _reference(self, name: str, setting: Setting, round_seconds: float, probes: floor.Probes) -> Ready:
+        config = setting.config
+        if config.device != "cpu" or config.precision != "fp32":
+            raise Skipped("it is the reference on the CPU")
+        loop = ReferenceLoop(config, {"train": self.tape.tokens.tolist()}, self.shape.V)
+        start = time.perf_counter()
+        loop.advance(1)
+        first = time.perf_counter() - start
+        error = abs(loop.advance(self.judge.steps - 1) - self.judge.losses[-1].item())
+        if error > 1e-5:
+            raise NotEquivalent(f"{name} is not equivalent: a loss is off by {error:.1e}")
+        contender = Contender(name, loop.advance)
+        cost = floor.step_cost(self.shape, config.batch_size, "gather")
+        least = floor.step_floor(cost, probes, config.precision, setting.threads)
+        facts: Entry = {"first_step_seconds": first, "loss_error": error, "form": "gather"}
+        facts |= {"operations": cost.operations, "bytes": cost.bytes}
+        if least is not None:
+            facts |= {"floor_ms": least.total, "floor_parts_ms": dataclasses.asdict(least)}
+        return Ready(contender, lambda: None, self._steps_per_round(contender, None, round_seconds), facts)
+
+    def _steps_per_round(self, contender: Contender, backend: Backend | None, round_seconds: float) -> int:
+        """As many as fill a round; on CUDA whole evaluation intervals, as training asks for them."""
+        trial = 2 if backend is None or backend.device.type == "cpu" else 200
+        contender.run(trial)
+        steps = round(round_seconds / (seconds(lambda: contender.run(trial)) / trial))
+        if trial == 200:
+            steps = 200 * round(steps / 200)
+        return min(max(steps, trial), 4000)
+
+    def _look_at_device(self, backend: Backend, steps: int, facts: Entry) -> floor.Synchronisation:
+        """Device time and launches of a step by torch.profiler, off every clock."""
+        # Enough for a whole captured graph; of autograd's hundreds of operators a step, fewer.
+        looked_at = min(steps, 20 if backend.name in floor.GATHER_BACKENDS else 200)
+        with tempfile.TemporaryDirectory() as folder:
+            summary = profile_steps(backend, looked_at, Path(folder) / "trace.json")
+        if summary.device:
+            facts |= {"device_ms": summary.busy / 1e3, "launches": summary.launches}
+        launches = summary.launches if summary.device else 0.0
+        kernels = getattr(getattr(backend, "kernels", None), "config", None)
+        if backend.name == "triton-persistent" and kernels is not None:
+            facts["programs"] = kernels.G
+            return floor.Synchronisation(barriers=3 if kernels.rows else 2, programs=kernels.G)
+        return floor.Synchronisation(launches=launches, captured=summary.host_launches < 0.5 * launches)
+
+
+WORKSHOP = Workshop()
+
+
+def step_case(
+    group: str, id: str, name: str, setting: Setting, rivals: Sequence[str], plan: Plan, rounds: int | None = None
+) -> Case:
+    """A step of one contender, with rounds of its rivals in between."""
+
+    def run(timer: Timer, probes: floor.Probes) -> Entry:
+        threads = torch.get_num_threads()
+        try:
+            return measured(timer, probes)
+        finally:
+            torch.set_num_threads(threads)
+
+    def measured(timer: Timer, probes: floor.Probes) -> Entry:
+        ready = WORKSHOP.ready(name, setting, plan.round_seconds, probes)
+        others = {}
+        for rival in rivals:
+            try:
+                others[rival] = WORKSHOP.ready(rival, setting, plan.round_seconds, probes)
+            except Skipped:
+                continue  # it has a case of its own, which says why
+        for one in (ready, *others.values()):
+            one.restart()
+        samples: dict[str, list[float]] = {rival: [] for rival in others}
+
+        def before() -> None:
+            for rival, other in others.items():
+                samples[rival] += measure([other.contender], [other.steps])[other.contender.name]
+
+        times = timer(lambda: ready.contender.run(ready.steps), before, rounds or plan.rounds)
+        spread = Spread.of([1e3 * t / ready.steps for t in times])
+        config = setting.config
+        entry: Entry = {
+            "backend": name,
+            **{"B": config.batch_size, "T": config.context_length, "E": config.embedding_size},
+            **{"H": config.hidden_size, "V": WORKSHOP.shape.V, "precision": config.precision},
+            "threads": setting.threads,
+            "per": "step",
+            "ms": dataclasses.asdict(spread),
+            "steps_per_round": ready.steps,
+            "samples_per_second": 1e3 * config.batch_size / spread.median,
+            "rivals": {},
+            **ready.facts,
+        }
+        for rival, rival_times in samples.items():
+            other_spread = Spread.of(rival_times)
+            ratio = other_spread.median / spread.median
+            entry["rivals"][rival] = {"ms": dataclasses.asdict(other_spread), "ratio": ratio}
+        if "floor_ms" in entry:
+            entry["x_floor"] = spread.median / entry["floor_ms"]
+        return entry
+
+    return Case(group, id, run)
+
+
+def rivals_of(name: str, plan: Plan) -> tuple[str, ...]:
+    """With whom a step is compared: eager always, and whoever the project claims a ratio over."""
+    if plan.device == "cpu":
+        claimed = {"native": (BASELINE, REFERENCE, "compile-step"), BASELINE: (REFERENCE,), REFERENCE: (BASELINE,)}
+    else:
+        # The honest peer of the persistent kernel is the captured graph of the same phases.
+        claimed = {"triton-persistent": (BASELINE, "triton-step"), BASELINE: ()}
+    return claimed.get(name, (BASELINE,))
+
+
+def contenders(plan: Plan) -> list[str]:
+    """Every backend, and on the CPU the reference's way of working."""
+    slow = ("compile-raw", "compile") if plan.dry else ()  # to compile
+    names = [name for name in backends.REGISTRY if name not in slow]
+    return [REFERENCE, *names] if plan.device == "cpu" else names
+
+
+def step_cases(plan: Plan) -> Iterator[Case]:
+    """A training step of every backend at the default sizes, in every precision."""
+    for precision in plan.precisions:
+        setting = Setting(plan.config(precision=precision))
+        for name in contenders(plan):
+            if precision != "fp32" and name.startswith("compile") and not plan.full:
+                continue  # minutes of compilation
+            id = f"{name}-{setting.config.batch_size}-{precision}"
+            yield step_case("step", id, name, setting, rivals_of(name, plan), plan)
+
+
+def thread_cases(plan: Plan) -> Iterator[Case]:
+    """A training step on one thread of the CPU."""
+    if plan.device != "cpu":
+        return
+    setting = Setting(plan.config(), threads=1)
+    for name in (BASELINE, "compile-step", "native"):
+        id = f"{name}-{setting.config.batch_size}-fp32-1-thread"
+        yield step_case("threads", id, name, setting, rivals_of(name, plan), plan)
+
+
+def sweep_cases(plan: Plan) -> Iterator[Case]:
+    """A training step over swept sizes: B, H, T and V one at a time."""
+    fastest = "triton-persistent" if plan.device == "cuda" else "native"
+    names = [name for name in backends.REGISTRY if name != BASELINE] if plan.full else [fastest]
+    sizes = (16, 32) if plan.dry else SWEPT_SIZES
+    swept: list[tuple[str, list[Setting]]] = [
+        ("B", [Setting(plan.config(batch_size=size)) for size in sizes]),
+        ("H", [Setting(plan.config(hidden_size=size)) for size in sizes]),
+    ]
+    if plan.full:
+        lengths, vocabularies = ((2, 3), (11, 27)) if plan.dry else ((1, 2, 4, 8, 16), (27, 64, 128, 256, 1024, 4096))
+        swept += [
+            ("T", [Setting(plan.config(context_length=length)) for length in lengths]),
+            ("V", [Setting(plan.config(), vocab_size=size) for size in vocabularies]),
+        ]
+    for letter, settings in swept:
+        for setting in settings:
+            size = {
+                "B": setting.config.batch_size,
+                "H": setting.config.hidden_size,
+                "T": setting.config.context_length,
+                "V": setting.vocab_size,
+            }[letter]
+            for name in names:
+                yield step_case("sweep", f"{name}-{letter}{size}", name, setting, (BASELINE,), plan, rounds=5)

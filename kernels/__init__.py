@@ -1,0 +1,1 @@
+"""Device code and its launchers. Nothing here imports the rest of mlp_fast."""

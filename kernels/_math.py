@@ -1,0 +1,61 @@
+"""Arithmetic shared by the kernels: matrix products, AdamW's powers, and a tanh accurate for tiny arguments too.
+
+    tanh(x) = x + x^3 P(x^2)              |x| < 1   odd polynomial
+            = sign(x) (1 - 2e / (1 + e))  |x| >= 1  e = exp(-2|x|), which cannot overflow
+
+The usual 2 sigmoid(2x) - 1 subtracts two nearly equal numbers when x is small and loses every digit of a tiny x;
+libdevice's tanh does not run in Triton's interpreter. P is a minimax fit (Lawson's iteration in float64, relative
+error 5e-9). In fp32 the relative error of the whole is below 1e-7 with correctly rounded exp and division, and
+below 2.4e-7 if the hardware's approximate exp2 and division both err by their documented maximum.
+"""
+
+import triton
+import triton.language as tl
+
+from ._runtime import interpreting
+
+INTERPRETED = tl.constexpr(interpreting())
+
+
+@triton.jit
+def tanh(x):
+    """tanh of an fp32 tensor; NaN stays NaN, infinities give +-1."""
+    ax = tl.abs(x)
+    s = tl.minimum(ax, 1.0)  # beyond 1 the polynomial is discarded: the cap keeps it from overflowing
+    z = s * s
+    p = -0.00035845183 * z + 0.0023013640
+    p = p * z - 0.0079461056
+    p = p * z + 0.021486657
+    p = p * z - 0.053879803
+    p = p * z + 0.13332345
+    p = p * z - 0.33333295
+    small = s + s * (z * p)
+    e = tl.exp(-2.0 * ax)
+    large = 1.0 - 2.0 * e / (1.0 + e)
+    r = tl.where(ax < 1.0, small, large)  # NaN compares false and comes out of the exp form as NaN
+    return tl.where(x < 0.0, -r, r)
+
+
+@triton.jit
+def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """acc + a b with fp32 accumulation; fp32 operands by INPUT_PRECISION, 16-bit operands (of one type) exactly."""
+    if INTERPRETED:
+        # The interpreter would multiply the bit patterns of bf16. Products of 16-bit floats are exact in fp32.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def one_minus_power(base: tl.constexpr, exponent):
+    """1 - base**exponent, fp32, for an int32 scalar exponent >= 0: AdamW's bias correction.
+
+    By squaring, in fp64: in fp32 the difference would have lost four digits at 1 - 0.999**1.
+    """
+    power = tl.full((), 1.0, tl.float64)
+    square = tl.full((), base, tl.float64)
+    for _ in range(31):
+        power = tl.where((exponent & 1) == 1, power * square, power)
+        square = square * square
+        exponent = exponent >> 1
+    return (1.0 - power).to(tl.float32)

@@ -1,0 +1,41 @@
+"""How kernels run: compiled on CUDA, or in Triton's interpreter on the CPU. Imports neither Triton nor CUDA."""
+
+import os
+import sys
+
+# What a kernel's tl.dot does with fp32 operands, by the name that users type.
+#   fp32    plain FMA, the reference
+#   tf32x3  three TF32 tensor-core products, about fp32 accuracy
+#   tf32    one TF32 tensor-core product, 10 bits of mantissa
+INPUT_PRECISION = {"fp32": "ieee", "tf32x3": "tf32x3", "tf32": "tf32"}
+
+
+def input_precision(precision: str) -> str:
+    """Returns tl.dot's `input_precision` for a precision's name.
+
+    Raises:
+        ValueError: the name is not one of fp32, tf32x3, tf32.
+    """
+    try:
+        return INPUT_PRECISION[precision]
+    except KeyError:
+        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(INPUT_PRECISION)}") from None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), where CPU tensors may enter them."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def enable_interpreter() -> None:
+    """Makes kernels run in Triton's interpreter. Triton reads the switch when it is imported, so call this first.
+
+    Raises:
+        RuntimeError: Triton was already imported to compile; a process can do one or the other.
+    """
+    triton = sys.modules.get("triton")
+    if triton is not None and type(triton.language.zeros).__name__ != "InterpretedFunction":
+        raise RuntimeError(
+            "Triton was already imported to compile: set TRITON_INTERPRET=1 before the process starts instead"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,100 @@
+"""AdamW (Loshchilov and Hutter 2019) for all tensors of a model in one launch.
+
+    p <- p (1 - lr weight_decay);   m <- m + (1 - beta1)(g - m);   v <- beta2 v + (1 - beta2) g^2
+    p <- p - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+
+p, g, m, v have one shape and layout each; arithmetic is fp32. The learning rate and the step are read on the device,
+so a captured graph goes through a schedule. The tensors come as tuples of arguments rather than as a table of
+pointers: a table would have to be copied to the device before each launch. A program selects the pointers of its
+tensor by its number, so the body is there once however many tensors there are; they must be of one dtype.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._math import one_minus_power
+
+BLOCK = 1024
+# Tensors a launch: the arguments of a kernel have 4 KiB, a tensor takes four pointers and a length.
+MAX_TENSORS = 64
+
+
+@triton.jit
+def adamw_update(p, g, m, v, decay, step_size, root, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
+    """New (p, m, v), fp32, in the order of operations of torch.optim.AdamW.
+
+    decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^step), root = sqrt(1 - beta2^step).
+    """
+    m = m + (g - m) * (1.0 - BETA1)
+    v = v * BETA2 + (g * g) * (1.0 - BETA2)
+    p = p * decay - step_size * (m / (tl.sqrt_rn(v) / root + EPS))
+    return p, m, v
+
+
+@triton.jit
+def adamw_kernel(
+    params, grads, exp_avgs, exp_avg_sqs, numels, step_ptr, lr_ptr, N: tl.constexpr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, WEIGHT_DECAY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK numbers of one of N tensors; each program takes the block of its number, counted through all tensors."""
+    step = tl.load(step_ptr).to(tl.int32)
+    lr = tl.load(lr_ptr).to(tl.float64)
+    # The decay factor is 1 - 7e-8: rounded once, from fp64, as in torch.
+    decay = (1.0 - lr * tl.full((), WEIGHT_DECAY, tl.float64)).to(tl.float32)
+    step_size = lr.to(tl.float32) / one_minus_power(BETA1, step)
+    root = tl.sqrt_rn(one_minus_power(BETA2, step))
+    block = tl.program_id(0)
+    p_ptr, g_ptr, m_ptr, v_ptr, numel = params[0], grads[0], exp_avgs[0], exp_avg_sqs[0], numels[0]
+    start = 0
+    first = block * 0
+    for i in tl.static_range(1, N):
+        start += tl.cdiv(numels[i - 1], BLOCK)
+        reached = block >= start
+        p_ptr = tl.where(reached, params[i], p_ptr)
+        g_ptr = tl.where(reached, grads[i], g_ptr)
+        m_ptr = tl.where(reached, exp_avgs[i], m_ptr)
+        v_ptr = tl.where(reached, exp_avg_sqs[i], v_ptr)
+        numel = tl.where(reached, numels[i], numel)
+        first = tl.where(reached, start, first)
+    offsets = (block - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    p = tl.load(p_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(m_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    p, m, v = adamw_update(p, g, m, v, decay, step_size, root, BETA1, BETA2, EPS)
+    tl.store(p_ptr + offsets, p, mask=mask)
+    tl.store(m_ptr + offsets, m, mask=mask)
+    tl.store(v_ptr + offsets, v, mask=mask)
+
+
+def adamw(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], step: Tensor,
+    lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """Updates params, exp_avgs and exp_avg_sqs in place; one launch for every 64 tensors.
+
+    The four tensors of an index share a dense layout; checked, like everything else, in mlp_fast.ops.
+    """
+    tensors = [group for group in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True) if group[0].numel() > 0]
+    for i in range(0, len(tensors), MAX_TENSORS):
+        p, g, m, v = zip(*tensors[i : i + MAX_TENSORS], strict=True)
+        numels = tuple(t.numel() for t in p)
+        adamw_kernel[(sum(triton.cdiv(n, BLOCK) for n in numels),)](
+            p, g, m, v, numels, step, lr, N=len(p),
+            BETA1=beta1, BETA2=beta2, EPS=eps, WEIGHT_DECAY=weight_decay, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+def shipped():
+    """The default model's five tensors, and as many as a launch takes; see _aot."""
+    from ._aot import recorded
+
+    for shapes in (((27, 48), (512, 144), (512,), (27, 512), (27,)), ((32, 32),) * MAX_TENSORS):
+        p = [torch.empty(shape, device="meta") for shape in shapes]
+        scalar = torch.empty((), device="meta")
+        with recorded() as launches:
+            adamw(p, p, p, p, scalar, scalar, 0.9, 0.999, 1e-8, 1e-4)
+        yield from launches

@@ -1,0 +1,559 @@
+/* The floating-point code of train_step.c, for one instruction set.
+ *
+ * ISA      suffix of all names
+ * W        floats in a vector
+ * ROWS     rows of a register tile of VECTORS vectors each: as many sums as the registers hold
+ * LEAST, MOST   the instructions for a < b ? a : b and a > b ? a : b, where C has a name for them
+ *
+ * Two products do all the work, with B's rows as vectors and A's elements broadcast. `rows` lists where A's rows
+ * begin, so that a row can be a token's embedding:
+ *
+ *     gemm_rows   C[r, :] = sum_k A[rows[r] + k] B[k, :]     tables, logits, dh, dwte
+ *     gemm_cols   C[r, :] = sum_k A[rows[k] + r] B[k, :]     dW2, dW1
+ *
+ * Long sums are cut into strips that are summed by themselves: rounding errors grow with the strip, not with the sum.
+ */
+
+#define F(name) PASTE(name, ISA)
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
+typedef float F(vec) __attribute__((vector_size(4 * W)));
+typedef int32_t F(ivec) __attribute__((vector_size(4 * W)));
+typedef uint32_t F(uvec) __attribute__((vector_size(4 * W)));
+typedef float F(mem) __attribute__((vector_size(4 * W), aligned(4), may_alias));
+#define vec F(vec)
+#define ivec F(ivec)
+#define uvec F(uvec)
+
+INLINE vec F(load)(const float *p) { return *(const F(mem) *)p; }
+INLINE void F(store)(float *p, vec x) { *(F(mem) *)p = x; }
+INLINE vec F(all)(float x) { return x - (vec){0}; }
+INLINE vec F(select)(ivec which, vec yes, vec no) {
+    return (vec)((which & (ivec)yes) | (~which & (ivec)no));
+}
+
+/* a < b ? a : b: b where one is NaN. */
+INLINE vec F(least)(vec a, vec b) {
+#ifdef LEAST
+    return (vec)LEAST(a, b);
+#else
+    return F(select)(a < b, a, b);
+#endif
+}
+
+/* a > b ? a : b: b where one is NaN. */
+INLINE vec F(most)(vec a, vec b) {
+#ifdef MOST
+    return (vec)MOST(a, b);
+#else
+    return F(select)(a > b, a, b);
+#endif
+}
+
+INLINE float F(sum)(vec x) {
+    float s = 0;
+    UNROLL for (int i = 0; i < W; i++) s += x[i];
+    return s;
+}
+
+INLINE float F(largest)(vec x) {
+    float m = x[0];
+    UNROLL for (int i = 1; i < W; i++) m = x[i] > m || x[i] != x[i] ? x[i] : m;
+    return m;
+}
+
+/* tanh x = x P(x^2) / Q(x^2), a minimax fit of relative error 2e-8 on |x| <= 9.02, beyond which tanh rounds to 1. All
+ * coefficients are positive: no cancellation, and tiny x keep their relative accuracy. NaN stays NaN. */
+INLINE vec F(tanh)(vec x) {
+    const vec end = F(all)(9.02f), one = F(all)(1.0f);
+    x = F(most)(-end, F(least)(end, x));
+    vec y = x * x;
+    vec p = (((1.3265751164226458e-08f * y + 2.054503420367837e-05f) * y + 3.4916982986032963e-03f) * y +
+             1.3377751410007477e-01f) * y + 1.0f;
+    vec q = (((7.740208616269229e-07f * y + 3.2792723504826427e-04f) * y + 2.5862185284495354e-02f) * y +
+             4.6711066365242004e-01f) * y + 1.0f;
+    vec t = x * (p / q);
+    return F(most)(-one, F(least)(one, t));
+}
+
+/* exp x for x <= 88: 2^n e^r with |r| <= ln 2 / 2, e^r = 1 + r + r^2 q(r), q a minimax fit of relative error 3e-9.
+ * Below -87, where floats are about to lose digits, it is 0. NaN stays NaN. */
+INLINE vec F(exp)(vec x) {
+    const vec magic = F(all)(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, left in the low bits */
+    vec shifted = x * 1.44269504f + magic, n = shifted - magic;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact in a product with n */
+    vec q = (((1.3814467238262296e-03f * r + 8.368780836462975e-03f) * r + 4.166839271783829e-02f) * r +
+             1.666651964187622e-01f) * r + 4.999999403953552e-01f;
+    vec e = (r * r) * q + r + 1.0f;
+    e = (vec)((uvec)e + ((uvec)shifted << 23));
+    return F(select)(x < F(all)(-87.0f), F(all)(0.0f), e);
+}
+
+/* ---- products -------------------------------------------------------------------------------------------------- */
+
+/* One register tile; R, N (vectors) and COLS are constants where this is inlined. */
+INLINE void F(gemm_tile)(const int R, const int N, const int COLS, const float *A, const int64_t *rows, int64_t K,
+                         const float *B, int64_t ldb, float *C, int64_t ldc, int accumulate) {
+    vec c[ROWS][VECTORS];
+    const float *a[ROWS];
+    UNROLL for (int r = 0; r < R; r++) {
+        if (!COLS) a[r] = A + rows[r];
+        UNROLL for (int j = 0; j < N; j++) c[r][j] = (vec){0};
+    }
+    for (int64_t k = 0; k < K; k++) {
+        const float *ak = COLS ? A + rows[k] : NULL;
+        vec b[VECTORS];
+        UNROLL for (int j = 0; j < N; j++) b[j] = F(load)(B + k * ldb + j * W);
+        UNROLL for (int r = 0; r < R; r++) {
+            vec x = F(all)(COLS ? ak[r] : a[r][k]);
+            UNROLL for (int j = 0; j < N; j++) c[r][j] += x * b[j];
+        }
+    }
+    if (accumulate)
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < N; j++) c[r][j] += F(load)(C + r * ldc + j * W);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int j = 0; j < N; j++) F(store)(C + r * ldc + j * W, c[r][j]);
+}
+
+#define CASE(R)                                                                                  \
+    case R:                                                                                      \
+        if (R <= ROWS) F(gemm_tile)(R <= ROWS ? R : 1, N, COLS, A, rows, K, B, ldb, C, ldc, accumulate); \
+        return;
+#define TILES(name, N_, COLS_)                                                                                   \
+    static __attribute__((noinline)) void F(name)(int64_t R, const float *A, const int64_t *rows, int64_t K,    \
+                                                  const float *B, int64_t ldb, float *C, int64_t ldc,           \
+                                                  int accumulate) {                                              \
+        enum { N = N_, COLS = COLS_ };                                                                           \
+        switch (R) {                                                                                             \
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9)                              \
+        }                                                                                                        \
+    }
+TILES(rows_1, 1, 0)
+TILES(rows_n, VECTORS, 0)
+TILES(cols_n, VECTORS, 1)
+#undef TILES
+#undef CASE
+
+/* Tiles of at most ROWS rows, as equal as can be, that n rows are cut into; tile i begins at row i * n / tiles. */
+INLINE int64_t F(tiles)(int64_t n) { return (n + ROWS - 1) / ROWS; }
+
+/* C (n, width) (+)= A B; width is a multiple of W. */
+static void F(gemm_rows)(int64_t n, int64_t width, const float *A, const int64_t *rows, int64_t K, const float *B,
+                         int64_t ldb, float *C, int64_t ldc, int accumulate) {
+    int64_t tiles = F(tiles)(n);
+    for (int64_t j = 0; j < width; j += VECTORS * W)
+        for (int64_t i = 0; i < tiles; i++) {
+            int64_t r = i * n / tiles, R = (i + 1) * n / tiles - r;
+            (width - j < VECTORS * W ? F(rows_1) : F(rows_n))(R, A, rows + r, K, B + j, ldb, C + r * ldc + j, ldc,
+                                                             accumulate);
+        }
+}
+
+/* C (R, UNITS) = A^T B, one tile of rows. */
+static void F(gemm_cols)(int64_t R, const float *A, const int64_t *rows, int64_t K, const float *B, float *C) {
+    for (int64_t j = 0; j < UNITS; j += VECTORS * W)
+        for (int64_t k = 0; k < K; k += STRIP)
+            F(cols_n)(R, A, rows + k, at_most(STRIP, K - k), B + k * UNITS + j, UNITS, C + j, UNITS, k > 0);
+}
+
+/* The sum of the rows of x (n, W), ld floats apart. */
+INLINE vec F(sum_rows)(const float *x, int64_t n, int64_t ld) {
+    vec sum = {0};
+    for (int64_t first = 0; first < n; first += 16) {
+        vec part = {0};
+        for (int64_t r = first; r < at_most(n, first + 16); r++) part += F(load)(x + r * ld);
+        sum += part;
+    }
+    return sum;
+}
+
+/* to[c, r] = from[r, c]: `from` (n, UNITS) with n padded by zeros to a multiple of LANES; `to` (UNITS, ld). */
+static void F(transpose)(const float *from, int64_t n, float *to, int64_t ld) {
+    for (int64_t r = 0; r < n; r += W)
+        for (int64_t c = 0; c < UNITS; c += W) {
+            vec x[W];
+            UNROLL for (int i = 0; i < W; i++) x[i] = r + i < n ? F(load)(from + (r + i) * UNITS + c) : (vec){0};
+            /* Swap bit s of the row with bit s of the column, for every s. */
+#define LOW(l, s) (((l) & (s)) ? W + (l) - (s) : (l))
+#define HIGH(l, s) (((l) & (s)) ? W + (l) : (l) + (s))
+#if W == 16
+#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s), \
+                   f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
+#elif W == 8
+#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s)
+#else
+#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
+#endif
+#define STAGE(s)                                                       \
+    UNROLL for (int i = 0; i < W; i++) if (!(i & (s))) {               \
+        vec low = __builtin_shufflevector(x[i], x[i + (s)], LIST(LOW, s));   \
+        vec high = __builtin_shufflevector(x[i], x[i + (s)], LIST(HIGH, s)); \
+        x[i] = low;                                                    \
+        x[i + (s)] = high;                                             \
+    }
+#if W >= 16
+            STAGE(8)
+#endif
+#if W >= 8
+            STAGE(4)
+#endif
+            STAGE(2)
+            STAGE(1)
+#undef STAGE
+#undef LIST
+#undef LOW
+#undef HIGH
+            UNROLL for (int i = 0; i < W; i++) F(store)(to + (c + i) * ld + r, x[i]);
+        }
+    for (int64_t r = (n + W - 1) / W * W; r % LANES != 0; r += W)
+        for (int64_t c = 0; c < UNITS; c++) F(store)(to + c * ld + r, (vec){0});
+}
+
+/* ---- AdamW ----------------------------------------------------------------------------------------------------- */
+
+INLINE void F(adamw_vector)(const batch *b, float *p, float *m, float *v, vec g) {
+    vec m1 = F(load)(m), v1 = F(load)(v);
+    m1 += (g - m1) * (float)(1 - 0.9);
+    v1 = v1 * (float)0.999 + g * g * (float)(1 - 0.999);
+    vec root = v1;
+    UNROLL for (int i = 0; i < W; i++) root[i] = __builtin_sqrtf(v1[i]);
+    F(store)(m, m1);
+    F(store)(v, v1);
+    F(store)(p, F(load)(p) * b->decay - b->step_size * (m1 / (root * b->root + EPS)));
+}
+
+/* Loshchilov and Hutter 2019, in the order of torch.optim.AdamW; n is a multiple of LANES. */
+static void F(adamw)(const batch *b, float *p, float *m, float *v, const float *g, int64_t n) {
+    for (int64_t i = 0; i < n; i += W) F(adamw_vector)(b, p + i, m + i, v + i, F(load)(g + i));
+}
+
+/* ---- forward --------------------------------------------------------------------------------------------------- */
+
+/* h of some blocks of units, for all windows of the batch. */
+static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch *b, int64_t first, int64_t last) {
+    int64_t T = ws->shape.T, E = ws->shape.E, n = b->rows, U = b->U;
+    int64_t held = slots_held(&ws->shape, ws->max_U);
+    for (int64_t block = first; block < last; block++) {
+        const float *w1 = ws->p.w1 + block * T * E * UNITS, *b1 = ws->p.b1 + block * UNITS;
+        float *h = ws->h + block * ws->max_rows * UNITS;
+        if (b->table) {
+            for (int64_t t0 = 0; t0 < T; t0 += held) {
+                int64_t slots = at_most(held, T - t0);
+                for (int64_t t = 0; t < slots; t++)
+                    F(gemm_rows)(U, UNITS, ws->p.wte, b->wte_row, E, w1 + (t0 + t) * E * UNITS, UNITS,
+                                 s->table + t * U * UNITS, UNITS, 0);
+                for (int64_t r = 0; r < n; r++) {
+                    const float *from = t0 == 0 ? b1 : h + r * UNITS;
+                    vec x[UNITS / W];
+                    UNROLL for (int j = 0; j < UNITS / W; j++) x[j] = F(load)(from + j * W);
+                    for (int64_t t = 0; t < slots; t++) {
+                        const float *row = s->table + (t * U + b->place[(t0 + t) * n + r]) * UNITS;
+                        UNROLL for (int j = 0; j < UNITS / W; j++) x[j] += F(load)(row + j * W);
+                    }
+                    UNROLL for (int j = 0; j < UNITS / W; j++)
+                        F(store)(h + r * UNITS + j * W, t0 + slots == T ? F(tanh)(x[j]) : x[j]);
+                }
+            }
+        } else {
+            for (int64_t r = 0; r < n; r++) memcpy(h + r * UNITS, b1, UNITS * sizeof(float));
+            for (int64_t t = 0; t < T; t++)
+                F(gemm_rows)(n, UNITS, ws->p.wte, b->gathered + t * n, E, w1 + t * E * UNITS, UNITS, h, UNITS, 1);
+            for (int64_t i = 0; i < n * UNITS; i += W) F(store)(h + i, F(tanh)(F(load)(h + i)));
+        }
+    }
+}
+
+/* The logits without b2 of windows first .. first+n-1: of all tokens and this thread's units, a partial sum, or of this
+ * thread's tokens and all units. */
+static void F(partial_logits)(const workspace *ws, const scratch *s, int64_t thread, int64_t threads, int64_t first,
+                              int64_t n) {
+    int64_t V = ws->shape.V, Vp = ws->Vp, tiles = (Vp + UNITS - 1) / UNITS;
+    int64_t tile0 = ws->by_vocab ? tiles * thread / threads : 0;
+    int64_t tile1 = ws->by_vocab ? tiles * (thread + 1) / threads : tiles;
+    int64_t block0 = ws->by_vocab ? 0 : ws->blocks * thread / threads;
+    int64_t block1 = ws->by_vocab ? ws->blocks : ws->blocks * (thread + 1) / threads;
+    float *logits = ws->logits + (ws->by_vocab ? 0 : thread * ws->chunk * Vp);
+    for (int64_t v = tile0 * UNITS; v < at_most(Vp, tile1 * UNITS); v += UNITS)
+        for (int64_t block = block0; block < block1; block++) {
+            int64_t width = at_most(UNITS, Vp - v);
+            if (V - v < width) memset(s->w2t, 0, UNITS * UNITS * sizeof(float));
+            F(transpose)(ws->p.w2 + (block * V + v) * UNITS, at_least(0, at_most(UNITS, V - v)), s->w2t, UNITS);
+            F(gemm_rows)(n, width, ws->h + (block * ws->max_rows + first) * UNITS, ws->row_units, UNITS, s->w2t,
+                         UNITS, logits + v, Vp, block > block0);
+        }
+}
+
+/* Adds up the partial logits of a row, in the order of the threads, and b2; returns the largest. */
+INLINE float F(add_parts)(const workspace *ws, float *row, int64_t parts) {
+    vec largest = F(all)(-INFINITY);
+    for (int64_t v = 0; v < ws->Vp; v += W) {
+        vec x = F(load)(row + v);
+        for (int64_t i = 1; i < parts; i++) x += F(load)(row + i * ws->chunk * ws->Vp + v);
+        x += F(load)(ws->p.b2 + v);
+        F(store)(row + v, x);
+        largest = F(most)(largest, x);
+    }
+    return F(largest)(largest);
+}
+
+/* row = exp(row - largest); returns the sum over all tokens but one. */
+INLINE float F(exponentials)(float *row, int64_t Vp, float largest, int32_t but) {
+    ivec lane = {0};
+    UNROLL for (int i = 0; i < W; i++) lane[i] = i - but;
+    vec sum = {0};
+    for (int64_t v = 0; v < Vp; v += W) {
+        vec e = F(exp)(F(load)(row + v) - largest);
+        F(store)(row + v, e);
+        sum += F(select)(lane == 0, F(all)(0.0f), e);
+        lane += W;
+    }
+    return F(sum)(sum);
+}
+
+/* Logits to dlogits, for rows r0 .. r1-1 of the chunk that begins at window `first`; returns the sum of their losses.
+ *
+ * With s the sum of exponentials, e that of the target, and o = s - e summed by itself, the target's dlogits is -o / s rather than
+ * e / s - 1, and the loss uses e + o in float64: a model that is nearly sure keeps its digits. */
+static double F(softmax)(const workspace *ws, const batch *b, int64_t parts, int64_t first, int64_t r0, int64_t r1) {
+    double loss = 0, product = 1;
+    for (int64_t r = r0; r < r1; r++) {
+        float *row = ws->logits + r * ws->Vp;
+        int32_t target = b->target[first + r];
+        float largest = F(add_parts)(ws, row, parts), at_target = row[target];
+        float others = F(exponentials)(row, ws->Vp, largest, target);
+        double sum = (double)others + (double)row[target];
+        float factor = (float)(1 / (sum * (double)b->rows));
+        for (int64_t v = 0; v < ws->Vp; v += W) F(store)(row + v, F(load)(row + v) * factor);
+        row[target] = -others * factor;
+        /* The logarithm of a product in place of a sum of logarithms; 1 <= sum <= 2^31, so 32 factors fit a double. */
+        loss += (double)largest - (double)at_target;
+        product *= sum;
+        if ((r - r0) % 32 == 31) loss += log(product), product = 1;
+    }
+    return loss + log(product);
+}
+
+/* ---- backward -------------------------------------------------------------------------------------------------- */
+
+/* dpre of windows first .. first+n-1 in a block of units, to s->dpre from its row `first` on. */
+static void F(backward_hidden)(const workspace *ws, const scratch *s, int64_t block, int64_t first, int64_t n) {
+    int64_t V = ws->shape.V;
+    float *dpre = s->dpre + first * UNITS;
+    const float *h = ws->h + (block * ws->max_rows + first) * UNITS;
+    for (int64_t v = 0; v < V; v += STRIP)
+        F(gemm_rows)(n, UNITS, ws->logits + v, ws->row_vocab, at_most(STRIP, V - v),
+                     ws->p.w2 + (block * V + v) * UNITS, UNITS, dpre, UNITS, v > 0);
+    for (int64_t i = 0; i < n * UNITS; i += W) {
+        vec x = F(load)(h + i);
+        F(store)(dpre + i, F(load)(dpre + i) * (1.0f - x * x));
+    }
+}
+
+/* dW2 of a block from windows first .. first+n-1: straight into AdamW, or added to ws->dw2. */
+static void F(backward_w2)(const workspace *ws, const scratch *s, const batch *b, int64_t block, int64_t first,
+                           int64_t n, int add) {
+    int64_t V = ws->shape.V, tiles = F(tiles)(V);
+    const float *h = ws->h + (block * ws->max_rows + first) * UNITS;
+    for (int64_t i = 0; i < tiles; i++) {
+        int64_t v = i * V / tiles, R = (i + 1) * V / tiles - v, at = (block * V + v) * UNITS;
+        F(gemm_cols)(R, ws->logits + v, ws->row_vocab, n, h, s->tile);
+        if (!add) {
+            F(adamw)(b, ws->p.w2 + at, ws->m.w2 + at, ws->v.w2 + at, s->tile, R * UNITS);
+            continue;
+        }
+        for (int64_t j = 0; j < R * UNITS; j += W) {
+            vec x = F(load)(s->tile + j);
+            F(store)(ws->dw2 + at + j, first > 0 ? F(load)(ws->dw2 + at + j) + x : x);
+        }
+    }
+}
+
+/* to[u, :] = the sum of the rows of dpre (rows, UNITS) whose window has token u, in the order of the windows: summed in
+ * registers, where adding row by row to memory would wait for its own stores. */
+static void F(sum_by_token)(const float *dpre, int64_t U, const int32_t *run, const int32_t *order, float *to) {
+    for (int64_t u = 0; u < U; u++) {
+        vec sum[UNITS / W] = {{0}};
+        for (int32_t i = run[u]; i < run[u + 1]; i++)
+            UNROLL for (int j = 0; j < UNITS / W; j++) sum[j] += F(load)(dpre + order[i] * UNITS + j * W);
+        UNROLL for (int j = 0; j < UNITS / W; j++) F(store)(to + u * UNITS + j * W, sum[j]);
+    }
+}
+
+/* From dpre (rows, UNITS) of a block: db1 and dW1 into AdamW, dwte added to this thread's partial sum. */
+static void F(backward_input)(const workspace *ws, const scratch *s, const batch *b, const float *dpre, int64_t block,
+                              float *dwte) {
+    int64_t T = ws->shape.T, E = ws->shape.E, Ep = ws->Ep, n = b->rows, U = b->U, tiles = F(tiles)(E);
+    UNROLL for (int j = 0; j < UNITS; j += W) {
+        int64_t at = block * UNITS + j;
+        F(adamw_vector)(b, ws->p.b1 + at, ws->m.b1 + at, ws->v.b1 + at, F(sum_rows)(dpre + j, n, UNITS));
+    }
+    for (int64_t t = 0; t < T; t++) {
+        int64_t w1 = (block * T + t) * E * UNITS;
+        const int32_t *place = b->place + t * n;
+        F(transpose)(ws->p.w1 + w1, E, s->w1t, Ep);
+        if (b->table) {
+            F(sum_by_token)(dpre, U, b->run + t * (U + 1), b->order + t * n, s->dtable);
+            F(gemm_rows)(U, Ep, s->dtable, ws->row_units, UNITS, s->w1t, Ep, dwte, Ep, 1);
+        } else {
+            int64_t parts = F(tiles)(n);
+            for (int64_t e = 0; e < Ep; e += UNITS)
+                for (int64_t i = 0; i < parts; i++) {
+                    int64_t r0 = i * n / parts, r1 = (i + 1) * n / parts, width = at_most(UNITS, Ep - e);
+                    F(gemm_rows)(r1 - r0, width, dpre, ws->row_units + r0, UNITS, s->w1t + e, Ep, s->tile, UNITS, 0);
+                    for (int64_t r = r0; r < r1; r++)
+                        for (int64_t j = 0; j < width; j += W) {
+                            float *to = dwte + place[r] * Ep + e + j;
+                            F(store)(to, F(load)(to) + F(load)(s->tile + (r - r0) * UNITS + j));
+                        }
+                }
+        }
+        for (int64_t i = 0; i < tiles; i++) {
+            int64_t e = i * E / tiles, R = (i + 1) * E / tiles - e, at = w1 + e * UNITS;
+            if (b->table) F(gemm_cols)(R, ws->p.wte + e, b->wte_row, U, s->dtable, s->tile);
+            else F(gemm_cols)(R, ws->p.wte + e, b->gathered + t * n, n, dpre, s->tile);
+            F(adamw)(b, ws->p.w1 + at, ws->m.w1 + at, ws->v.w1 + at, s->tile, R * UNITS);
+        }
+    }
+}
+
+/* AdamW on some rows of wte. A token that the batch lacks has gradient 0, but decays and moves on all the same. */
+static void F(update_wte)(const workspace *ws, const batch *b, int64_t threads, int64_t first, int64_t last) {
+    int64_t Ep = ws->Ep;
+    for (int64_t v = first; v < last; v++) {
+        int32_t u = b->slot[v];
+        for (int64_t j = 0; j < Ep; j += W) {
+            vec g = {0};
+            for (int64_t i = 0; u >= 0 && i < threads; i++) g += F(load)(ws->dwte + (i * ws->max_U + u) * Ep + j);
+            int64_t at = v * Ep + j;
+            F(adamw_vector)(b, ws->p.wte + at, ws->m.wte + at, ws->v.wte + at, g);
+        }
+    }
+}
+
+/* ---- a thread's work ------------------------------------------------------------------------------------------- */
+
+static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_t threads) {
+    const training *run = argument;
+    const scratch s = thread_scratch(ws, thread);
+    const int64_t B = run->batch_size, V = ws->shape.V, Vp = ws->Vp, Ep = ws->Ep;
+    const int64_t block0 = ws->blocks * thread / threads, block1 = ws->blocks * (thread + 1) / threads;
+    const int64_t parts = ws->by_vocab ? 1 : threads;
+    const int cut = ws->chunk < B;
+    float *dwte = ws->dwte + thread * ws->max_U * Ep;
+    for (int64_t i = 0; i < run->steps; i++) {
+        const int64_t step = run->first_step + i;
+        const batch *b = &ws->batches[step & 1];
+        double loss = 0;
+        F(forward_hidden)(ws, &s, b, block0, block1);
+        if (ws->by_vocab) wait_for_all(&ws->sync, threads);
+        memset(dwte, 0, (size_t)(b->U * Ep) * sizeof(float));
+        for (int64_t first = 0; first < B; first += ws->chunk) {
+            int64_t n = at_most(ws->chunk, B - first);
+            F(partial_logits)(ws, &s, thread, threads, first, n);
+            wait_for_all(&ws->sync, threads);
+            loss += F(softmax)(ws, b, parts, first, n * thread / threads, n * (thread + 1) / threads);
+            wait_for_all(&ws->sync, threads);
+            for (int64_t block = block0; block < block1; block++) {
+                F(backward_hidden)(ws, &s, block, first, n);
+                F(backward_w2)(ws, &s, b, block, first, n, cut);
+                if (cut) /* h of these windows is not needed any more */
+                    memcpy(ws->h + (block * ws->max_rows + first) * UNITS, s.dpre + first * UNITS,
+                           (size_t)(n * UNITS) * sizeof(float));
+                else F(backward_input)(ws, &s, b, s.dpre, block, dwte);
+            }
+            if (thread == threads - 1) {
+                for (int64_t v = 0; v < Vp; v += W) {
+                    vec db2 = F(sum_rows)(ws->logits + v, n, Vp);
+                    F(store)(ws->db2 + v, first > 0 ? F(load)(ws->db2 + v) + db2 : db2);
+                }
+                if (first + n == B) F(adamw)(b, ws->p.b2, ws->m.b2, ws->v.b2, ws->db2, Vp);
+            }
+            if (cut) wait_for_all(&ws->sync, threads);
+        }
+        for (int64_t block = block0; cut && block < block1; block++) {
+            int64_t at = block * V * UNITS;
+            F(adamw)(b, ws->p.w2 + at, ws->m.w2 + at, ws->v.w2 + at, ws->dw2 + at, V * UNITS);
+            F(backward_input)(ws, &s, b, ws->h + block * ws->max_rows * UNITS, block, dwte);
+        }
+        ws->loss_parts[thread * LANES] = loss;
+        wait_for_all(&ws->sync, threads);
+        F(update_wte)(ws, b, threads, V * thread / threads, V * (thread + 1) / threads);
+        if (thread == 0) {
+            for (int64_t other = 1; other < threads; other++) loss += ws->loss_parts[other * LANES];
+            run->losses[i] = loss / (double)B;
+            *run->step = step + 1;
+            if (i + 1 < run->steps) prepare_step(ws, &ws->batches[(step + 1) & 1], run, step + 1);
+        }
+        wait_for_all(&ws->sync, threads);
+    }
+}
+
+static void F(forward)(workspace *ws, const void *argument, int64_t thread, int64_t threads) {
+    const forwarding *run = argument;
+    const scratch s = thread_scratch(ws, thread);
+    const int64_t count = run->windows.count, V = ws->shape.V, Vp = ws->Vp;
+    batch *b = &ws->batches[0];
+    double loss = 0;
+    for (int64_t begin = 0; begin < count; begin += ws->max_rows) {
+        int64_t rows = at_most(ws->max_rows, count - begin);
+        if (thread == 0) index_windows(ws, b, &run->windows, begin, rows);
+        wait_for_all(&ws->sync, threads);
+        F(forward_hidden)(ws, &s, b, ws->blocks * thread / threads, ws->blocks * (thread + 1) / threads);
+        if (ws->by_vocab) wait_for_all(&ws->sync, threads);
+        for (int64_t first = 0; first < rows; first += ws->chunk) {
+            int64_t n = at_most(ws->chunk, rows - first);
+            F(partial_logits)(ws, &s, thread, threads, first, n);
+            wait_for_all(&ws->sync, threads);
+            for (int64_t r = n * thread / threads; r < n * (thread + 1) / threads; r++) {
+                float *row = ws->logits + r * Vp, largest = F(add_parts)(ws, row, ws->by_vocab ? 1 : threads);
+                int64_t window = begin + first + r;
+                if (run->logits) {
+                    memcpy(run->logits + window * V, row, (size_t)V * sizeof(float));
+                    continue;
+                }
+                /* The first target stands for all: what matters is that the largest exponential is added in float64. */
+                double weight = 0;
+                int32_t target = run->pair_target[run->pair_start[window]];
+                for (int64_t i = run->pair_start[window]; i < run->pair_start[window + 1]; i++) {
+                    weight += run->pair_weight[i];
+                    loss += run->pair_weight[i] * ((double)largest - (double)row[run->pair_target[i]]);
+                }
+                double others = F(exponentials)(row, Vp, largest, target);
+                loss += weight * log(others + (double)row[target]);
+            }
+            wait_for_all(&ws->sync, threads);
+        }
+    }
+    ws->loss_parts[thread * LANES] = loss;
+    wait_for_all(&ws->sync, threads);
+    if (thread == 0)
+        for (int64_t other = 1; other < threads; other++) ws->loss_parts[0] += ws->loss_parts[other * LANES];
+}
+
+/* y = f(x), element by element, n a multiple of W */
+static void F(tanh_array)(const float *x, float *y, int64_t n) {
+    for (int64_t i = 0; i < n; i += W) F(store)(y + i, F(tanh)(F(load)(x + i)));
+}
+
+static void F(exp_array)(const float *x, float *y, int64_t n) {
+    for (int64_t i = 0; i < n; i += W) F(store)(y + i, F(exp)(F(load)(x + i)));
+}
+
+#undef vec
+#undef ivec
+#undef uvec
+#undef F
+#undef INLINE
+#undef UNROLL
+#undef ISA
+#undef W
+#undef VECTORS
+#undef ROWS
+#undef LEAST
+#undef MOST

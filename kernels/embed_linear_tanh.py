@@ -1,0 +1,479 @@
+"""Embedding lookup, linear layer and tanh as one operation; the (B, T*E) matrix of embeddings is never written.
+
+    pre[b] = bias + sum_t weight[:, tE:(t+1)E] wte[idx[b, t]];   h = tanh(pre)
+    dpre = dh (1 - h^2);   dbias = sum_b dpre[b];   dweight[:, tE:(t+1)E] = sum_b dpre[b] wte[idx[b, t]]^T
+    dwte[v] = sum over (b, t) with idx[b, t] = v of weight[:, tE:(t+1)E]^T dpre[b]
+
+idx (B, T) integer, wte (V, E), weight (H, T*E) of any strides, bias (H), h and dh (B, H). Two forms:
+
+1. `gather`: one kernel gathers rows of wte tile by tile into a matrix product. 2 B T E H operations.
+2. `table`: only V*T different rows ever enter the layer, so P[t, v] = weight[:, tE:(t+1)E] wte[v] is computed
+   once (2 V T E H operations) and a second kernel sums T rows of P a sample: no product left, B H numbers written.
+   Backward, dP[t, v] = sum of dpre[b] over the b with idx[b, t] = v, and two products of V rows give the rest.
+
+Every sum has a fixed order: no atomics, the same bits on every run. A sum over B is cut into parts, summed apart,
+then added (_sum.py). With 16-bit inputs dpre is rounded to 16 bits once, as in torch; P and dP stay fp32.
+A token outside [0, V) reads nothing and makes its row of h NaN. No time has been measured on a GPU yet.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._math import dot, tanh
+from ._runtime import INPUT_PRECISION, input_precision
+from ._sum import MAX_PART_NUMBERS, MAX_PARTS, parts_of, sum_parts
+
+FORMS = ("auto", "gather", "table")
+
+# One tile shape for every matrix product here: M rows, N columns, K a step. Larger fp32 FMA tiles spill registers.
+BLOCK_M, BLOCK_N, BLOCK_K = 32, 64, 16
+# The one-hot product also holds its tokens: it spills at 64 columns.
+ONE_HOT_N = 32
+# Tiles of the kernels without a product, which only move memory: rows, columns.
+LOOKUP_ROWS, LOOKUP_COLUMNS = 8, 256
+SEGMENT_ROWS, SEGMENT_COLUMNS = 8, 256
+# Up to this vocabulary segment sums are a product with a one-hot matrix; beyond it sorting is cheaper.
+ONE_HOT_V = 64
+# One token may hold nearly all occurrences, so its rows are summed in parts: one for this many occurrences in all.
+SEGMENT_PART = 4096
+
+
+@triton.jit
+def _load_tokens(idx_ptr, rows, in_rows, V):
+    """Tokens at these flat positions as int64, 0 where invalid, and whether they are valid."""
+    tokens = tl.load(idx_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+    valid = in_rows & (tokens >= 0) & (tokens < V)
+    return tl.where(valid, tokens, 0), valid
+
+
+@triton.jit
+def _load_dpre(dh_ptr, h_ptr, rows, cols, mask, H, stride_db, stride_dh):
+    """dh (1 - h^2) in fp32 at rows x cols, which broadcast; 0 where masked."""
+    dh = tl.load(dh_ptr + rows * stride_db + cols.to(tl.int64) * stride_dh, mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + rows * H + cols, mask=mask, other=0.0).to(tl.float32)
+    return dh * (1.0 - h * h)
+
+
+@triton.jit
+def embed_linear_tanh_fwd_gather_kernel(
+    idx_ptr, wte_ptr, weight_ptr, bias_ptr, h_ptr, B, V, H, stride_wh, stride_wk,
+    T: tl.constexpr, E: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """h tile (BLOCK_M samples, BLOCK_N hidden units)."""
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_rows, in_cols = rows < B, cols < H
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    invalid = tl.zeros((BLOCK_M,), tl.int32)
+    for t in range(T):
+        tokens, valid = _load_tokens(idx_ptr, rows * T + t, in_rows, V)
+        invalid += tl.where(valid, 0, 1)
+        for e0 in range(0, E, BLOCK_K):
+            e = e0 + k
+            in_e = e < E
+            emb = tl.load(wte_ptr + tokens[:, None] * E + e[None, :], mask=valid[:, None] & in_e[None, :], other=0.0)
+            weight = tl.load(
+                weight_ptr + cols[None, :].to(tl.int64) * stride_wh + (t * E + e)[:, None].to(tl.int64) * stride_wk,
+                mask=in_e[:, None] & in_cols[None, :],
+                other=0.0,
+            )
+            acc = dot(emb, weight, acc, INPUT_PRECISION)
+    bias = tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
+    h = tl.where(invalid[:, None] > 0, float("nan"), tanh(acc + bias[None, :]))
+    tl.store(h_ptr + rows[:, None] * H + cols[None, :], h, mask=in_rows[:, None] & in_cols[None, :])
+
+
+@triton.jit
+def embed_table_kernel(
+    wte_ptr, weight_ptr, table_ptr, V, H, stride_wh, stride_wk,
+    E: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """P tile (BLOCK_M tokens, BLOCK_N hidden units) of one position t; P is (T, V, H) fp32."""
+    t = tl.program_id(2)
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_rows, in_cols = rows < V, cols < H
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for e0 in range(0, E, BLOCK_K):
+        e = e0 + k
+        in_e = e < E
+        wte = tl.load(wte_ptr + rows[:, None] * E + e[None, :], mask=in_rows[:, None] & in_e[None, :], other=0.0)
+        weight = tl.load(
+            weight_ptr + cols[None, :].to(tl.int64) * stride_wh + (t * E + e)[:, None].to(tl.int64) * stride_wk,
+            mask=in_e[:, None] & in_cols[None, :],
+            other=0.0,
+        )
+        acc = dot(wte, weight, acc, INPUT_PRECISION)
+    offsets = (t.to(tl.int64) * V + rows[:, None]) * H + cols[None, :]
+    tl.store(table_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
+
+
+@triton.jit
+def embed_lookup_tanh_kernel(
+    idx_ptr, table_ptr, bias_ptr, h_ptr, B, V, H, T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """h tile (BLOCK_B samples, BLOCK_H hidden units) = tanh(bias + T rows of the table)."""
+    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_rows, in_cols = rows < B, cols < H
+    pre = tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    pre = tl.broadcast_to(pre, (BLOCK_B, BLOCK_H))
+    invalid = tl.zeros((BLOCK_B,), tl.int32)
+    for t in tl.static_range(T):
+        tokens, valid = _load_tokens(idx_ptr, rows * T + t, in_rows, V)
+        invalid += tl.where(valid, 0, 1)
+        offsets = (t * V + tokens)[:, None] * H + cols[None, :]
+        # The table is small and read by every program: keep it in the L1 cache.
+        mask = valid[:, None] & in_cols[None, :]
+        pre += tl.load(table_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_last")
+    h = tl.where(invalid[:, None] > 0, float("nan"), tanh(pre))
+    tl.store(h_ptr + rows[:, None] * H + cols[None, :], h, mask=in_rows[:, None] & in_cols[None, :])
+
+
+@triton.jit
+def dtable_one_hot_kernel(
+    idx_ptr, h_ptr, dh_ptr, parts_ptr, B, V, H, stride_db, stride_dh, rows_per_part,
+    T: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One part of a dP tile (BLOCK_M rows r = t V + v, BLOCK_N hidden units): one-hot(idx)^T dpre over its samples."""
+    part = tl.program_id(2)
+    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_r, in_cols = r < T * V, cols < H
+    t, v = r // V, r % V
+    begin = part.to(tl.int64) * rows_per_part
+    end = tl.minimum(begin + rows_per_part, B)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for b0 in range(begin, end, BLOCK_K):
+        b = b0 + k
+        in_b = b < end
+        mask = in_r[:, None] & in_b[None, :]
+        tokens = tl.load(idx_ptr + b[None, :] * T + t[:, None], mask=mask, other=0).to(tl.int64)
+        one_hot = tl.where(mask & (tokens == v[:, None]), 1.0, 0.0)
+        dpre = _load_dpre(
+            dh_ptr, h_ptr, b[:, None], cols[None, :], in_b[:, None] & in_cols[None, :], H, stride_db, stride_dh
+        )
+        operand = h_ptr.dtype.element_ty
+        acc = dot(one_hot.to(operand), dpre.to(operand), acc, INPUT_PRECISION)
+    offsets = (part.to(tl.int64) * (T * V) + r[:, None]) * H + cols[None, :]
+    tl.store(parts_ptr + offsets, acc, mask=in_r[:, None] & in_cols[None, :])
+
+
+@triton.jit
+def segment_sum_kernel(
+    order_ptr, starts_ptr, x_ptr, h_ptr, parts_ptr, R, D, stride_xr, stride_xd, num_parts,
+    T: tl.constexpr, OF_DPRE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sums the rows of one segment: out[r] = sum of x[order[i]] over starts[r] <= i < starts[r + 1], (R, D).
+
+    With OF_DPRE, order holds occurrences b T + t and the rows are dpre[b], made of x = dh and h.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    part = tl.program_id(2)
+    in_cols = cols < D
+    first, last = tl.load(starts_ptr + r), tl.load(starts_ptr + r + 1)
+    length = tl.cdiv(last - first, num_parts)
+    begin = first + part * length
+    end = tl.minimum(begin + length, last)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for i0 in range(begin, end, BLOCK_ROWS):
+        i = i0 + tl.arange(0, BLOCK_ROWS)
+        in_i = i < end
+        row = tl.load(order_ptr + i, mask=in_i, other=0)
+        mask = in_i[:, None] & in_cols[None, :]
+        if OF_DPRE:
+            b = (row // T)[:, None]
+            x = _load_dpre(x_ptr, h_ptr, b, cols[None, :], mask, D, stride_xr, stride_xd)
+        else:
+            x = tl.load(x_ptr + row[:, None] * stride_xr + cols[None, :].to(tl.int64) * stride_xd, mask=mask, other=0.0)
+        acc += tl.sum(x, axis=0)
+    tl.store(parts_ptr + (part.to(tl.int64) * R + r) * D + cols, acc, mask=in_cols)
+
+
+@triton.jit
+def dweight_table_kernel(
+    dtable_ptr, wte_ptr, dweight_ptr, dbias_ptr, V, H,
+    T: tl.constexpr, E: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dweight tile (BLOCK_M hidden units, BLOCK_N of E) of position t = dP[t]^T wte; dbias = sum_v dP[0, v]."""
+    t = tl.program_id(2)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_rows, in_cols = rows < H, cols < E
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for v0 in range(0, V, BLOCK_K):
+        v = (v0 + k).to(tl.int64)
+        in_v = v < V
+        offsets = (t * V.to(tl.int64) + v[None, :]) * H + rows[:, None]
+        dtable = tl.load(dtable_ptr + offsets, mask=in_rows[:, None] & in_v[None, :], other=0.0)
+        wte = tl.load(wte_ptr + v[:, None] * E + cols[None, :], mask=in_v[:, None] & in_cols[None, :], other=0.0)
+        acc = dot(dtable, wte.to(tl.float32), acc, INPUT_PRECISION)
+        total += tl.sum(dtable, axis=1)
+    offsets = rows[:, None].to(tl.int64) * (T * E) + t * E + cols[None, :]
+    tl.store(dweight_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
+    tl.store(dbias_ptr + rows, total, mask=in_rows & (t == 0) & (tl.program_id(1) == 0))
+
+
+@triton.jit
+def dwte_table_kernel(
+    dtable_ptr, weight_ptr, parts_ptr, V, H, stride_wh, stride_wk, chunks_per_part,
+    T: tl.constexpr, E: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One part of a dwte tile (BLOCK_M tokens, BLOCK_N of E) = sum_t dP[t] weight[:, tE:]; chunks of (t, h) a part."""
+    part = tl.program_id(2)
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_rows, in_cols = rows < V, cols < E
+    chunks = tl.cdiv(H, BLOCK_K)
+    begin = part * chunks_per_part
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for chunk in range(begin, tl.minimum(begin + chunks_per_part, T * chunks)):
+        t = chunk // chunks
+        h = (chunk % chunks) * BLOCK_K + k
+        in_h = h < H
+        offsets = (t * V + rows[:, None]) * H + h[None, :]
+        dtable = tl.load(dtable_ptr + offsets, mask=in_rows[:, None] & in_h[None, :], other=0.0)
+        weight = tl.load(
+            weight_ptr + h[:, None].to(tl.int64) * stride_wh + (t * E + cols)[None, :].to(tl.int64) * stride_wk,
+            mask=in_h[:, None] & in_cols[None, :],
+            other=0.0,
+        )
+        acc = dot(dtable, weight.to(tl.float32), acc, INPUT_PRECISION)
+    offsets = (part * V.to(tl.int64) + rows[:, None]) * E + cols[None, :]
+    tl.store(parts_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
+
+
+@triton.jit
+def dweight_gather_kernel(
+    idx_ptr, wte_ptr, h_ptr, dh_ptr, parts_ptr, bias_parts_ptr, B, V, H, stride_db, stride_dh, rows_per_part,
+    T: tl.constexpr, E: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One part of a dweight tile (BLOCK_M hidden units, BLOCK_N of E at one t) and of dbias: dpre^T emb."""
+    blocks_e = tl.cdiv(E, BLOCK_N)
+    t = tl.program_id(1) // blocks_e
+    part = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (tl.program_id(1) % blocks_e) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_rows, in_cols = rows < H, cols < E
+    begin = part * rows_per_part
+    end = tl.minimum(begin + rows_per_part, B)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for b0 in range(begin, end, BLOCK_K):
+        b = b0 + k
+        in_b = b < end
+        tokens, valid = _load_tokens(idx_ptr, b * T + t, in_b, V)
+        dpre = _load_dpre(
+            dh_ptr, h_ptr, b[None, :], rows[:, None], in_rows[:, None] & in_b[None, :], H, stride_db, stride_dh
+        )
+        emb = tl.load(wte_ptr + tokens[:, None] * E + cols[None, :], mask=valid[:, None] & in_cols[None, :], other=0.0)
+        acc = dot(dpre.to(emb.dtype), emb, acc, INPUT_PRECISION)
+        total += tl.sum(dpre, axis=1)
+    offsets = (part * H + rows[:, None]) * (T * E) + t * E + cols[None, :]
+    tl.store(parts_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
+    tl.store(bias_parts_ptr + part * H + rows, total, mask=in_rows & (tl.program_id(1) == 0))
+
+
+@triton.jit
+def demb_kernel(
+    h_ptr, dh_ptr, weight_ptr, demb_ptr, B, H, K, stride_db, stride_dh, stride_wh, stride_wk,
+    INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the gathered embeddings, tile (BLOCK_M samples, BLOCK_N of K = T E): dpre weight."""
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_rows, in_cols = rows < B, cols < K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for h0 in range(0, H, BLOCK_K):
+        h = h0 + k
+        in_h = h < H
+        dpre = _load_dpre(
+            dh_ptr, h_ptr, rows[:, None], h[None, :], in_rows[:, None] & in_h[None, :], H, stride_db, stride_dh
+        )
+        weight = tl.load(
+            weight_ptr + h[:, None].to(tl.int64) * stride_wh + cols[None, :].to(tl.int64) * stride_wk,
+            mask=in_h[:, None] & in_cols[None, :],
+            other=0.0,
+        )
+        acc = dot(dpre.to(weight.dtype), weight, acc, INPUT_PRECISION)
+    tl.store(demb_ptr + rows[:, None] * K + cols[None, :], acc, mask=in_rows[:, None] & in_cols[None, :])
+
+
+def choose_form(form: str, B: int, V: int) -> str:
+    """The form to use: `table` while V < B, where a table of V rows costs less than B rows, else `gather`.
+
+    Raises:
+        ValueError: the form is not one of auto, gather, table.
+    """
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
+    if form != "auto":
+        return form
+    return "table" if V < B else "gather"
+
+
+def _tiles(precision: str, columns: int) -> dict[str, object]:
+    return {
+        "INPUT_PRECISION": input_precision(precision),
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_N": columns,
+        "BLOCK_K": BLOCK_K,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def embed_linear_tanh_fwd(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor, form: str, precision: str) -> Tensor:
+    """h (B, H) of weight's dtype. Arguments as in the module's docstring, already checked; see mlp_fast.ops."""
+    (B, T), (V, E), H = idx.shape, wte.shape, weight.shape[0]
+    h = torch.empty((B, H), dtype=weight.dtype, device=weight.device)
+    if h.numel() == 0:
+        return h
+    idx, wte, bias = idx.contiguous(), wte.contiguous(), bias.contiguous()
+    blocks_h = triton.cdiv(H, BLOCK_N)
+    if choose_form(form, B, V) == "gather":
+        embed_linear_tanh_fwd_gather_kernel[(triton.cdiv(B, BLOCK_M), blocks_h)](
+            idx, wte, weight, bias, h, B, V, H, *weight.stride(), T=T, E=E, **_tiles(precision, BLOCK_N)
+        )
+        return h
+    table = torch.empty((T, V, H), dtype=torch.float32, device=weight.device)
+    embed_table_kernel[(triton.cdiv(V, BLOCK_M), blocks_h, T)](
+        wte, weight, table, V, H, *weight.stride(), E=E, **_tiles(precision, BLOCK_N)
+    )
+    embed_lookup_tanh_kernel[(triton.cdiv(B, LOOKUP_ROWS), triton.cdiv(H, LOOKUP_COLUMNS))](
+        idx, table, bias, h, B, V, H, T=T, BLOCK_B=LOOKUP_ROWS, BLOCK_H=LOOKUP_COLUMNS, num_warps=4
+    )
+    return h
+
+
+def embed_linear_tanh_bwd(
+    dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, form: str, precision: str,
+    need_wte: bool, need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dwte or None if it is not needed, dweight and dbias or None both), each of its input's dtype.
+
+    dh may have any strides, zero included.
+    """
+    B, V = idx.shape[0], wte.shape[0]
+    if h.numel() == 0:
+        zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (wte, weight, weight[:, 0])]
+        return (zeros[0] if need_wte else None), *((zeros[1], zeros[2]) if need_weight else (None, None))
+    backward = _bwd_table if choose_form(form, B, V) == "table" else _bwd_gather
+    return backward(dh, h, idx.contiguous(), wte.contiguous(), weight, precision, need_wte, need_weight)
+
+
+def _bwd_table(
+    dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, precision: str, need_wte: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    (B, T), (V, E), H = idx.shape, wte.shape, weight.shape[0]
+    if V <= ONE_HOT_V:
+        parts, rows_per_part = parts_of(B, T * V * H, BLOCK_K)
+        partial = torch.empty((parts, T * V, H), dtype=torch.float32, device=h.device)
+        dtable_one_hot_kernel[(triton.cdiv(T * V, BLOCK_M), triton.cdiv(H, ONE_HOT_N), parts)](
+            idx, h, dh, partial, B, V, H, *dh.stride(), rows_per_part, T=T, **_tiles(precision, ONE_HOT_N)
+        )
+        dtable = sum_parts(partial)
+    else:
+        keys = idx.long() + torch.arange(T, device=idx.device) * V
+        dtable = _segment_sums(keys, (idx >= 0) & (idx < V), dh, h, T * V, T)
+    dwte = dweight = dbias = None
+    if need_weight:
+        dweight = torch.empty((H, T * E), dtype=weight.dtype, device=h.device)
+        dbias = torch.empty((H,), dtype=weight.dtype, device=h.device)
+        dweight_table_kernel[(triton.cdiv(H, BLOCK_M), triton.cdiv(E, BLOCK_N), T)](
+            dtable, wte, dweight, dbias, V, H, T=T, E=E, **_tiles(precision, BLOCK_N)
+        )
+    if need_wte:
+        chunks = T * triton.cdiv(H, BLOCK_K)
+        parts, rows_per_part = parts_of(chunks * BLOCK_K, V * E, BLOCK_K)
+        partial = torch.empty((parts, V, E), dtype=torch.float32, device=h.device)
+        dwte_table_kernel[(triton.cdiv(V, BLOCK_M), triton.cdiv(E, BLOCK_N), parts)](
+            dtable,
+            weight,
+            partial,
+            V,
+            H,
+            *weight.stride(),
+            rows_per_part // BLOCK_K,
+            T=T,
+            E=E,
+            **_tiles(precision, BLOCK_N),
+        )
+        dwte = sum_parts(partial, wte.dtype)
+    return dwte, dweight, dbias
+
+
+def _bwd_gather(
+    dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, precision: str, need_wte: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    (B, T), (V, E), H = idx.shape, wte.shape, weight.shape[0]
+    dwte = dweight = dbias = None
+    if need_weight:
+        parts, rows_per_part = parts_of(B, weight.numel(), BLOCK_K)
+        partial = torch.empty((parts, H, T * E), dtype=torch.float32, device=h.device)
+        bias_partial = torch.empty((parts, H), dtype=torch.float32, device=h.device)
+        dweight_gather_kernel[(triton.cdiv(H, BLOCK_M), T * triton.cdiv(E, BLOCK_N), parts)](
+            idx, wte, h, dh, partial, bias_partial, B, V, H, *dh.stride(), rows_per_part,
+            T=T, E=E, **_tiles(precision, BLOCK_N),
+        )  # fmt: skip
+        dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, weight.dtype)
+    if need_wte:
+        demb = torch.empty((B * T, E), dtype=torch.float32, device=h.device)
+        demb_kernel[(triton.cdiv(B, BLOCK_M), triton.cdiv(T * E, BLOCK_N))](
+            h, dh, weight, demb, B, H, T * E, *dh.stride(), *weight.stride(), **_tiles(precision, BLOCK_N)
+        )
+        dwte = _segment_sums(idx.long(), (idx >= 0) & (idx < V), demb, None, V, T).to(wte.dtype)
+    return dwte, dweight, dbias
+
+
+def _segment_sums(keys: Tensor, valid: Tensor, x: Tensor, h: Tensor | None, R: int, T: int) -> Tensor:
+    """out[r] = sum over the occurrences b T + t with keys[b, t] = r of x's row, or of dpre's row b where h is given.
+
+    Sorting (stable, so in a fixed order) brings the rows of one sum together. Returns (R, D) fp32.
+    """
+    keys, order = torch.where(valid, keys, R).flatten().sort(stable=True)
+    starts = torch.searchsorted(keys, torch.arange(R + 1, device=keys.device))
+    D = x.shape[1]
+    parts = max(1, min(keys.numel() // SEGMENT_PART, MAX_PARTS, MAX_PART_NUMBERS // (R * D)))
+    partial = torch.empty((parts, R, D), dtype=torch.float32, device=x.device)
+    segment_sum_kernel[(R, triton.cdiv(D, SEGMENT_COLUMNS), parts)](
+        order, starts, x, x if h is None else h, partial, R, D, *x.stride(), parts,
+        T=T, OF_DPRE=h is not None, BLOCK_ROWS=SEGMENT_ROWS, BLOCK_D=SEGMENT_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return sum_parts(partial)
+
+
+def shipped():
+    """The default sizes in both forms and every precision, and a vocabulary summed by sorting; see _aot."""
+    from ._aot import recorded
+
+    dtypes = dict.fromkeys(INPUT_PRECISION, torch.float32) | {"bf16": torch.bfloat16}
+    runs = [(name, form, 27) for name in dtypes for form in ("table", "gather")]
+    for name, form, V in [*runs, ("fp32", "table", 300)]:
+        B, T, E, H = 65536, 3, 48, 512
+        precision = name if name in INPUT_PRECISION else "fp32"
+        idx = torch.empty((B, T), dtype=torch.int64, device="meta")
+        wte, weight, bias, h = (
+            torch.empty(shape, dtype=dtypes[name], device="meta") for shape in ((V, E), (H, T * E), (H,), (B, H))
+        )
+        with recorded(name) as launches:
+            embed_linear_tanh_fwd(idx, wte, weight, bias, form, precision)
+            embed_linear_tanh_bwd(h, h, idx, wte, weight, form, precision, True, True)
+        yield from launches

@@ -1,0 +1,303 @@
+"""Linear layer and mean cross-entropy as one operation; logits never leave the chip.
+
+    logits = h weight^T + bias;   loss = mean over b of logsumexp(logits[b]) - logits[b, targets[b]]
+    g = softmax(logits) - onehot(targets);   s = dloss / B
+    dh = s g weight;   dweight = s g^T h;   dbias = s sum_b g[b]
+
+h (B, H), weight (V, H) of any strides, bias (V), targets (B) integer, all sums fp32. Forward, a block of rows walks
+over blocks of V with an online softmax (Milakov and Gimelshein 2018) and keeps two numbers a row: the maximum and
+the logarithm of the sum of exponentials above it. Apart, because their sum would round away digits of large logits.
+Backward recomputes each tile of logits and multiplies it on at once: dh by walking over V, dweight by walking over
+rows, each adding to tiles of the result that no other program touches. No atomics, the same bits on every run.
+A target outside [0, V) makes the loss and the gradients NaN. No time has been measured on a GPU yet.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._math import dot
+from ._runtime import INPUT_PRECISION, input_precision, interpreting
+from ._sum import parts_of, sum_parts
+
+# Tiles of logits: rows, tokens, hidden units a step; and the hidden units of a gradient tile. More would spill.
+BLOCK_B, BLOCK_V, BLOCK_K, BLOCK_H = 32, 32, 16, 32
+COMBINE_ROWS = 128
+# Below this many programs a device idles, so work is cut finer even where that means computing logits again.
+# The interpreter has no programs side by side.
+MIN_PROGRAMS = 1 if interpreting() else 128
+
+
+@triton.jit
+def _logits_tile(
+    h_ptr, weight_ptr, bias_ptr, rows, cols, in_rows, in_cols, H, stride_wv, stride_wh,
+    INPUT_PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Logits of rows x cols, fp32; -inf in columns past V."""
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_B, BLOCK_V), tl.float32)
+    for h0 in range(0, H, BLOCK_K):
+        i = h0 + k
+        in_h = i < H
+        h = tl.load(h_ptr + rows[:, None] * H + i[None, :], mask=in_rows[:, None] & in_h[None, :], other=0.0)
+        weight = tl.load(
+            weight_ptr + cols[None, :] * stride_wv + i[:, None].to(tl.int64) * stride_wh,
+            mask=in_h[:, None] & in_cols[None, :],
+            other=0.0,
+        )
+        acc = dot(h, weight, acc, INPUT_PRECISION)
+    bias = tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
+    return tl.where(in_cols[None, :], acc + bias[None, :], float("-inf"))
+
+
+@triton.jit
+def _g_tile(
+    h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, cols, in_rows, in_cols, B, V, H, stride_wv, stride_wh,
+    INPUT_PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """softmax - onehot of rows x cols, fp32; 0 outside the matrix, NaN in rows whose target is invalid."""
+    logits = _logits_tile(
+        h_ptr, weight_ptr, bias_ptr, rows, cols, in_rows, in_cols, H, stride_wv, stride_wh,
+        INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
+    )  # fmt: skip
+    highest = tl.load(lse_ptr + rows, mask=in_rows, other=0.0)
+    log_sum = tl.load(lse_ptr + B + rows, mask=in_rows, other=0.0)
+    targets = tl.load(targets_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+    # Rows past the end have no maximum of their own to subtract: zero their logits lest exp overflow.
+    p = tl.exp(tl.where(in_rows[:, None], logits - highest[:, None], float("-inf")) - log_sum[:, None])
+    g = p - tl.where(cols[None, :] == targets[:, None], 1.0, 0.0)
+    g = tl.where(((targets >= 0) & (targets < V))[:, None], g, float("nan"))
+    return tl.where(in_rows[:, None] & in_cols[None, :], g, 0.0)
+
+
+@triton.jit
+def _store_loss(lse_ptr, loss_ptr, targets_ptr, rows, in_rows, highest, total, target_logit, B, V):
+    """What the backward pass needs of a row, and the row's loss."""
+    targets = tl.load(targets_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+    valid = (targets >= 0) & (targets < V)
+    log_sum = tl.log(total)
+    tl.store(lse_ptr + rows, highest, mask=in_rows)
+    tl.store(lse_ptr + B + rows, log_sum, mask=in_rows)
+    tl.store(loss_ptr + rows, tl.where(valid, (highest - target_logit) + log_sum, float("nan")), mask=in_rows)
+
+
+@triton.jit
+def linear_cross_entropy_fwd_kernel(
+    h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, loss_ptr, parts_ptr, B, V, H, stride_wv, stride_wh,
+    blocks_per_part, SINGLE_PART: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Row losses (BLOCK_B), or, of one part of V, the row's maximum, sum of exponentials and target logit."""
+    part = tl.program_id(1)
+    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    in_rows = rows < B
+    targets = tl.load(targets_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+    highest = tl.full((BLOCK_B,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_B,), tl.float32)
+    target_logit = tl.zeros((BLOCK_B,), tl.float32)
+    begin = part * blocks_per_part
+    for block in range(begin, tl.minimum(begin + blocks_per_part, tl.cdiv(V, BLOCK_V))):
+        cols = (block * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
+        logits = _logits_tile(
+            h_ptr, weight_ptr, bias_ptr, rows, cols, in_rows, cols < V, H, stride_wv, stride_wh,
+            INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
+        )  # fmt: skip
+        new_highest = tl.maximum(highest, tl.max(logits, axis=1))
+        total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(logits - new_highest[:, None]), axis=1)
+        highest = new_highest
+        target_logit += tl.sum(tl.where(cols[None, :] == targets[:, None], logits, 0.0), axis=1)
+    if SINGLE_PART:
+        _store_loss(lse_ptr, loss_ptr, targets_ptr, rows, in_rows, highest, total, target_logit, B, V)
+    else:
+        parts_ptr += part.to(tl.int64) * 3 * B
+        tl.store(parts_ptr + rows, highest, mask=in_rows)
+        tl.store(parts_ptr + B + rows, total, mask=in_rows)
+        tl.store(parts_ptr + 2 * B + rows, target_logit, mask=in_rows)
+
+
+@triton.jit
+def combine_parts_kernel(parts_ptr, targets_ptr, lse_ptr, loss_ptr, B, V, num_parts, BLOCK: tl.constexpr):
+    """Row losses from the parts of V, in their order."""
+    rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    in_rows = rows < B
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    target_logit = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(num_parts):
+        part_highest = tl.load(parts_ptr + rows, mask=in_rows, other=0.0)
+        part_total = tl.load(parts_ptr + B + rows, mask=in_rows, other=1.0)
+        target_logit += tl.load(parts_ptr + 2 * B + rows, mask=in_rows, other=0.0)
+        new_highest = tl.maximum(highest, part_highest)
+        total = total * tl.exp(highest - new_highest) + part_total * tl.exp(part_highest - new_highest)
+        highest = new_highest
+        parts_ptr += 3 * B
+    _store_loss(lse_ptr, loss_ptr, targets_ptr, rows, in_rows, highest, total, target_logit, B, V)
+
+
+@triton.jit
+def linear_cross_entropy_dh_kernel(
+    h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, dloss_ptr, dh_ptr, B, V, H, stride_wv, stride_wh,
+    blocks_per_part, INPUT_PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """dh (BLOCK_B samples, one part of the hidden units), fp32, summed over blocks of V in their order."""
+    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    in_rows = rows < B
+    scale = tl.load(dloss_ptr).to(tl.float32) / B
+    begin = tl.program_id(1) * blocks_per_part
+    end = tl.minimum(begin + blocks_per_part, tl.cdiv(H, BLOCK_H))
+    for v0 in range(0, V, BLOCK_V):
+        cols = (v0 + tl.arange(0, BLOCK_V)).to(tl.int64)
+        in_cols = cols < V
+        g = _g_tile(
+            h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, cols, in_rows, in_cols, B, V, H,
+            stride_wv, stride_wh, INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
+        )  # fmt: skip
+        for block in range(begin, end):
+            i = block * BLOCK_H + tl.arange(0, BLOCK_H)
+            in_h = i < H
+            weight = tl.load(
+                weight_ptr + cols[:, None] * stride_wv + i[None, :].to(tl.int64) * stride_wh,
+                mask=in_cols[:, None] & in_h[None, :],
+                other=0.0,
+            )
+            dh_ptrs = dh_ptr + rows[:, None] * H + i[None, :]
+            mask = in_rows[:, None] & in_h[None, :]
+            so_far = tl.load(dh_ptrs, mask=mask & (v0 > 0), other=0.0)
+            product = dot(g.to(weight.dtype), weight, tl.zeros((BLOCK_B, BLOCK_H), tl.float32), INPUT_PRECISION)
+            tl.store(dh_ptrs, so_far + scale * product, mask=mask)
+        # The next block of V reads these tiles back, perhaps by other threads of this program.
+        tl.debug_barrier()
+
+
+@triton.jit
+def linear_cross_entropy_dweight_kernel(
+    h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, dloss_ptr, parts_ptr, bias_parts_ptr, B, V, H,
+    stride_wv, stride_wh, rows_per_part, blocks_per_part, INPUT_PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One part of dweight (BLOCK_V tokens, one part of the hidden units) and dbias, fp32, over its samples in order."""
+    part = tl.program_id(2).to(tl.int64)
+    cols = (tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
+    in_cols = cols < V
+    scale = tl.load(dloss_ptr).to(tl.float32) / B
+    begin = tl.program_id(1) * blocks_per_part
+    end = tl.minimum(begin + blocks_per_part, tl.cdiv(H, BLOCK_H))
+    first = part * rows_per_part
+    last = tl.minimum(first + rows_per_part, B)
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    for b0 in range(first, last, BLOCK_B):
+        rows = b0 + tl.arange(0, BLOCK_B)
+        in_rows = rows < last
+        g = _g_tile(
+            h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, cols, in_rows, in_cols, B, V, H,
+            stride_wv, stride_wh, INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
+        )  # fmt: skip
+        total += tl.sum(g, axis=0)
+        for block in range(begin, end):
+            i = block * BLOCK_H + tl.arange(0, BLOCK_H)
+            in_h = i < H
+            h = tl.load(h_ptr + rows[:, None] * H + i[None, :], mask=in_rows[:, None] & in_h[None, :], other=0.0)
+            part_ptrs = parts_ptr + (part * V + cols[:, None]) * H + i[None, :]
+            mask = in_cols[:, None] & in_h[None, :]
+            so_far = tl.load(part_ptrs, mask=mask & (b0 > first), other=0.0)
+            product = dot(tl.trans(g).to(h.dtype), h, tl.zeros((BLOCK_V, BLOCK_H), tl.float32), INPUT_PRECISION)
+            tl.store(part_ptrs, so_far + scale * product, mask=mask)
+        # The next block of samples reads these tiles back, perhaps by other threads of this program.
+        tl.debug_barrier()
+    tl.store(bias_parts_ptr + part * V + cols, scale * total, mask=in_cols & (tl.program_id(1) == 0))
+
+
+def _tiles(precision: str) -> dict[str, object]:
+    # One stage: the software pipeline would load a gradient tile before the previous round has stored it.
+    return {
+        "INPUT_PRECISION": input_precision(precision),
+        "BLOCK_B": BLOCK_B,
+        "BLOCK_V": BLOCK_V,
+        "BLOCK_K": BLOCK_K,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+
+
+def _cut(blocks: int, programs: int) -> tuple[int, int]:
+    """How many parts to cut so many blocks into, given that many programs a part, and the blocks of each."""
+    parts = max(1, min(blocks, triton.cdiv(MIN_PROGRAMS, max(programs, 1))))
+    blocks_per_part = triton.cdiv(blocks, parts)
+    return triton.cdiv(blocks, blocks_per_part), blocks_per_part
+
+
+def linear_cross_entropy_fwd(
+    h: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """(loss, a scalar; lse (2, B) for the backward pass), both fp32. Arguments already checked: see mlp_fast.ops."""
+    (B, H), V = h.shape, weight.shape[0]
+    lse = torch.empty((2, B), dtype=torch.float32, device=h.device)
+    row_loss = torch.empty((B,), dtype=torch.float32, device=h.device)
+    if B == 0:
+        return row_loss.mean(), lse
+    h, bias, targets = h.contiguous(), bias.contiguous(), targets.contiguous()
+    row_blocks = triton.cdiv(B, BLOCK_B)
+    num_parts, blocks_per_part = _cut(triton.cdiv(V, BLOCK_V), row_blocks)
+    parts = lse if num_parts == 1 else torch.empty((num_parts, 3, B), dtype=torch.float32, device=h.device)
+    linear_cross_entropy_fwd_kernel[(row_blocks, num_parts)](
+        h, weight, bias, targets, lse, row_loss, parts, B, V, H, *weight.stride(), blocks_per_part,
+        SINGLE_PART=num_parts == 1, **_tiles(precision),
+    )  # fmt: skip
+    if num_parts > 1:
+        combine_parts_kernel[(triton.cdiv(B, COMBINE_ROWS),)](
+            parts, targets, lse, row_loss, B, V, num_parts, BLOCK=COMBINE_ROWS, num_warps=4
+        )
+    return row_loss.mean(), lse
+
+
+def linear_cross_entropy_bwd(
+    dloss: Tensor, lse: Tensor, h: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, precision: str,
+    need_h: bool, need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dh or None if it is not needed, dweight and dbias or None both), each of its input's dtype."""
+    (B, H), V = h.shape, weight.shape[0]
+    if B == 0 or H == 0:
+        zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (h, weight, bias)]
+        return (zeros[0] if need_h else None), *((zeros[1], zeros[2]) if need_weight else (None, None))
+    h, bias, targets = h.contiguous(), bias.contiguous(), targets.contiguous()
+    row_blocks, blocks_v, blocks_h = triton.cdiv(B, BLOCK_B), triton.cdiv(V, BLOCK_V), triton.cdiv(H, BLOCK_H)
+    dh = dweight = dbias = None
+    if need_h:
+        # fp32 although h may be 16 bits: it is added to once for every block of V.
+        dh = torch.empty((B, H), dtype=torch.float32, device=h.device)
+        num_parts, blocks_per_part = _cut(blocks_h, row_blocks)
+        linear_cross_entropy_dh_kernel[(row_blocks, num_parts)](
+            h, weight, bias, targets, lse, dloss, dh, B, V, H, *weight.stride(), blocks_per_part,
+            BLOCK_H=BLOCK_H, **_tiles(precision),
+        )  # fmt: skip
+        dh = dh.to(h.dtype)
+    if need_weight:
+        parts, rows_per_part = parts_of(B, V * H, BLOCK_B)
+        partial = torch.empty((parts, V, H), dtype=torch.float32, device=h.device)
+        bias_partial = torch.empty((parts, V), dtype=torch.float32, device=h.device)
+        num_parts, blocks_per_part = _cut(blocks_h, blocks_v * parts)
+        linear_cross_entropy_dweight_kernel[(blocks_v, num_parts, parts)](
+            h, weight, bias, targets, lse, dloss, partial, bias_partial, B, V, H, *weight.stride(),
+            rows_per_part, blocks_per_part, BLOCK_H=BLOCK_H, **_tiles(precision),
+        )  # fmt: skip
+        dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, bias.dtype)
+    return dh, dweight, dbias
+
+
+def shipped():
+    """The default sizes in every precision, and a large vocabulary, cut into parts; see _aot."""
+    from ._aot import recorded
+
+    dtypes = dict.fromkeys(INPUT_PRECISION, torch.float32) | {"bf16": torch.bfloat16}
+    for name, B, V in [*((name, 65536, 27) for name in dtypes), ("fp32", 1024, 100_000)]:
+        H = 512
+        precision = name if name in INPUT_PRECISION else "fp32"
+        h, weight, bias = (torch.empty(shape, dtype=dtypes[name], device="meta") for shape in ((B, H), (V, H), (V,)))
+        targets = torch.empty((B,), dtype=torch.int64, device="meta")
+        dloss = torch.empty((), dtype=torch.float32, device="meta")
+        with recorded(name) as launches:
+            _, lse = linear_cross_entropy_fwd(h, weight, bias, targets, precision)
+            linear_cross_entropy_bwd(dloss, lse, h, weight, bias, targets, precision, True, True)
+        yield from launches

@@ -1,0 +1,439 @@
+"""The whole training step on the CPU: the C kernel of csrc/train_step.c, its arguments checked, called through ctypes.
+
+The shared library is built by setup.py, where a C compiler is at hand, and uses the best instruction set that both it
+and the processor have (MLP_FAST_ISA=avx2 or baseline forces a lesser one). ctypes releases the GIL for the time of a
+call, and calls are kept short, so that signals are answered. No argument reaches C unchecked: sizes, dtypes, layouts
+and the range of tokens are verified here, and wrong ones raise ValueError or TypeError.
+"""
+
+import ctypes
+import functools
+import importlib.machinery
+import math
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FORMS = ("auto", "table", "gather")  # FORM_* of train_step.c
+RESPONSE_TIME = 0.04  # seconds that one call of C may take where a single step allows it
+MAX_VOCAB = 2**31 - 1  # tokens are int32
+ALIGNMENT = 64
+TOKEN_TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+_FOLDER = Path(__file__).parent
+_SOURCES = ("train_step.c", "train_step_simd.h")
+_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, _int) for name in ("V", "T", "E", "H")]
+
+
+class _Windows(ctypes.Structure):
+    _fields_ = [
+        ("tokens", _pointer),
+        ("token_bytes", _int),
+        ("stride", _int),
+        ("count", _int),
+        ("has_target", _int),
+    ]
+
+
+# name -> (result, arguments) of what train_step.c exports
+_SIGNATURES = {
+    "mlp_source_crc": (_int, ()),
+    "mlp_isa_count": (_int, ()),
+    "mlp_isa_name": (ctypes.c_char_p, (_int,)),
+    "mlp_isa_supported": (_int, (_int,)),
+    "mlp_packed_floats": (_int, (_pointer,)),
+    "mlp_forward_rows": (_int, (_int,)),
+    "mlp_workspace_bytes": (_int, (_pointer, _int, _int)),
+    "mlp_pack": (None, (*[_pointer] * 7, ctypes.c_float)),
+    "mlp_unpack": (None, (_pointer,) * 7),
+    "mlp_train": (
+        None,
+        (_int, *[_pointer] * 6, _int, _pointer, _int, _int, ctypes.c_double, ctypes.c_double, _int, _int, _pointer),
+    ),
+    "mlp_logits": (None, (_int, *[_pointer] * 4, _int, _int, _pointer)),
+    "mlp_loss_sum": (ctypes.c_double, (_int, *[_pointer] * 7, _int, _int)),
+    "mlp_sample": (None, (_int, *[_pointer] * 5, _int, *[_pointer] * 2)),
+    "mlp_tanh": (None, (_int, _pointer, _pointer, _int)),
+    "mlp_exp": (None, (_int, _pointer, _pointer, _int)),
+}
+
+
+# --- the library -----------------------------------------------------------------------------------------------------
+
+
+def source_crc(folder: Path = _FOLDER / "csrc") -> int:
+    """Checksum of the C source, which setup.py compiles into the library."""
+    return zlib.crc32(b"".join((folder / name).read_bytes() for name in _SOURCES))
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    return _load_from(_FOLDER)
+
+
+def _load_from(folder: Path) -> ctypes.CDLL | str:
+    names = ["_train_step" + suffix for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((folder / name for name in names if (folder / name).exists()), None)
+    if path is None:
+        return "its C library was not built; install a C compiler (gcc or clang), then this package again"
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return f"its C library cannot be loaded ({error}); install this package again"
+    if (folder / "csrc").exists() and library.mlp_source_crc() != source_crc(folder / "csrc"):
+        return "its C library was built from another source; install this package again"
+    return library
+
+
+def unavailable() -> str | None:
+    """Why the kernel cannot be used here, in one line, or None where it can."""
+    library = _load()
+    if isinstance(library, str):
+        return library
+    forced = os.environ.get("MLP_FAST_ISA")
+    if forced and forced not in instruction_sets():
+        return f"MLP_FAST_ISA={forced} is not available here; choose one of {', '.join(instruction_sets())}"
+    return None
+
+
+def _library() -> ctypes.CDLL:
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(f"native: {library}")
+    return library
+
+
+def instruction_sets() -> list[str]:
+    """Those that the library was compiled for and the processor has, the best first."""
+    library = _library()
+    return [library.mlp_isa_name(i).decode() for i in range(library.mlp_isa_count()) if library.mlp_isa_supported(i)]
+
+
+def _isa(name: str | None) -> int:
+    """The library's number of an instruction set; of the best, or the one in MLP_FAST_ISA, if None."""
+    library, available = _library(), instruction_sets()
+    name = name or os.environ.get("MLP_FAST_ISA") or available[0]
+    if name not in available:
+        raise ValueError(f"unknown instruction set {name!r}: choose one of {', '.join(available)}")
+    return [library.mlp_isa_name(i).decode() for i in range(library.mlp_isa_count())].index(name)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_count(name: str, value: int, least: int = 1, most: int = 2**62) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int (got {type(value).__name__})")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must lie in {least}..{most} (got {value})")
+    return value
+
+
+def _check_number(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number (got {type(value).__name__})")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite (got {value})")
+    return float(value)
+
+
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> Tensor:
+    """The tensor, contiguous; None in `shape` stands for any size."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor (got {type(tensor).__name__})")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be of {' or '.join(map(str, dtypes))} (got {tensor.dtype})")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU (got {tensor.device})")
+    sizes = tuple(tensor.shape)
+    if len(sizes) != len(shape) or any(want not in (None, got) for want, got in zip(shape, sizes, strict=True)):
+        wanted = tuple("any" if size is None else size for size in shape)
+        raise ValueError(f"{name} must have shape {wanted} (got {sizes})")
+    return tensor.detach().contiguous()
+
+
+def _check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
+    if tokens.numel() == 0:
+        return
+    least, most = (int(bound) for bound in torch.aminmax(tokens))
+    if least < 0 or most >= vocab_size:
+        raise ValueError(f"{name} must lie in 0..{vocab_size - 1} (got {least if least < 0 else most})")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Weighted pairs of a context and a target, every context held once; NativeModel.pairs makes them.
+
+    Attributes:
+        contexts: (C, T), of one of TOKEN_TYPES, below V.
+        begins: (C+1,), int64: the pairs of context c are begins[c] .. begins[c+1]-1.
+        targets: (N,), int32, below V.
+        weights: (N,), float64.
+        V: the vocabulary that they were checked against.
+    """
+
+    contexts: Tensor
+    begins: Tensor
+    targets: Tensor
+    weights: Tensor
+    V: int
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+class NativeModel:
+    """A model and its AdamW state in the kernel's packed layout.
+
+    Everything is computed on torch.get_num_threads() threads, at most one per 32 hidden units. The same number of
+    threads gives the same bits.
+
+    Args:
+        V, T, E, H: vocabulary, context length, embedding, hidden units.
+        form: "table", "gather", or "auto": table for batches whose distinct tokens are at most 3/4 of their rows.
+        isa: one of instruction_sets(); the best, or MLP_FAST_ISA, if None.
+    """
+
+    def __init__(self, V: int, T: int, E: int, H: int, form: str = "auto", isa: str | None = None) -> None:
+        self._library = _library()
+        self.V = _check_count("V", V, most=MAX_VOCAB)
+        self.T, self.E, self.H = _check_count("T", T), _check_count("E", E), _check_count("H", H)
+        if form not in FORMS:
+            raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
+        if (max(V, H) + 1024) * (T * E + V + H + 1024) > 2**56:
+            raise ValueError(f"a model of V={V}, T={T}, E={E}, H={H} does not fit any memory")
+        self._form, self._isa = FORMS.index(form), _isa(isa)
+        self._shape = _Shape(V, T, E, H)
+        floats = self._library.mlp_packed_floats(ctypes.byref(self._shape))
+        self._packed = [torch.zeros(floats) for _ in range(3)]
+        self._step = ctypes.c_int64(0)
+        self._steps_per_call = 1
+        self._memory: dict[str, Tensor] = {}
+
+    @property
+    def step(self) -> int:
+        """Steps done; right even after an exception in train()."""
+        return self._step.value
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of wte, W1, b1, W2, b2."""
+        return ((self.V, self.E), (self.H, self.T * self.E), (self.H,), (self.V, self.H), (self.V,))
+
+    def load(
+        self, parameters: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor], step: int
+    ) -> None:
+        """Takes over a state, copying it. Each sequence is wte, W1, b1, W2, b2: float32 tensors of self.shapes."""
+        _check_count("step", step, least=0)
+        names = ("wte", "W1", "b1", "W2", "b2")
+        checked = []
+        for kind, tensors in (("parameters", parameters), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            if len(tensors) != len(names):
+                raise ValueError(f"{kind} must be the five tensors {', '.join(names)} (got {len(tensors)})")
+            checked.append(
+                [
+                    _check_tensor(f"{kind}: {name}", tensor, (torch.float32,), shape)
+                    for name, tensor, shape in zip(names, tensors, self.shapes, strict=True)
+                ]
+            )
+        for i, (packed, tensors) in enumerate(zip(self._packed, checked, strict=True)):
+            pad = -math.inf if i == 0 else 0.0  # tokens that do not exist have probability 0
+            self._library.mlp_pack(
+                ctypes.byref(self._shape), packed.data_ptr(), *(tensor.data_ptr() for tensor in tensors), pad
+            )
+        self._step.value = step
+
+    def store(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Copies of the parameters and both moments, each as load() takes them."""
+        stored = []
+        for packed in self._packed:
+            tensors = [torch.empty(shape) for shape in self.shapes]
+            self._library.mlp_unpack(
+                ctypes.byref(self._shape), packed.data_ptr(), *(tensor.data_ptr() for tensor in tensors)
+            )
+            stored.append(tensors)
+        return stored[0], stored[1], stored[2]
+
+    def set_tape(self, tokens: Tensor, *, copy: bool = True) -> None:
+        """The tokens to train on, (n,), n > T, in 0..V-1; they are checked here and only here.
+
+        Args:
+            copy: False keeps the tensor itself, for a tape mapped from a file; the caller sees to it that it never
+                changes.
+        """
+        tokens = _check_tensor("the tape", tokens, TOKEN_TYPES, (None,))
+        if len(tokens) <= self.T:
+            raise ValueError(f"the tape must have more than T = {self.T} tokens (got {len(tokens)})")
+        _check_tokens("the tape's tokens", tokens, self.V)
+        self._tape = tokens.clone(memory_format=torch.contiguous_format) if copy else tokens.contiguous()
+
+    def train(self, batch_size: int, steps: int, num_steps: int, learning_rate: float, weight_decay: float) -> Tensor:
+        """Does `steps` steps of AdamW from the present one on and returns their batch losses, (steps,), float64.
+
+        Element j of step s is window (s * batch_size + j) mod (n - T) of the tape; its learning rate is
+        learning_rate * (1 + cos(pi s / num_steps)) / 2. Signals are handled every RESPONSE_TIME seconds or so, but not
+        in the middle of a step.
+        """
+        _check_count("batch_size", batch_size, most=2**31 - 1)
+        _check_count("steps", steps, least=0)
+        _check_count("num_steps", num_steps)
+        learning_rate = _check_number("learning_rate", learning_rate)
+        weight_decay = _check_number("weight_decay", weight_decay)
+        if self.step + steps > 2**62 // batch_size:
+            raise ValueError(f"step {self.step + steps} is too large")
+        if not hasattr(self, "_tape"):
+            raise RuntimeError("set_tape() comes before train()")
+        windows = _windows(self._tape, stride=1, count=len(self._tape) - self.T, has_target=True)
+        threads = torch.get_num_threads()
+        memory = self._workspace("train", batch_size, threads)
+        losses = torch.empty(steps, dtype=torch.float64)
+        done = 0
+        while done < steps:
+            count = min(self._steps_per_call, steps - done)
+            start = time.perf_counter()
+            self._library.mlp_train(
+                self._isa,
+                ctypes.byref(self._shape),
+                *(packed.data_ptr() for packed in self._packed),
+                memory,
+                ctypes.byref(windows),
+                batch_size,
+                ctypes.byref(self._step),
+                count,
+                num_steps,
+                learning_rate,
+                weight_decay,
+                threads,
+                self._form,
+                losses[done:].data_ptr(),
+            )
+            done += count
+            per_step = (time.perf_counter() - start) / count
+            self._steps_per_call = max(1, min(2 * self._steps_per_call, int(RESPONSE_TIME / per_step)))
+        return losses
+
+    def logits(self, contexts: Tensor) -> Tensor:
+        """Contexts (N, T), integer, in 0..V-1 -> logits (N, V), float32."""
+        contexts = _check_tensor("contexts", contexts, TOKEN_TYPES, (None, self.T))
+        _check_tokens("contexts", contexts, self.V)
+        logits = torch.empty(len(contexts), self.V)
+        if len(contexts):
+            threads = torch.get_num_threads()
+            self._library.mlp_logits(
+                self._isa,
+                ctypes.byref(self._shape),
+                self._packed[0].data_ptr(),
+                self._forward_workspace(len(contexts), threads),
+                ctypes.byref(_windows(contexts, stride=self.T, count=len(contexts), has_target=False)),
+                threads,
+                self._form,
+                logits.data_ptr(),
+            )
+        return logits
+
+    def pairs(self, rows: Tensor, weights: Tensor) -> Pairs:
+        """What loss_sum takes; it is worth keeping, where the same pairs are evaluated again.
+
+        Args:
+            rows: (N, T+1), integer, in 0..V-1: T inputs and the target. Neighbours that share their inputs are
+                evaluated once.
+            weights: (N,), float64.
+        """
+        rows = _check_tensor("rows", rows, TOKEN_TYPES, (None, self.T + 1))
+        weights = _check_tensor("weights", weights, (torch.float64,), (len(rows),))
+        _check_tokens("rows", rows, self.V)
+        contexts = rows[:, :-1]
+        differ = torch.ones(len(rows) + 1, dtype=torch.bool)  # from the one before; and one past the last
+        differ[1:-1] = (contexts[1:] != contexts[:-1]).any(dim=1)
+        begins = differ.nonzero().flatten()
+        return Pairs(contexts[begins[:-1]].contiguous(), begins, rows[:, -1].to(torch.int32), weights, self.V)
+
+    def loss_sum(self, pairs: Pairs) -> float:
+        """The sum of weights times cross-entropies, in nats, added up in float64."""
+        if pairs.contexts.shape[1] != self.T or pairs.V > self.V:
+            raise ValueError(
+                f"pairs of {pairs.contexts.shape[1]} tokens below {pairs.V} were made for another model than this one "
+                f"with T={self.T} and V={self.V}"
+            )
+        if not len(pairs.targets):
+            return 0.0
+        count, threads = len(pairs.contexts), torch.get_num_threads()
+        return self._library.mlp_loss_sum(
+            self._isa,
+            ctypes.byref(self._shape),
+            self._packed[0].data_ptr(),
+            self._forward_workspace(count, threads),
+            ctypes.byref(_windows(pairs.contexts, stride=self.T, count=count, has_target=False)),
+            pairs.begins.data_ptr(),
+            pairs.targets.data_ptr(),
+            pairs.weights.data_ptr(),
+            threads,
+            self._form,
+        )
+
+    def sample(self, context: Sequence[int], count: int, seed: int) -> list[int]:
+        """Draws `count` tokens after a context of T, one xorshift64* uniform each, the generator starting at `seed`."""
+        _check_count("count", count, least=0)
+        _check_count("seed", seed, most=2**64 - 1)
+        window = _check_tensor("the context", torch.tensor(context, dtype=torch.int64), (torch.int64,), (self.T,))
+        _check_tokens("the context", window, self.V)
+        state, logits = ctypes.c_uint64(seed), torch.empty(self.V)
+        drawn = torch.empty(count, dtype=torch.int64)
+        self._library.mlp_sample(
+            self._isa,
+            ctypes.byref(self._shape),
+            self._packed[0].data_ptr(),
+            self._forward_workspace(1, 1),
+            window.data_ptr(),
+            ctypes.byref(state),
+            count,
+            logits.data_ptr(),
+            drawn.data_ptr(),
+        )
+        return drawn.tolist()
+
+    def _forward_workspace(self, count: int, threads: int) -> int:
+        return self._workspace("forward", self._library.mlp_forward_rows(count), threads)
+
+    def _workspace(self, use: str, rows: int, threads: int) -> int:
+        """The address of memory for batches of so many rows; kept from call to call."""
+        needed = self._library.mlp_workspace_bytes(ctypes.byref(self._shape), rows, threads) + ALIGNMENT
+        if use not in self._memory or self._memory[use].numel() < needed:
+            self._memory[use] = torch.empty(needed, dtype=torch.uint8)
+        return -(-self._memory[use].data_ptr() // ALIGNMENT) * ALIGNMENT
+
+
+def _windows(tokens: Tensor, stride: int, count: int, has_target: bool) -> _Windows:
+    return _Windows(tokens.data_ptr(), tokens.element_size(), stride, count, has_target)
+
+
+def tanh(x: Tensor, isa: str | None = None) -> Tensor:
+    """tanh as the kernel computes it: float32, shape (n,)."""
+    return _elementwise("mlp_tanh", x, isa)
+
+
+def exp(x: Tensor, isa: str | None = None) -> Tensor:
+    """exp as the kernel computes it, for x <= 88: float32, shape (n,)."""
+    return _elementwise("mlp_exp", x, isa)
+
+
+def _elementwise(name: str, x: Tensor, isa: str | None) -> Tensor:
+    x = _check_tensor("x", x, (torch.float32,), (None,))
+    padded = torch.zeros(-(-len(x) // 16) * 16)
+    padded[: len(x)] = x
+    y = torch.empty_like(padded)
+    getattr(_library(), name)(_isa(isa), padded.data_ptr(), y.data_ptr(), len(padded))
+    return y[: len(x)]

@@ -1,0 +1,307 @@
+"""Many training steps in one launch: the phases of train_step.py with a grid barrier between them.
+
+    for every step      [wte update of the step before] -> tables -> h -> partial logits     barrier
+                        [softmax by rows                                                      barrier]
+                        softmax -> dW2, db2, db1, dW1 -> AdamW -> partial dwte                barrier
+    at the end          wte update of the last step
+
+A barrier takes the place of a kernel's end, so the data flow is that of train_step.py. The launch is cooperative: all G
+programs run at the same time, or it fails.
+
+Two forms:
+
+    through L2   persistent_kernel    the phases of train_step.py as they are, to the bit
+    resident     resident_kernel      one tile of units a program; its W1, b1, W2 and their moments stay in registers
+                                      from the first step to the last. The products still load W1 and W2 from memory,
+                                      in layouts of their own, so AdamW stores the weights; it loads nothing.
+
+The kernel takes the number of its first program beside tl.program_id, and the number of programs from its
+configuration. So N processes that each interpret a grid of one, over tensors in shared memory, run it as N programs do,
+concurrently.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import train_step
+from ._barrier import BarrierTimeout, grid_barrier
+from ._runtime import interpreting
+from .adamw import adamw_update
+from .train_step import (
+    BETA1,
+    BETA2,
+    DEFAULT_PROGRAMS,
+    EPS,
+    MAX_REGISTERS,
+    StepConfig,
+    TrainStep,
+    backward_phase,
+    embedding_gradient_phase,
+    embedding_phase,
+    forward_phase,
+    hidden_gradient,
+    hidden_weight_gradient,
+    output_bias_phase,
+    output_weight_gradient,
+    softmax_phase,
+    table_gradient_phase,
+)
+
+RESIDENT_UNITS = 16  # hidden units of a program in the resident form
+
+
+@triton.jit(do_not_specialize=["num_windows", "arrivals", "first_program", "steps"])
+def persistent_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_program, steps, C: tl.constexpr):
+    """`steps` steps, at least 1. `arrivals` is what the barrier's counter shows before the launch."""
+    p = first_program + tl.program_id(0)
+    first = tl.load(buf.clock)
+    for i in range(steps):
+        s = first + i
+        if i > 0:
+            embedding_phase(p, s - 1, buf, C)
+        forward_phase(p, s, buf, num_windows, C)
+        arrivals += C.G
+        grid_barrier(counter_ptr, error_ptr, arrivals)
+        if C.rows:
+            softmax_phase(p, s, buf, num_windows, C)
+            arrivals += C.G
+            grid_barrier(counter_ptr, error_ptr, arrivals)
+        backward_phase(p, s, buf, num_windows, C)
+        arrivals += C.G
+        grid_barrier(counter_ptr, error_ptr, arrivals)
+    embedding_phase(p, first + steps - 1, buf, C)
+    if p == 0:
+        # Every program has read the clock: it has passed a barrier since.
+        tl.store(buf.clock, first + steps)
+
+
+# --- the resident form: what AdamW needs of a program's share stays in registers from the first step to the last ---
+
+
+class Share(NamedTuple):
+    """Which parameters a program owns: the hidden units of one tile. Embedding and vocabulary are padded."""
+
+    unit: tl.tensor  # (BLOCK_H,)
+    e: tl.tensor  # (EP,)
+    v: tl.tensor  # (VP,)
+    w1: tl.tensor  # offsets (BLOCK_H, EP) at position 0; the next positions are E further each
+    in_w1: tl.tensor
+    w2: tl.tensor  # offsets (VP, BLOCK_H)
+    in_w2: tl.tensor
+
+
+@triton.jit
+def share_of(p, s, C: tl.constexpr):
+    """The share of program p."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)  # see train_step.py
+    unit = p * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+    e, v = zero + tl.arange(0, C.EP), zero + tl.arange(0, C.VP)
+    return Share(
+        unit,
+        e,
+        v,
+        unit[:, None] * (C.T * C.E) + e[None, :],
+        (unit[:, None] < C.H) & (e[None, :] < C.E),
+        v[:, None] * C.H + unit[None, :],
+        (v[:, None] < C.V) & (unit[None, :] < C.H),
+    )
+
+
+@triton.jit
+def load_three(ptr, PLANE: tl.constexpr, offsets, mask):
+    """Parameters and their moments."""
+    param = tl.load(ptr + offsets, mask=mask, other=0.0)
+    m = tl.load(ptr + PLANE + offsets, mask=mask, other=0.0)
+    v = tl.load(ptr + 2 * PLANE + offsets, mask=mask, other=0.0)
+    return param, m, v
+
+
+@triton.jit
+def adamw_of(three, grad, ptr, offsets, mask, scalars_ptr):
+    """AdamW of parameters and moments in registers; the parameters are stored too, for the products to load."""
+    decay, step_size, root = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
+    three = adamw_update(three[0], grad, three[1], three[2], decay, step_size, root, BETA1, BETA2, EPS)
+    tl.store(ptr + offsets, three[0], mask=mask)
+    return three
+
+
+@triton.jit
+def store_moments(three, ptr, PLANE: tl.constexpr, offsets, mask):
+    """Stores both moments, one and two planes behind the parameters."""
+    tl.store(ptr + PLANE + offsets, three[1], mask=mask)
+    tl.store(ptr + 2 * PLANE + offsets, three[2], mask=mask)
+
+
+@triton.jit
+def load_w1(own, buf, C: tl.constexpr, T: tl.constexpr):
+    """W1 and its moments, three tensors for every position: positions are not padded, and one at a time is updated."""
+    w1 = ()
+    for t in tl.static_range(T):
+        w1 += (load_three(buf.state + C.W1 + t * C.E, C.PLANE, own.w1, own.in_w1),)
+    return w1
+
+
+@triton.jit
+def update_w1(w1, own, p, s, buf, C: tl.constexpr, T: tl.constexpr):
+    """W1 and its moments after AdamW."""
+    wte = buf.replicas + p * (3 * C.V * C.E)
+    new = ()
+    for t in tl.static_range(T):
+        dw1 = hidden_weight_gradient(t, own.unit, own.e, s, wte, buf, C)
+        new += (adamw_of(w1[t], dw1, buf.state + C.W1 + t * C.E, own.w1, own.in_w1, buf.scalars + 3 * s),)
+    return new
+
+
+@triton.jit
+def store_w1_moments(w1, own, buf, C: tl.constexpr, T: tl.constexpr):
+    """Stores both moments of W1, one and two planes behind it."""
+    for t in tl.static_range(T):
+        store_moments(w1[t], buf.state + C.W1 + t * C.E, C.PLANE, own.w1, own.in_w1)
+
+
+@triton.jit
+def resident_backward(p, s, buf, num_windows, w1, b1, w2, C: tl.constexpr):
+    """backward_phase with the program's weights and moments in registers; returns them."""
+    if C.rows:
+        dlogits_ptr = buf.dlogits
+    else:
+        softmax_phase(p, s, buf, num_windows, C)
+        dlogits_ptr = buf.dlogits + p * (C.B * C.V)
+    if p == 0:
+        output_bias_phase(s, dlogits_ptr, buf, C)
+    own, scalars = share_of(p, s, C), buf.scalars + 3 * s
+    db1 = hidden_gradient(p, s, dlogits_ptr, buf, C)
+    b1 = adamw_of(b1, db1, buf.state + C.B1, own.unit, own.unit < C.H, scalars)
+    tl.debug_barrier()  # W2 was read by all threads before any of them updates it
+    dw2 = output_weight_gradient(own.v, own.unit, s, dlogits_ptr, buf, C)
+    w2 = adamw_of(w2, dw2, buf.state + C.W2, own.w2, own.in_w2, scalars)
+    table_gradient_phase(p, s, buf, num_windows, C)
+    embedding_gradient_phase(p, s, buf, C)
+    w1 = update_w1(w1, own, p, s, buf, C, C.T)
+    return w1, b1, w2
+
+
+@triton.jit(do_not_specialize=["num_windows", "arrivals", "first_program", "steps"])
+def resident_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_program, steps, C: tl.constexpr):
+    """persistent_kernel for one tile per program, its weights and moments in registers."""
+    p = first_program + tl.program_id(0)
+    first = tl.load(buf.clock)
+    own = share_of(p, first, C)
+    w1 = load_w1(own, buf, C, C.T)
+    b1 = load_three(buf.state + C.B1, C.PLANE, own.unit, own.unit < C.H)
+    w2 = load_three(buf.state + C.W2, C.PLANE, own.w2, own.in_w2)
+    for i in range(steps):
+        s = first + i
+        if i > 0:
+            embedding_phase(p, s - 1, buf, C)
+        forward_phase(p, s, buf, num_windows, C)
+        arrivals += C.G
+        grid_barrier(counter_ptr, error_ptr, arrivals)
+        if C.rows:
+            softmax_phase(p, s, buf, num_windows, C)
+            arrivals += C.G
+            grid_barrier(counter_ptr, error_ptr, arrivals)
+        w1, b1, w2 = resident_backward(p, s, buf, num_windows, w1, b1, w2, C)
+        arrivals += C.G
+        grid_barrier(counter_ptr, error_ptr, arrivals)
+    embedding_phase(p, first + steps - 1, buf, C)
+    own = share_of(p, first + steps, C)
+    store_w1_moments(w1, own, buf, C, C.T)
+    store_moments(b1, buf.state + C.B1, C.PLANE, own.unit, own.unit < C.H)
+    store_moments(w2, buf.state + C.W2, C.PLANE, own.w2, own.in_w2)
+    if p == 0:
+        tl.store(buf.clock, first + steps)
+
+
+# --- launchers -----------------------------------------------------------------------------------------------------
+
+
+def default_config(
+    B: int, V: int, T: int, E: int, H: int, *, precision: str = "fp32", deterministic: bool = True,
+    capability: int = 80, processors: int = DEFAULT_PROGRAMS,
+) -> StepConfig:  # fmt: skip
+    """train_step.default_config() for a device, resident where its machine code then spills no register.
+
+    That is so for one tile per program, about 3,000 numbers of W1 in it, V to 32, and on sm_80 and sm_90: on sm_100
+    the same code takes more registers than there are. The interpreter, which runs programs one after another, gets one.
+
+    Args:
+        capability: the device's compute capability, 90 for sm_90.
+        processors: its multiprocessors: each holds one program, and all have to run at the same time.
+    """
+    config = train_step.default_config(B, V, T, E, H, precision=precision, deterministic=deterministic)
+    config = replace(config, G=1 if interpreting() else min(config.G, processors))
+    fits = config.VP <= 32 and T * RESIDENT_UNITS * config.EP <= 3072 and H <= RESIDENT_UNITS * DEFAULT_PROGRAMS
+    config = replace(config, resident=fits and config.TILES == config.G and capability < 100)
+    if interpreting():
+        return config
+    # Both ask for more registers: sm_100's code, and resident tf32x3, whose operands are in two parts.
+    if capability >= 100:
+        return replace(config, BLOCK_B=16, BLOCK_V=16 if V <= 32 else 32, BLOCK_E=16)
+    if config.resident and config.precision == "tf32x3":
+        return replace(config, BLOCK_E=16)
+    return config
+
+
+class PersistentStep(TrainStep):
+    """TrainStep in one launch per run(); see there."""
+
+    def __init__(self, config: StepConfig, tape: Tensor, scalars: Tensor) -> None:
+        super().__init__(config, tape, scalars)
+        self.counter = tape.new_zeros(1, dtype=self.buffers.fault.dtype)
+        self.error = tape.new_zeros(1, dtype=self.buffers.fault.dtype)
+        self._arrivals = 0  # what the counter shows when no kernel runs, modulo 2^32
+
+    def run(self, steps: int) -> None:
+        """Enqueues one launch of so many steps; wait() tells whether it came through."""
+        if steps < 1:
+            return
+        C = self.config
+        self._launch(steps, first_program=0, programs=C.G)
+        self._arrivals = wrapped(self._arrivals + steps * C.G * (3 if C.rows else 2))
+        self.launches += 1
+
+    def _launch(self, steps: int, first_program: int, programs: int) -> None:
+        kernel = resident_kernel if self.config.resident else persistent_kernel
+        kernel[(programs,)](
+            self.buffers, self.counter, self.error, self.num_windows, self._arrivals, first_program, steps, self.config,
+            num_warps=self.config.num_warps, maxnreg=MAX_REGISTERS, num_stages=1, launch_cooperative_grid=True,
+        )  # fmt: skip
+
+    def wait(self) -> None:
+        """Waits for the launches so far.
+
+        Raises:
+            BarrierTimeout: one of them gave up waiting; parameters, moments and losses are void until the next load().
+        """
+        if self.error.item():
+            self.counter.zero_()
+            self.error.zero_()
+            self._arrivals = 0
+            raise BarrierTimeout(
+                "programs of the persistent kernel waited for each other too long; its results are void"
+            )
+
+
+def wrapped(count: int) -> int:
+    """A count as the int32 that it wraps to."""
+    return (count + 2**31) % 2**32 - 2**31
+
+
+def shipped():
+    """See _aot."""
+    by_capability = (
+        train_step.shipped_launches(PersistentStep, partial(default_config, capability=capability))
+        for capability in (90, 100)
+    )
+    for before, since in zip(*by_capability, strict=True):
+        if before.key == since.key:
+            yield before
+        else:
+            yield replace(before, capabilities=(80, 90))
+            yield replace(since, capabilities=(100,))

@@ -1,0 +1,776 @@
+"""The whole training step in two or three kernels: forward, loss, backward and AdamW of the n-gram MLP.
+
+    table[t, v] = wte[v] @ W1[:, t]^T               the first layer, factored: only T*V different rows enter it
+    h[b]        = tanh(b1 + sum_t table[t, x_bt])
+    logits      = h @ W2^T + b2;  loss = mean cross-entropy
+    dlogits     = (softmax(logits) - onehot(y)) / B
+    dW2 = dlogits^T @ h;  db2 = sum_b dlogits;  dpre = (dlogits @ W2) (1 - h^2);  db1 = sum_b dpre
+    dtable[t, v] = sum of dpre[b] over the b with x_bt = v
+    dW1[:, t] = dtable[t]^T @ wte;  dwte = sum_t dtable[t] @ W1[:, t]
+
+wte (V, E), W1 (H, T*E), b1 (H), W2 (V, H), b2 (V), two AdamW moments each, all fp32. Batch element j of step s is
+window (s*B + j) mod (n - T) of the token tape; learning rate and bias corrections are row s of a table made
+beforehand, so a step needs nothing from the host and many of them fit one CUDA graph.
+
+The hidden units are split over G programs, each the only owner of its columns of W2, its rows of W1 and b1, and their
+moments. What crosses programs are two sums, the logits (B, V) and dwte (V, E); nothing else is exchanged:
+
+    forward kernel    [wte update of the step before] -> tables -> h -> partial logits, added up in `logits`
+    softmax kernel    logits -> dlogits, by rows; left out where the backward kernel does it in every program
+    backward kernel   dlogits -> dW2, db2, db1, dW1 -> AdamW -> partial dwte, added up in `dwte`
+
+wte is updated by every program in a replica of its own at the start of the next forward kernel: the replicas see the
+same sums and do the same arithmetic, so they stay equal to the bit, and the step saves a kernel (persistent_step.py: a
+grid barrier). embedding_kernel does the update that is still due when a run of steps ends.
+
+Sums across programs are added atomically, in one of two forms:
+
+    deterministic   int64 fixed point, exact in any order: the same bits run after run
+    fast            fp32, in the order of arrival
+
+Each sum has two buffers, used in turns: while one is filled, the other, which nobody reads any more, is cleared.
+
+A fixed-point sum cannot carry NaN or infinities. A partial sum that is not finite or is out of range (logits 2^15,
+dwte 2^11) sets `fault`, and from then on the sums read as NaN: a diverged run shows NaN losses, as in eager mode.
+
+Every phase adds a zero to its ranges, s >> 62, which no compiler can tell from other numbers. It ties them to the step:
+else the persistent kernel's compiler computes the addresses of all phases before its loop over steps, and they fill
+the registers.
+
+Versions: 1, this one. No time has been measured on a GPU yet; docs/kernels.md has the model of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._math import tanh
+from ._runtime import INPUT_PRECISION, input_precision, interpreting
+from .adamw import adamw_update
+
+MAX_B, MAX_V, MAX_T, MAX_E, MAX_H = 8192, 256, 16, 256, 4096
+# Left to itself, ptxas halves the registers of some configurations, and spills, to fit a second program on an SM.
+MAX_REGISTERS = 255
+DEFAULT_PROGRAMS = 64  # at most; the default sizes take 32
+MAX_PROGRAMS = 128  # so that the fixed-point sums below cannot overflow: 2^7 programs
+
+BETA1: tl.constexpr = tl.constexpr(0.9)
+BETA2: tl.constexpr = tl.constexpr(0.999)
+EPS: tl.constexpr = tl.constexpr(1e-8)
+# Fixed point: value * SCALE in int64. LIMIT * SCALE * MAX_PROGRAMS = 2^62.
+LOGITS_SCALE: tl.constexpr = tl.constexpr(2.0**40)
+LOGITS_LIMIT: tl.constexpr = tl.constexpr(2.0**15)
+DWTE_SCALE: tl.constexpr = tl.constexpr(2.0**44)
+DWTE_LIMIT: tl.constexpr = tl.constexpr(2.0**11)
+
+
+# --- configuration -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Sizes, tiles and arithmetic of a step: the one compile-time argument of its kernels.
+
+    G is the number of programs. BLOCK_* are powers of two, at least 16. With `rows` the softmax is a phase of its own,
+    by rows; without, every program computes all of it: no exchange, but G times the work. `resident` is of
+    persistent_step.py.
+    """
+
+    B: int
+    V: int
+    T: int
+    E: int
+    H: int
+    G: int
+    BLOCK_B: int
+    BLOCK_V: int
+    BLOCK_E: int
+    BLOCK_H: int
+    precision: str = "ieee"
+    deterministic: bool = True
+    rows: bool = False
+    resident: bool = False
+    num_warps: int = 8
+
+    @property
+    def TILES(self) -> int:
+        """Tiles of hidden units; program p owns tiles p, p + G, ..."""
+        return -(-self.H // self.BLOCK_H)
+
+    @property
+    def VP(self) -> int:
+        """A row of logits, padded to a power of two."""
+        return max(16, triton.next_power_of_2(self.V))
+
+    # Batch, positions and embedding, padded, for the resident form of persistent_step.py.
+    @property
+    def BP(self) -> int:
+        """Rows of a batch, padded."""
+        return max(16, triton.next_power_of_2(self.B))
+
+    @property
+    def TP(self) -> int:
+        """Positions, padded."""
+        return triton.next_power_of_2(self.T)
+
+    @property
+    def EP(self) -> int:
+        """Numbers of an embedding, padded."""
+        return max(16, triton.next_power_of_2(self.E))
+
+    @property
+    def BLOCK_D(self) -> int:
+        """Rows of dlogits that are added up at a time."""
+        return max(1, min(triton.next_power_of_2(self.B), 4096 // self.VP))
+
+    @property
+    def BLOCK_R(self) -> int:
+        """Rows of logits that are turned into dlogits at a time; with `rows` so few that every program has some."""
+        share = max(1, self.B // self.G).bit_length() - 1
+        return min(self.BLOCK_D, 2**share) if self.rows else self.BLOCK_D
+
+    # Offsets of W1, b1, W2 and b2 in a plane of `state`, and the plane's length, in floats; rounded up for alignment.
+    @property
+    def W1(self) -> int:
+        """Offset of W1, (H, T*E)."""
+        return 0
+
+    @property
+    def B1(self) -> int:
+        """Offset of b1, (H,)."""
+        return _aligned(self.H * self.T * self.E)
+
+    @property
+    def W2(self) -> int:
+        """Offset of W2, (V, H)."""
+        return self.B1 + _aligned(self.H)
+
+    @property
+    def B2(self) -> int:
+        """Offset of b2, (V,)."""
+        return self.W2 + _aligned(self.V * self.H)
+
+    @property
+    def PLANE(self) -> int:
+        """Length of a plane."""
+        return self.B2 + _aligned(self.V)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // 16) * 16
+
+
+class Buffers(NamedTuple):
+    """Pointers of a step, on one device. `sum` is int64 (deterministic) or float32 (fast)."""
+
+    tape: Tensor  # (n,), integer: the tokens
+    scalars: Tensor  # (N, 3), float32: decay factor, step size and root of the second bias correction by step
+    clock: Tensor  # (2,), int64: the next step, written by the backward kernel; the same for it, by the forward kernel
+    losses: Tensor  # (N,), float32: the batch loss of every step
+    state: Tensor  # (3, PLANE), float32: W1, b1, W2, b2; their first moments; their second moments
+    replicas: Tensor  # (G, 3, V, E), float32: wte and its moments, once per program
+    table: Tensor  # (T, V, H), float32: the tables, later their gradient
+    hidden: Tensor  # (B, H), float32: h
+    dpre: Tensor  # (B, H), float32
+    logits: Tensor  # (2, B, V), sum
+    dlogits: Tensor  # (B, V) with rows, else (G, B, V), float32
+    row_losses: Tensor  # (B,), float32
+    dwte: Tensor  # (2, V, E), sum
+    fault: Tensor  # (1,), int32: not 0 once a partial sum did not fit
+
+
+# --- device functions ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def adamw_at(ptr, PLANE: tl.constexpr, offsets, mask, grad, scalars_ptr):
+    """AdamW of the parameters at ptr + offsets, whose moments lie one and two planes further."""
+    param = tl.load(ptr + offsets, mask=mask, other=0.0)
+    m = tl.load(ptr + PLANE + offsets, mask=mask, other=0.0)
+    v = tl.load(ptr + 2 * PLANE + offsets, mask=mask, other=0.0)
+    decay, step_size, root = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
+    param, m, v = adamw_update(param, grad, m, v, decay, step_size, root, BETA1, BETA2, EPS)
+    tl.store(ptr + offsets, param, mask=mask)
+    tl.store(ptr + PLANE + offsets, m, mask=mask)
+    tl.store(ptr + 2 * PLANE + offsets, v, mask=mask)
+
+
+@triton.jit
+def add_to_sum(sum_ptr, offsets, mask, value, fault_ptr, SCALE: tl.constexpr, LIMIT: tl.constexpr, C: tl.constexpr):
+    """Adds a block to a sum across programs."""
+    if C.deterministic:
+        fits = tl.abs(value) < LIMIT  # false for NaN as well
+        tl.store(fault_ptr + tl.zeros_like(offsets), 1, mask=mask & (fits == 0))
+        fixed = (tl.where(fits, value, 0.0) * SCALE).to(tl.int64)
+        tl.atomic_add(sum_ptr + offsets, fixed, mask=mask, sem="relaxed")
+    else:
+        tl.atomic_add(sum_ptr + offsets, value, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def read_sum(sum_ptr, offsets, mask, fault_ptr, SCALE: tl.constexpr, C: tl.constexpr):
+    """The value of a finished sum, fp32."""
+    value = tl.load(sum_ptr + offsets, mask=mask, other=0)
+    if C.deterministic:
+        value = value.to(tl.float32) * (1.0 / SCALE)
+        value = tl.where(tl.load(fault_ptr) != 0, float("nan"), value)
+    return value
+
+
+@triton.jit
+def clear_sum(p, sum_ptr, SIZE: tl.constexpr, C: tl.constexpr):
+    """Clears a sum for its next use; the programs share the work."""
+    for first in range(p * 1024, SIZE, C.G * 1024):
+        offsets = first + tl.arange(0, 1024)
+        tl.store(sum_ptr + offsets, tl.zeros((1024,), sum_ptr.dtype.element_ty), mask=offsets < SIZE)
+
+
+@triton.jit
+def window_starts(s, rows, num_windows, C: tl.constexpr):
+    """Where on the tape the windows of these batch rows begin at step s, int32."""
+    first = ((s * C.B) % num_windows).to(tl.int32)
+    return (first + rows) % num_windows
+
+
+@triton.jit
+def dot(a, b, acc, C: tl.constexpr):
+    """acc + a @ b, in the precision of the configuration."""
+    return tl.dot(a, b, acc, input_precision=C.precision)
+
+
+@triton.jit
+def dot_one_hot(one_hot, x, acc, C: tl.constexpr):
+    """one_hot @ x. A one-hot matrix is exact in TF32, so only x is split: two products where tf32x3 takes three."""
+    if C.precision == "tf32x3":
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the 10 mantissa bits of TF32
+        acc = tl.dot(one_hot, x - high, acc, input_precision="tf32")
+        return tl.dot(one_hot, high, acc, input_precision="tf32")
+    else:
+        return tl.dot(one_hot, x, acc, input_precision=C.precision)
+
+
+@triton.jit
+def cross_entropy(logits, is_target, C: tl.constexpr):
+    """Row losses and the gradient of their mean over the batch, (softmax(logits) - onehot(y)) / B."""
+    shifted = logits - tl.max(logits, axis=1)[:, None]
+    exponential = tl.exp(shifted)
+    total = tl.sum(exponential, axis=1)
+    losses = tl.log(total) - tl.sum(tl.where(is_target, shifted, 0.0), axis=1)
+    dlogits = (exponential / total[:, None] - tl.where(is_target, 1.0, 0.0)) * (1.0 / C.B)
+    return losses, dlogits
+
+
+# --- phases, by the program's number p and the step's number s ---------------------------------------------------
+
+
+@triton.jit
+def embedding_phase(p, s, buf, C: tl.constexpr):
+    """AdamW of program p's replica of wte with the finished gradient of step s."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    replica = buf.replicas + p * (3 * C.V * C.E)
+    sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
+    for first in range(0, C.V * C.E, 1024):
+        offsets = first + (zero + tl.arange(0, 1024))
+        mask = offsets < C.V * C.E
+        grad = read_sum(sum_ptr, offsets, mask, buf.fault, DWTE_SCALE, C)
+        adamw_at(replica, C.V * C.E, offsets, mask, grad, buf.scalars + 3 * s)
+    tl.debug_barrier()  # the tables read what other threads of the program wrote
+
+
+@triton.jit
+def table_phase(p, s, buf, C: tl.constexpr):
+    """table[t, v] = wte[v] @ W1[:, t]^T for program p's units."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    wte = buf.replicas + p * (3 * C.V * C.E)
+    for tile in range(p, C.TILES, C.G):
+        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+        for t in range(C.T):
+            for v0 in range(0, C.V, C.BLOCK_V):
+                v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+                acc = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
+                for e0 in range(0, C.E, C.BLOCK_E):
+                    e = e0 + (zero + tl.arange(0, C.BLOCK_E))
+                    rows = tl.load(
+                        wte + v[:, None] * C.E + e[None, :], mask=(v[:, None] < C.V) & (e[None, :] < C.E), other=0.0
+                    )
+                    weight = tl.load(
+                        buf.state + C.W1 + unit[None, :] * (C.T * C.E) + t * C.E + e[:, None],
+                        mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
+                        other=0.0,
+                    )
+                    acc = dot(rows, weight, acc, C)
+                tl.store(
+                    buf.table + (t * C.V + v[:, None]) * C.H + unit[None, :],
+                    acc,
+                    mask=(v[:, None] < C.V) & (unit[None, :] < C.H),
+                )
+    tl.debug_barrier()
+
+
+@triton.jit
+def hidden_phase(p, s, buf, num_windows, C: tl.constexpr):
+    """h = tanh(b1 + sum_t table[t, x_t]) for program p's units, all rows."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    for tile in range(p, C.TILES, C.G):
+        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+        bias = tl.load(buf.state + C.B1 + unit, mask=unit < C.H, other=0.0)
+        for b0 in range(0, C.B, C.BLOCK_B):
+            b = b0 + (zero + tl.arange(0, C.BLOCK_B))
+            mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
+            start = window_starts(s, b, num_windows, C)
+            pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
+            for t in range(C.T):
+                token = tl.load(buf.tape + start + t).to(tl.int32)
+                pre += tl.load(buf.table + (t * C.V + token[:, None]) * C.H + unit[None, :], mask=mask, other=0.0)
+            tl.store(buf.hidden + b[:, None] * C.H + unit[None, :], tanh(pre), mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
+def logits_phase(p, s, buf, C: tl.constexpr):
+    """Adds h @ W2^T over program p's units to the logits of step s; program 0 adds b2. Clears the other sum."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    sum_ptr = buf.logits + (s % 2) * (C.B * C.V)
+    for b0 in range(0, C.B, C.BLOCK_B):
+        b = b0 + (zero + tl.arange(0, C.BLOCK_B))
+        for v0 in range(0, C.V, C.BLOCK_V):
+            v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+            bias = tl.load(buf.state + C.B2 + v, mask=(v < C.V) & (p == 0), other=0.0)
+            acc = tl.full((C.BLOCK_B, C.BLOCK_V), 0.0, tl.float32) + bias[None, :]
+            for tile in range(p, C.TILES, C.G):
+                unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+                h = tl.load(
+                    buf.hidden + b[:, None] * C.H + unit[None, :],
+                    mask=(b[:, None] < C.B) & (unit[None, :] < C.H),
+                    other=0.0,
+                )
+                weight = tl.load(
+                    buf.state + C.W2 + v[None, :] * C.H + unit[:, None],
+                    mask=(v[None, :] < C.V) & (unit[:, None] < C.H),
+                    other=0.0,
+                )
+                acc = dot(h, weight, acc, C)
+            mask = (b[:, None] < C.B) & (v[None, :] < C.V)
+            add_to_sum(sum_ptr, b[:, None] * C.V + v[None, :], mask, acc, buf.fault, LOGITS_SCALE, LOGITS_LIMIT, C)
+    clear_sum(p, buf.logits + ((s + 1) % 2) * (C.B * C.V), C.B * C.V, C)
+
+
+@triton.jit
+def softmax_phase(p, s, buf, num_windows, C: tl.constexpr):
+    """Row losses and dlogits = (softmax(logits) - onehot(y)) / B, of program p's rows, or of all into its own copy."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    sum_ptr = buf.logits + (s % 2) * (C.B * C.V)
+    if C.rows:
+        first, STRIDE = p, C.G
+        dlogits_ptr = buf.dlogits
+    else:
+        first, STRIDE = 0, 1
+        dlogits_ptr = buf.dlogits + p * (C.B * C.V)
+    v = zero + tl.arange(0, C.VP)
+    for b0 in range(first * C.BLOCK_R, C.B, STRIDE * C.BLOCK_R):
+        b = b0 + (zero + tl.arange(0, C.BLOCK_R))
+        offsets = b[:, None] * C.V + v[None, :]
+        mask = (b[:, None] < C.B) & (v[None, :] < C.V)
+        logits = read_sum(sum_ptr, offsets, mask, buf.fault, LOGITS_SCALE, C)
+        logits = tl.where(v[None, :] < C.V, logits, float("-inf"))
+        start = window_starts(s, b, num_windows, C)
+        target = tl.load(buf.tape + start + C.T).to(tl.int32)
+        is_target = v[None, :] == target[:, None]
+
+        losses, dlogits = cross_entropy(logits, is_target, C)
+        tl.store(dlogits_ptr + offsets, dlogits, mask=mask)
+        tl.store(buf.row_losses + b, losses, mask=(b < C.B) & (C.rows | (p == 0)))  # else all have the same
+    tl.debug_barrier()
+
+
+@triton.jit
+def output_bias_phase(s, dlogits_ptr, buf, C: tl.constexpr):
+    """Program 0's share: the batch loss of step s, added in the order of the rows, and db2 with the update of b2."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    losses = tl.zeros((256,), tl.float32)
+    for b0 in range(0, C.B, 256):
+        b = b0 + (zero + tl.arange(0, 256))
+        losses += tl.load(buf.row_losses + b, mask=b < C.B, other=0.0)
+    tl.store(buf.losses + s, tl.sum(losses, axis=0) / C.B)
+
+    v = zero + tl.arange(0, C.VP)
+    db2 = tl.full((C.VP,), 0.0, tl.float32)
+    for b0 in range(0, C.B, C.BLOCK_D):
+        b = b0 + (zero + tl.arange(0, C.BLOCK_D))
+        mask = (b[:, None] < C.B) & (v[None, :] < C.V)
+        db2 += tl.sum(tl.load(dlogits_ptr + b[:, None] * C.V + v[None, :], mask=mask, other=0.0), axis=0)
+    adamw_at(buf.state + C.B2, C.PLANE, v, v < C.V, db2, buf.scalars + 3 * s)
+
+
+@triton.jit
+def hidden_gradient(tile, s, dlogits_ptr, buf, C: tl.constexpr):
+    """Stores dpre = (dlogits @ W2) (1 - h^2) of a tile of units, and returns their db1."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+    db1 = tl.full((C.BLOCK_H,), 0.0, tl.float32)
+    for b0 in range(0, C.B, C.BLOCK_B):
+        b = b0 + (zero + tl.arange(0, C.BLOCK_B))
+        dh = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32)
+        for v0 in range(0, C.V, C.BLOCK_V):
+            v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+            dlogits = tl.load(
+                dlogits_ptr + b[:, None] * C.V + v[None, :],
+                mask=(b[:, None] < C.B) & (v[None, :] < C.V),
+                other=0.0,
+            )
+            weight = tl.load(
+                buf.state + C.W2 + v[:, None] * C.H + unit[None, :],
+                mask=(v[:, None] < C.V) & (unit[None, :] < C.H),
+                other=0.0,
+            )
+            dh = dot(dlogits, weight, dh, C)
+        mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
+        offsets = b[:, None] * C.H + unit[None, :]
+        h = tl.load(buf.hidden + offsets, mask=mask, other=0.0)
+        dpre = dh * (1.0 - h * h)
+        tl.store(buf.dpre + offsets, dpre, mask=mask)
+        db1 += tl.sum(dpre, axis=0)
+    return db1
+
+
+@triton.jit
+def output_weight_gradient(v, unit, s, dlogits_ptr, buf, C: tl.constexpr):
+    """dW2 = dlogits^T @ h of these rows and columns."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    dw2 = tl.full((v.shape[0], unit.shape[0]), 0.0, tl.float32)
+    for b0 in range(0, C.B, C.BLOCK_B):
+        b = b0 + (zero + tl.arange(0, C.BLOCK_B))
+        dlogits = tl.load(
+            dlogits_ptr + b[None, :] * C.V + v[:, None], mask=(b[None, :] < C.B) & (v[:, None] < C.V), other=0.0
+        )
+        h = tl.load(
+            buf.hidden + b[:, None] * C.H + unit[None, :],
+            mask=(b[:, None] < C.B) & (unit[None, :] < C.H),
+            other=0.0,
+        )
+        dw2 = dot(dlogits, h, dw2, C)
+    return dw2
+
+
+@triton.jit
+def output_phase(p, s, dlogits_ptr, buf, C: tl.constexpr):
+    """dpre, and the gradients and updates of b1 and W2's columns."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    scalars = buf.scalars + 3 * s
+    for tile in range(p, C.TILES, C.G):
+        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+        db1 = hidden_gradient(tile, s, dlogits_ptr, buf, C)
+        adamw_at(buf.state + C.B1, C.PLANE, unit, unit < C.H, db1, scalars)
+    tl.debug_barrier()  # W2 was read by all threads before any of them updates it
+    for tile in range(p, C.TILES, C.G):
+        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+        for v0 in range(0, C.V, C.BLOCK_V):
+            v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+            dw2 = output_weight_gradient(v, unit, s, dlogits_ptr, buf, C)
+            mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
+            adamw_at(buf.state + C.W2, C.PLANE, v[:, None] * C.H + unit[None, :], mask, dw2, scalars)
+
+
+@triton.jit
+def table_gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
+    """dtable[t, v] = sum of dpre[b] over the b with x_bt = v, as one-hot products; takes the place of the table."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    for tile in range(p, C.TILES, C.G):
+        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+        for t in range(C.T):
+            for v0 in range(0, C.V, C.BLOCK_V):
+                v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+                acc = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
+                for b0 in range(0, C.B, C.BLOCK_B):
+                    b = b0 + (zero + tl.arange(0, C.BLOCK_B))
+                    token = tl.load(buf.tape + window_starts(s, b, num_windows, C) + t).to(tl.int32)
+                    one_hot = tl.where(v[:, None] == token[None, :], 1.0, 0.0)
+                    dpre = tl.load(
+                        buf.dpre + b[:, None] * C.H + unit[None, :],
+                        mask=(b[:, None] < C.B) & (unit[None, :] < C.H),
+                        other=0.0,
+                    )
+                    acc = dot_one_hot(one_hot, dpre, acc, C)
+                mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
+                tl.store(buf.table + (t * C.V + v[:, None]) * C.H + unit[None, :], acc, mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
+def embedding_gradient_phase(p, s, buf, C: tl.constexpr):
+    """Adds sum_t dtable[t] @ W1[:, t] over program p's units to the sum of step s. Clears the other sum."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
+    for v0 in range(0, C.V, C.BLOCK_V):
+        v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+        for e0 in range(0, C.E, C.BLOCK_E):
+            e = e0 + (zero + tl.arange(0, C.BLOCK_E))
+            acc = tl.full((C.BLOCK_V, C.BLOCK_E), 0.0, tl.float32)
+            for tile in range(p, C.TILES, C.G):
+                unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+                for t in range(C.T):
+                    dtable = tl.load(
+                        buf.table + (t * C.V + v[:, None]) * C.H + unit[None, :],
+                        mask=(v[:, None] < C.V) & (unit[None, :] < C.H),
+                        other=0.0,
+                    )
+                    weight = tl.load(
+                        buf.state + C.W1 + unit[:, None] * (C.T * C.E) + t * C.E + e[None, :],
+                        mask=(unit[:, None] < C.H) & (e[None, :] < C.E),
+                        other=0.0,
+                    )
+                    acc = dot(dtable, weight, acc, C)
+            mask = (v[:, None] < C.V) & (e[None, :] < C.E)
+            add_to_sum(sum_ptr, v[:, None] * C.E + e[None, :], mask, acc, buf.fault, DWTE_SCALE, DWTE_LIMIT, C)
+    clear_sum(p, buf.dwte + ((s + 1) % 2) * (C.V * C.E), C.V * C.E, C)
+    tl.debug_barrier()  # W1 was read by all threads before any of them updates it
+
+
+@triton.jit
+def hidden_weight_gradient(t, unit, e, s, wte, buf, C: tl.constexpr):
+    """dW1[:, t] = dtable[t]^T @ wte of these units and columns."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    dw1 = tl.full((unit.shape[0], e.shape[0]), 0.0, tl.float32)
+    for v0 in range(0, C.V, C.BLOCK_V):
+        v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+        dtable = tl.load(
+            buf.table + (t * C.V + v[None, :]) * C.H + unit[:, None],
+            mask=(v[None, :] < C.V) & (unit[:, None] < C.H),
+            other=0.0,
+        )
+        rows = tl.load(wte + v[:, None] * C.E + e[None, :], mask=(v[:, None] < C.V) & (e[None, :] < C.E), other=0.0)
+        dw1 = dot(dtable, rows, dw1, C)
+    return dw1
+
+
+@triton.jit
+def hidden_weight_phase(p, s, buf, C: tl.constexpr):
+    """The gradient and update of W1's rows."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    wte = buf.replicas + p * (3 * C.V * C.E)
+    for tile in range(p, C.TILES, C.G):
+        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+        for t in range(C.T):
+            for e0 in range(0, C.E, C.BLOCK_E):
+                e = e0 + (zero + tl.arange(0, C.BLOCK_E))
+                dw1 = hidden_weight_gradient(t, unit, e, s, wte, buf, C)
+                offsets = unit[:, None] * (C.T * C.E) + t * C.E + e[None, :]
+                mask = (unit[:, None] < C.H) & (e[None, :] < C.E)
+                adamw_at(buf.state + C.W1, C.PLANE, offsets, mask, dw1, buf.scalars + 3 * s)
+
+
+@triton.jit
+def forward_phase(p, s, buf, num_windows, C: tl.constexpr):
+    """From the parameters to the sum of the logits."""
+    table_phase(p, s, buf, C)
+    hidden_phase(p, s, buf, num_windows, C)
+    logits_phase(p, s, buf, C)
+
+
+@triton.jit
+def backward_phase(p, s, buf, num_windows, C: tl.constexpr):
+    """From the sum of the logits to the updated parameters but for wte, and the sum of dwte."""
+    if C.rows:
+        dlogits_ptr = buf.dlogits
+    else:
+        softmax_phase(p, s, buf, num_windows, C)
+        dlogits_ptr = buf.dlogits + p * (C.B * C.V)
+    if p == 0:
+        output_bias_phase(s, dlogits_ptr, buf, C)
+    output_phase(p, s, dlogits_ptr, buf, C)
+    table_gradient_phase(p, s, buf, num_windows, C)
+    embedding_gradient_phase(p, s, buf, C)
+    hidden_weight_phase(p, s, buf, C)
+
+
+# --- kernels of a step, G programs each ----------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_windows"])
+def forward_kernel(buf, num_windows, C: tl.constexpr, UPDATE: tl.constexpr):
+    """The forward phase of the next step; with UPDATE, after the wte update of the step before it."""
+    p = tl.program_id(0)
+    s = tl.load(buf.clock)
+    if UPDATE:
+        embedding_phase(p, s - 1, buf, C)
+    forward_phase(p, s, buf, num_windows, C)
+    if p == 0:
+        # No kernel writes the word that it reads, so no program can see the clock move.
+        tl.store(buf.clock + 1, s)
+
+
+@triton.jit(do_not_specialize=["num_windows"])
+def softmax_kernel(buf, num_windows, C: tl.constexpr):
+    """The softmax phase by rows."""
+    softmax_phase(tl.program_id(0), tl.load(buf.clock + 1), buf, num_windows, C)
+
+
+@triton.jit(do_not_specialize=["num_windows"])
+def backward_kernel(buf, num_windows, C: tl.constexpr):
+    """The backward phase and AdamW."""
+    p = tl.program_id(0)
+    s = tl.load(buf.clock + 1)
+    backward_phase(p, s, buf, num_windows, C)
+    if p == 0:
+        tl.store(buf.clock, s + 1)
+
+
+@triton.jit
+def embedding_kernel(buf, C: tl.constexpr):
+    """The wte update of the last step done."""
+    embedding_phase(tl.program_id(0), tl.load(buf.clock) - 1, buf, C)
+
+
+# --- launchers -----------------------------------------------------------------------------------------------------
+
+
+def check_sizes(B: int, V: int, T: int, E: int, H: int) -> None:
+    """Raises ValueError, naming triton-op, where a size lies outside of what these kernels take."""
+    sizes = {"B": (B, MAX_B), "V": (V, MAX_V), "T": (T, MAX_T), "E": (E, MAX_E), "H": (H, MAX_H)}
+    for name, (size, most) in sizes.items():
+        if not 1 <= size <= most:
+            raise ValueError(f"the step kernels take {name} from 1 to {most} (got {size}); triton-op takes any")
+
+
+def default_config(
+    B: int, V: int, T: int, E: int, H: int, *, precision: str = "fp32", deterministic: bool = True
+) -> StepConfig:
+    """The configuration for these sizes: tiles that spill no register, or, in the interpreter, few large ones.
+
+    The softmax becomes a phase of its own where doing it G times would take longer than a launch or a grid barrier.
+    """
+    arithmetic = input_precision(precision)
+    rows = B * V > 8192
+    if interpreting():
+        # The interpreter's time is a price per operation, whatever its size: one program, one tile of everything.
+        return StepConfig(
+            B, V, T, E, H, 1, _block(B, MAX_B), _block(V, MAX_V), _block(E, MAX_E), _block(H, MAX_H),
+            arithmetic, deterministic, rows,
+        )  # fmt: skip
+    block_h = 16
+    return StepConfig(
+        B, V, T, E, H, min(DEFAULT_PROGRAMS, -(-H // block_h)), _block(B, 32), _block(V, 32),
+        _block(E, 16 if V > 32 else 32), block_h, arithmetic, deterministic, rows,
+    )  # fmt: skip
+
+
+def _block(size: int, most: int) -> int:
+    return max(16, min(triton.next_power_of_2(size), most))
+
+
+class TrainStep:
+    """A model in training on one device: its buffers, and the launches that move it from step to step.
+
+    Args:
+        config: sizes and tiles, as from default_config().
+        tape: (n,), integer, n > T: the training tokens, each in 0..V-1.
+        scalars: (N, 3), float32: decay factor 1 - lr*wd, step size lr / (1 - beta1^(s+1)) and sqrt(1 - beta2^(s+1)) of
+            every step s.
+
+    Attributes:
+        launches: kernel launches so far; a captured launch counts once, when it is captured.
+
+    Raises:
+        ValueError: a size is out of range, or the tape is too short.
+    """
+
+    def __init__(self, config: StepConfig, tape: Tensor, scalars: Tensor) -> None:
+        C = config
+        check_sizes(C.B, C.V, C.T, C.E, C.H)
+        if not 1 <= C.G <= MAX_PROGRAMS:
+            raise ValueError(f"the number of programs must lie in 1..{MAX_PROGRAMS} (got {C.G})")
+        if len(tape) <= C.T:
+            raise ValueError(f"the tape has {len(tape)} tokens: too few for one window of {C.T} and its target")
+        self.config = C
+        self.num_windows = len(tape) - C.T
+        self.launches = 0
+        self.buffers = self._allocate(tape, scalars)
+
+    def _allocate(self, tape: Tensor, scalars: Tensor) -> Buffers:
+        C, device = self.config, tape.device
+        sum_type = torch.int64 if C.deterministic else torch.float32
+
+        def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        return Buffers(
+            tape=tape,
+            scalars=scalars.to(device).contiguous(),
+            clock=empty(2, dtype=torch.int64),
+            losses=empty(len(scalars)),
+            state=empty(3, C.PLANE),
+            replicas=empty(C.G, 3, C.V, C.E),
+            table=empty(C.T, C.V, C.H),
+            hidden=empty(C.B, C.H),
+            dpre=empty(C.B, C.H),
+            logits=empty(2, C.B, C.V, dtype=sum_type),
+            dlogits=empty(C.B, C.V) if C.rows else empty(C.G, C.B, C.V),
+            row_losses=empty(C.B),
+            dwte=empty(2, C.V, C.E, dtype=sum_type),
+            fault=empty(1, dtype=torch.int32),
+        )
+
+    def planes(self) -> list[list[Tensor]]:
+        """Views of the parameters, their first and their second moments: three lists of wte, W1, b1, W2, b2."""
+        C, buf = self.config, self.buffers
+        planes = []
+        for k in range(3):
+            plane = buf.state[k]
+            w1 = plane[C.W1 : C.W1 + C.H * C.T * C.E].view(C.H, C.T * C.E)
+            w2 = plane[C.W2 : C.W2 + C.V * C.H].view(C.V, C.H)
+            planes.append([buf.replicas[0, k], w1, plane[C.B1 : C.B1 + C.H], w2, plane[C.B2 : C.B2 + C.V]])
+        return planes
+
+    def load(self, planes: Sequence[Sequence[Tensor]], step: int) -> None:
+        """Copies in parameters and moments, ordered as in planes(), and the number of the next step."""
+        for held, given in zip(self.planes(), planes, strict=True):
+            for target, source in zip(held, given, strict=True):
+                target.copy_(source)
+        buf = self.buffers
+        buf.replicas[1:] = buf.replicas[0]
+        buf.logits.zero_()
+        buf.dwte.zero_()
+        buf.fault.zero_()
+        buf.clock.fill_(step)
+
+    def run(self, steps: int) -> None:
+        """Enqueues so many steps: two launches each, three with config.rows, and one more at the end.
+
+        It neither waits nor reads the device, so it can be captured in a CUDA graph. The losses come to stand in
+        buffers.losses at the numbers of the steps; the caller sees to it that these stay below N.
+        """
+        if steps < 1:
+            return
+        C, buf = self.config, self.buffers
+        grid, options = (C.G,), {"num_warps": C.num_warps, "num_stages": 1, "maxnreg": MAX_REGISTERS}
+        for i in range(steps):
+            forward_kernel[grid](buf, self.num_windows, C, UPDATE=i > 0, **options)
+            if C.rows:
+                softmax_kernel[grid](buf, self.num_windows, C, **options)
+            backward_kernel[grid](buf, self.num_windows, C, **options)
+        embedding_kernel[grid](buf, C, **options)
+        self.launches += steps * (3 if C.rows else 2) + 1
+
+
+def shipped_launches(launcher, config_of):
+    """Two recorded steps of a launcher: the default model in every precision, and the largest of everything."""
+    from ._aot import recorded
+
+    default, largest = (128, 27, 3, 48, 512), (MAX_B, MAX_V, MAX_T, MAX_E, MAX_H)
+    for sizes, precision in [*((default, precision) for precision in INPUT_PRECISION), (largest, "fp32")]:
+        config = config_of(*sizes, precision=precision)
+        tape = torch.empty(10_007, dtype=torch.int32, device="meta")
+        kernels = launcher(config, tape, torch.empty(1000, 3, device="meta"))
+        with recorded(precision) as launches:
+            kernels.run(2)
+        yield from {(launch.kernel, str(launch.constexprs)): launch for launch in launches}.values()
+
+
+def shipped():
+    """See _aot."""
+    yield from shipped_launches(TrainStep, default_config)

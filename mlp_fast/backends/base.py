@@ -1,0 +1,112 @@
+"""What a backend is: it advances a TrainState on one device, and computes losses and logits with it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlp_fast import distributed
+from mlp_fast.config import Config
+from mlp_fast.models import Shape
+from mlp_fast.rng import RNG
+from mlp_fast.sampling import sample
+from mlp_fast.state import TrainState
+from mlp_fast.tape import Tape, WeightedWindows
+
+# Windows per forward pass of an evaluation, and logits: they bound its memory.
+EVALUATION_ROWS, EVALUATION_LOGITS = 4096, 2**24
+
+
+class Backend(ABC):
+    """One way to compute the training loop.
+
+    Args:
+        config: the run's settings.
+        shape: the model's sizes.
+        tape: the training split, on the CPU.
+        state: where to start; copied.
+        device: one of `devices`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]  # one line for --list-backends
+    devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu")  # in order of preference
+    limits: ClassVar[str] = "any sizes"  # what `rejects` says, in words for --list-backends
+    direct: ClassVar[bool] = False  # whether it computes direct connections
+    distributed: ClassVar[bool] = False  # whether it splits a batch over the processes of torchrun
+    host_tape: ClassVar[bool] = False  # whether its batches may come from a tape that stays in the host's memory
+
+    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
+        self.config = config
+        self.shape = shape
+        self.device = device
+        self.world = distributed.world()
+        self.tape = tape.to(device)
+
+    @classmethod
+    def unavailable(cls, device: torch.device) -> str | None:
+        """Why this machine cannot run the backend on that device, or None where it can."""
+        return None
+
+    @classmethod
+    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
+        """Why the backend does not take these settings or sizes, or None where it does."""
+        return None
+
+    def prepare(self) -> None:
+        """Compiles and warms up, leaving the state as it was; training time is counted after it."""
+        state = self.state()
+        self.advance(1)
+        self.synchronize()
+        self.load(state)
+
+    @abstractmethod
+    def advance(self, steps: int) -> Tensor:
+        """Does so many steps and returns their batch losses, (steps,), float32, on the device.
+
+        It may return before the device has finished; synchronize() waits.
+        """
+
+    @abstractmethod
+    def state(self) -> TrainState:
+        """A copy of the state, on the CPU."""
+
+    @abstractmethod
+    def load(self, state: TrainState) -> None:
+        """Goes on from this state, which is copied."""
+
+    @abstractmethod
+    def logits(self, contexts: Tensor) -> Tensor:
+        """Contexts (N, T), int64, on the device -> logits (N, V), float32."""
+
+    def mean_loss(self, windows: WeightedWindows) -> float:
+        """The mean cross-entropy, in nats, over the windows (on the device)."""
+        count = max(1, min(EVALUATION_ROWS, EVALUATION_LOGITS // self.shape.V))
+        with torch.no_grad():
+            losses = [
+                F.cross_entropy(self.logits(rows[:, :-1]), rows[:, -1], reduction="none")
+                for rows in windows.rows.split(count)
+            ]
+            return windows.mean(torch.cat(losses))
+
+    def shared_mean_loss(self, windows: WeightedWindows) -> float:
+        """mean_loss of all windows, of which every process of the run computes its share; the same on all."""
+        mine = windows.part(self.world.share(len(windows.rows)))
+        return self.world.mean(self.mean_loss(mine) if mine.weight else 0.0, mine.weight)
+
+    def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
+        """`count` tokens after the prompt, which has at least T tokens; see sampling.sample."""
+
+        def logits_of(context: Sequence[int]) -> Tensor:
+            with torch.no_grad():
+                return self.logits(torch.tensor([context], device=self.device))[0]
+
+        return sample(logits_of, prompt, count, RNG(seed), self.shape.T)
+
+    def synchronize(self) -> None:
+        """Waits until the device has done all that was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,144 @@
+"""The baselines: MLPRaw and MLP under autograd, with torch.optim.AdamW."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mlp_fast.backends.base import Backend
+from mlp_fast.config import Config
+from mlp_fast.models import DIRECT, MLP, W1, W2, MLPRaw, Parameters, Shape
+from mlp_fast.optim import BETA1, BETA2, EPS, learning_rate
+from mlp_fast.state import TrainState
+from mlp_fast.tape import Tape
+
+# torch's own settings; it has none that splits a product into three TF32 ones, so tf32x3 takes full float32.
+MATMUL_PRECISION = {"fp32": "highest", "tf32x3": "highest", "tf32": "high"}
+
+
+def torch_precision_error(config: Config, device: torch.device) -> str | None:
+    """Why torch's own matrix products do not have this precision on the device, or None where they do."""
+    if device.type == "cpu" and config.precision != "fp32":
+        return f"--precision {config.precision} is arithmetic of NVIDIA GPUs; on the CPU choose fp32"
+    return None
+
+
+class _Autograd(Backend):
+    """A training loop of loss.backward() and optimizer.step() around a model with .loss() and .logits()."""
+
+    model: Any
+    limits = "any sizes, with (B, V) logits in memory"
+    direct = True
+    distributed = True
+    host_tape = True
+    transposed: ClassVar[frozenset[str]] = frozenset()  # parameters that the model holds as the transposed view
+
+    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
+        super().__init__(config, shape, tape, state, device)
+        torch.set_float32_matmul_precision(MATMUL_PRECISION[config.precision])
+        self._build(state.parameters)
+        self.loss = self.model.loss
+        self.optimizer = torch.optim.AdamW(
+            self._tensors().values(),
+            lr=config.learning_rate,
+            betas=(BETA1, BETA2),
+            eps=EPS,
+            weight_decay=config.weight_decay,
+        )
+        self.load(state)
+
+    @classmethod
+    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
+        return torch_precision_error(config, device)
+
+    def _build(self, parameters: Parameters) -> None:
+        raise NotImplementedError
+
+    def _tensors(self) -> Parameters:
+        return dict(self.model.named_parameters())
+
+    def prepare(self) -> None:
+        if self.world.size > 1:
+            # Compiles without the others: their compilers may take their time.
+            self._gradients(self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.world.meet()
+        super().prepare()
+
+    def advance(self, steps: int) -> Tensor:
+        losses = torch.empty(steps, device=self.device)
+        tensors = list(self._tensors().values())
+        for i in range(steps):
+            self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.config)
+            losses[i] = self._gradients(self.step)
+            self.world.sum_gradients([tensor.grad for tensor in tensors if tensor.grad is not None])
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+        return self.world.sum_(losses)
+
+    def _gradients(self, step: int) -> Tensor:
+        """Adds this rank's part of a step's gradients to .grad; returns its part of the batch loss."""
+        part = self.world.share(self.config.batch_size)
+        contexts, targets = self.tape.batch(step, self.config.batch_size, part)
+        loss = self.loss(contexts, targets)
+        if self.world.size > 1:
+            loss = loss * (len(targets) / self.config.batch_size)
+        loss.backward()
+        return loss.detach()
+
+    def state(self) -> TrainState:
+        moments = [self.optimizer.state[tensor] for tensor in self._tensors().values()]
+        names = list(self._tensors())
+        return TrainState(
+            {name: self._stored(name, tensor) for name, tensor in self._tensors().items()},
+            {name: self._stored(name, moment["exp_avg"]) for name, moment in zip(names, moments, strict=True)},
+            {name: self._stored(name, moment["exp_avg_sq"]) for name, moment in zip(names, moments, strict=True)},
+            self.step,
+        )
+
+    def load(self, state: TrainState) -> None:
+        self.step = state.step
+        for name, tensor in self._tensors().items():
+            with torch.no_grad():
+                tensor.copy_(self._held(name, state.parameters[name]))
+            self.optimizer.state[tensor] = {
+                "step": torch.tensor(float(state.step)),
+                "exp_avg": torch.empty_like(tensor).copy_(self._held(name, state.exp_avg[name])),
+                "exp_avg_sq": torch.empty_like(tensor).copy_(self._held(name, state.exp_avg_sq[name])),
+            }
+
+    def logits(self, contexts: Tensor) -> Tensor:
+        return self.model.logits(contexts)
+
+    def _held(self, name: str, tensor: Tensor) -> Tensor:
+        """A stored tensor as the model holds it."""
+        return tensor.t() if name in self.transposed else tensor
+
+    def _stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the model as the state stores it: copied, contiguous, on the CPU."""
+        view = tensor.detach().t() if name in self.transposed else tensor.detach()
+        return view.to("cpu", copy=True).contiguous()
+
+
+class EagerRaw(_Autograd):
+    name = "eager-raw"
+    summary = "MLPRaw, bare tensors under autograd: the first baseline"
+    transposed = frozenset({W1, W2, DIRECT})
+
+    def _build(self, parameters: Parameters) -> None:
+        self.model = MLPRaw({name: tensor.to(self.device) for name, tensor in parameters.items()})
+
+    def _tensors(self) -> Parameters:
+        return self.model.parameters()
+
+
+class Eager(_Autograd):
+    name = "eager"
+    summary = "MLP, an nn.Module under autograd: the second baseline"
+
+    def _build(self, parameters: Parameters) -> None:
+        self.model = MLP(self.shape, parameters).to(self.device)
+
+    def logits(self, contexts: Tensor) -> Tensor:
+        return self.model(contexts)

@@ -1,0 +1,72 @@
+"""The whole step in C on the CPU (kernels/native.py, kernels/csrc/train_step.c)."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from mlp_fast.backends.base import Backend
+from mlp_fast.backends.eager import torch_precision_error
+from mlp_fast.config import Config
+from mlp_fast.kernels import native
+from mlp_fast.models import PARAMETER_NAMES, Parameters, Shape
+from mlp_fast.state import TrainState
+from mlp_fast.tape import Tape, WeightedWindows
+
+
+class Native(Backend):
+    name = "native"
+    summary = "the whole step in C, on all threads"
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    limits = "any sizes, its logits in chunks of the batch"
+
+    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
+        super().__init__(config, shape, tape, state, device)
+        self.model = native.NativeModel(shape.V, shape.T, shape.E, shape.H, config.form)
+        self.model.set_tape(self.tape.tokens, copy=False)
+        self._pairs: WeakKeyDictionary[WeightedWindows, native.Pairs] = WeakKeyDictionary()
+        self.load(state)
+
+    @classmethod
+    def unavailable(cls, device: torch.device) -> str | None:
+        return native.unavailable()
+
+    @classmethod
+    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
+        return torch_precision_error(config, device)
+
+    def prepare(self) -> None:
+        """Nothing to do: it was compiled when the package was installed."""
+
+    def advance(self, steps: int) -> Tensor:
+        config = self.config
+        return self.model.train(
+            config.batch_size, steps, config.num_steps, config.learning_rate, config.weight_decay
+        ).float()
+
+    def state(self) -> TrainState:
+        parameters, exp_avg, exp_avg_sq = (dict(zip(PARAMETER_NAMES, part, strict=True)) for part in self.model.store())
+        return TrainState(parameters, exp_avg, exp_avg_sq, self.model.step)
+
+    def load(self, state: TrainState) -> None:
+        self.model.load(_in_order(state.parameters), _in_order(state.exp_avg), _in_order(state.exp_avg_sq), state.step)
+
+    def logits(self, contexts: Tensor) -> Tensor:
+        return self.model.logits(contexts)
+
+    def mean_loss(self, windows: WeightedWindows) -> float:
+        pairs = self._pairs.get(windows)
+        if pairs is None:
+            pairs = self._pairs[windows] = self.model.pairs(windows.rows, windows.counts)
+        return self.model.loss_sum(pairs) / windows.weight
+
+    def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
+        if len(prompt) < self.shape.T:
+            raise ValueError(f"the prompt has {len(prompt)} tokens, the context {self.shape.T}")
+        return self.model.sample(prompt[-self.shape.T :], count, seed)
+
+
+def _in_order(tensors: Parameters) -> list[Tensor]:
+    return [tensors[name] for name in PARAMETER_NAMES]

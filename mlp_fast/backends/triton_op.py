@@ -1,0 +1,78 @@
+"""The fused operators (ops.py) in an ordinary training loop under autograd; on CUDA many steps in one graph."""
+
+import torch
+from torch import Tensor
+
+from mlp_fast.backends.cuda_graph import DeviceLoop, StepGraph
+from mlp_fast.backends.eager import MATMUL_PRECISION
+from mlp_fast.backends.triton_step import kernels_missing
+from mlp_fast.config import Config
+from mlp_fast.models import Shape
+from mlp_fast.ops import FusedMLP, adamw_
+from mlp_fast.optim import BETA1, BETA2, EPS, learning_rates
+from mlp_fast.state import TrainState
+from mlp_fast.tape import Tape
+
+
+class TritonOp(DeviceLoop):
+    """FusedMLP, its gradients by autograd, and ops.adamw_.
+
+    Several processes exchange gradients at every step, and capture nothing.
+    """
+
+    name = "triton-op"
+    summary = "the fused operators under autograd, in one CUDA graph of steps"
+    limits = "any sizes, its logits never in memory"
+    direct = True
+    distributed = True
+
+    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
+        torch.set_float32_matmul_precision(MATMUL_PRECISION[config.precision])  # of logits(), which is torch's own
+        self.model = FusedMLP(shape, form=config.form, precision=config.precision).to(device)
+        self.rates = learning_rates(config, 0, config.num_steps).to(device)
+        super().__init__(config, shape, tape, state, device, dict(self.model.named_parameters()))
+
+    @classmethod
+    def unavailable(cls, device: torch.device) -> str | None:
+        return kernels_missing(device)
+
+    def _gradients(self) -> tuple[Tensor, list[Tensor]]:
+        """This rank's part of the batch loss, and of the gradients."""
+        contexts, targets = self.tape.batch(self.step, self.config.batch_size, self.world.share(self.config.batch_size))
+        loss = self.model.loss(contexts, targets)
+        if self.world.size > 1:
+            loss = loss * (len(targets) / self.config.batch_size)
+        return loss.detach(), list(torch.autograd.grad(loss, list(self.parameters.values())))
+
+    def _step(self) -> None:
+        loss, gradients = self._gradients()
+        self.world.sum_gradients(gradients)
+        lr = self.rates.index_select(0, self.step)
+        self.losses.index_copy_(0, self.step % self.GRAPH_STEPS, loss.view(1))
+        self.step += 1  # AdamW counts its updates from 1
+        adamw_(
+            list(self.parameters.values()),
+            gradients,
+            list(self.exp_avg.values()),
+            list(self.exp_avg_sq.values()),
+            self.step,
+            lr,
+            betas=(BETA1, BETA2),
+            eps=EPS,
+            weight_decay=self.config.weight_decay,
+        )
+
+    def prepare(self) -> None:
+        if self.world.size > 1:
+            self._gradients()  # compiles without the others: their compilers may take their time
+            self.world.meet()
+        super().prepare()
+        if self.device.type == "cuda" and self.world.size == 1:
+            self.graph = StepGraph(self._step, self.GRAPH_STEPS)
+
+    def advance(self, steps: int) -> Tensor:
+        return self.world.sum_(super().advance(steps))
+
+    def logits(self, contexts: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model(contexts)

@@ -1,0 +1,50 @@
+"""Many steps in one launch (kernels/persistent_step.py)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mlp_fast.backends.triton_step import _StepKernels, kernel_settings
+
+if TYPE_CHECKING:
+    from mlp_fast.kernels.persistent_step import PersistentStep
+
+
+class TritonPersistent(_StepKernels):
+    """One cooperative launch per call of advance(), a grid barrier between the phases of a step.
+
+    Raises:
+        BarrierTimeout: from synchronize(), where the programs waited for each other in vain; the state is void then.
+    """
+
+    name = "triton-persistent"
+    summary = "many steps in one cooperative launch"
+    kernels: PersistentStep
+
+    def _kernels(self) -> PersistentStep:
+        from mlp_fast.kernels.persistent_step import PersistentStep, default_config
+
+        return PersistentStep(
+            default_config(**kernel_settings(self.config, self.shape), **device_settings(self.device)),
+            *self._arguments(),
+        )
+
+    def _run(self, steps: int) -> None:
+        self.kernels.run(steps)
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        self.kernels.wait()
+
+
+def device_settings(device: torch.device) -> dict[str, int]:
+    """What persistent_step.default_config() asks about a GPU; nothing where there is none."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "capability": 10 * properties.major + properties.minor,
+        "processors": properties.multi_processor_count,
+    }

@@ -1,0 +1,179 @@
+"""The whole step as two or three kernels (kernels/train_step.py); on CUDA captured in graphs of many steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mlp_fast.backends.base import Backend
+from mlp_fast.backends.cuda_graph import StepGraph
+from mlp_fast.config import Config
+from mlp_fast.kernels._runtime import interpreting
+from mlp_fast.models import PARAMETER_NAMES, Shape
+from mlp_fast.optim import update_scalars
+from mlp_fast.state import TrainState
+from mlp_fast.tape import Tape, WeightedWindows
+
+if TYPE_CHECKING:
+    from mlp_fast.kernels.evaluation import Weights
+    from mlp_fast.kernels.train_step import TrainStep
+
+
+def kernels_missing(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on the device here, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "it needs the package triton, which is not installed"
+    if device.type == "cpu" and not interpreting():
+        return "it needs a CUDA device; --interpret runs the same kernels in Triton's interpreter, slowly"
+    if device.type == "cuda" and interpreting():
+        return "--interpret runs on the CPU; add --device cpu"
+    return None
+
+
+class _StepKernels(Backend):
+    """What the backends on the step kernels share: all but how the steps are launched."""
+
+    limits = "V, E <= 256, T <= 16, H <= 4096, B <= 8192"
+
+    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
+        super().__init__(config, shape, tape, state, device)
+        self.kernels = self._kernels()
+        self._finished = torch.zeros(1, dtype=torch.int32, device=device)
+        self.load(state)
+
+    @classmethod
+    def unavailable(cls, device: torch.device) -> str | None:
+        return kernels_missing(device)
+
+    @classmethod
+    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
+        from mlp_fast.kernels.train_step import check_sizes
+
+        if config.form == "gather":
+            return "its kernels have the table form only; --form gather is for triton-op and compile-step"
+        try:
+            check_sizes(config.batch_size, shape.V, shape.T, shape.E, shape.H)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _kernels(self) -> TrainStep:
+        raise NotImplementedError
+
+    def _arguments(self) -> tuple[Tensor, Tensor]:
+        """Tape and scalars, as a launcher takes them."""
+        return self.tape.tokens.to(torch.int32), update_scalars(self.config)
+
+    def prepare(self) -> None:
+        """Compiles every kernel, leaving the state as it was."""
+        state = self.state()
+        # From step 0, as the schedule may have no step left after the state's.
+        self.load(dataclasses.replace(state, step=0))
+        self.advance(min(2, self.config.num_steps))
+        window = torch.zeros(1, self.shape.T + 1, dtype=torch.int64, device=self.device)
+        self.mean_loss(WeightedWindows(window, torch.ones(1, dtype=torch.float64, device=self.device)))
+        self.logits(window[:, 1:])
+        self.sample([0] * self.shape.T, 1, seed=1)
+        self.load(state)
+
+    def advance(self, steps: int) -> Tensor:
+        first = self._step
+        if first + steps > self.config.num_steps:
+            raise ValueError(f"step {first} and {steps} more lie beyond the schedule of {self.config.num_steps} steps")
+        self._run(steps)
+        self._step += steps
+        return self.kernels.buffers.losses[first : first + steps].clone()
+
+    def _run(self, steps: int) -> None:
+        raise NotImplementedError
+
+    def state(self) -> TrainState:
+        self.synchronize()
+        parameters, exp_avg, exp_avg_sq = (
+            {
+                name: tensor.to("cpu", copy=True).contiguous()
+                for name, tensor in zip(PARAMETER_NAMES, plane, strict=True)
+            }
+            for plane in self.kernels.planes()
+        )
+        return TrainState(parameters, exp_avg, exp_avg_sq, self._step)
+
+    def load(self, state: TrainState) -> None:
+        parts = (state.parameters, state.exp_avg, state.exp_avg_sq)
+        self.kernels.load([[part[name] for name in PARAMETER_NAMES] for part in parts], state.step)
+        self._step = state.step
+
+    def _weights(self) -> Weights:
+        from mlp_fast.kernels.evaluation import Weights
+
+        return Weights(*self.kernels.planes()[0])
+
+    def logits(self, contexts: Tensor) -> Tensor:
+        from mlp_fast.kernels import evaluation
+
+        return evaluation.logits(self._weights(), contexts, precision=self.config.precision)
+
+    def mean_loss(self, windows: WeightedWindows) -> float:
+        from mlp_fast.kernels import evaluation
+
+        mean = evaluation.mean_loss(
+            self._weights(), windows.rows, windows.counts, self._finished, precision=self.config.precision
+        )
+        return mean.item()
+
+    def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
+        from mlp_fast.kernels import evaluation
+
+        if len(prompt) < self.shape.T:
+            raise ValueError(f"the prompt has {len(prompt)} tokens, the context {self.shape.T}")
+        return evaluation.sample(self._weights(), prompt[-self.shape.T :], count, seed).tolist()
+
+
+def kernel_settings(config: Config, shape: Shape) -> dict[str, Any]:
+    """The arguments of a default_config() of the step kernels."""
+    deterministic = config.reduction == "deterministic"
+    sizes = {"B": config.batch_size, "V": shape.V, "T": shape.T, "E": shape.E, "H": shape.H}
+    return sizes | {"precision": config.precision, "deterministic": deterministic}
+
+
+class TritonStep(_StepKernels):
+    """Two graphs are captured: of an evaluation interval, and of one step for what is left over of it."""
+
+    name = "triton-step"
+    summary = "the whole step as a few kernels, many steps in one CUDA graph"
+
+    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
+        super().__init__(config, shape, tape, state, device)
+        self._graphs: list[StepGraph] = []  # the longest first
+
+    def _kernels(self) -> TrainStep:
+        from mlp_fast.kernels.train_step import TrainStep, default_config
+
+        return TrainStep(default_config(**kernel_settings(self.config, self.shape)), *self._arguments())
+
+    def prepare(self) -> None:
+        """Compiles every kernel and captures the graphs, leaving the state as it was."""
+        self._graphs = []
+        super().prepare()
+        if self.device.type == "cuda":
+            interval = min(self.config.eval_every, self.config.num_steps)
+            self._graphs = [self._captured(steps) for steps in sorted({interval, 1}, reverse=True)]
+
+    def _captured(self, steps: int) -> StepGraph:
+        graph = StepGraph(lambda: self.kernels.run(steps), 1)
+        graph.steps = steps
+        return graph
+
+    def _run(self, steps: int) -> None:
+        for graph in self._graphs:
+            while steps >= graph.steps:
+                graph.replay()
+                steps -= graph.steps
+        # Before prepare(), and in the interpreter, the same launches without a graph.
+        if steps:
+            self.kernels.run(steps)

@@ -1,0 +1,227 @@
+"""A checkpoint: one self-describing safetensors file; nothing here unpickles.
+
+`step-00001000.safetensors` holds the parameters under the nn.Module's state_dict names, AdamW's moments under
+"exp_avg." and "exp_avg_sq." + name, and in its metadata a JSON document (format version, step, config, vocabulary, the
+corpus' fingerprint, the latest evaluation) and a SHA-256 over this document and every tensor. The file appears whole or
+not at all. Which files a run keeps is run_folder's business.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mlp_fast.config import PER_COMMAND, Config
+from mlp_fast.errors import UserError
+from mlp_fast.files import file_mode, write_atomically
+from mlp_fast.models import MLP, Shape
+from mlp_fast.state import TrainState
+from mlp_fast.tokens import Vocabulary, from_json
+
+FORMAT_VERSION = 2
+_FILE = re.compile(r"step-(\d{8,})\.safetensors")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Facts = dict[str, Any]
+
+
+class Damaged(UserError):
+    """The file is cut, damaged, or not a checkpoint of this program."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds: the state, and what is needed to use or go on with it.
+
+    Attributes:
+        state: parameters, moments and step.
+        config: the run's settings, without those of a single command (config.PER_COMMAND).
+        vocabulary: the tokens of the model.
+        fingerprint: the corpus'; see Corpus.
+        losses: of the latest evaluation: "evaluated_at" (its step), "train_loss" and "val_loss" in nats; or empty.
+    """
+
+    state: TrainState
+    config: Config
+    vocabulary: Vocabulary
+    fingerprint: str
+    losses: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> Shape:
+        """The model's sizes."""
+        config = self.config
+        sizes = (config.context_length, config.embedding_size, config.hidden_size)
+        return Shape(len(self.vocabulary), *sizes, config.direct)
+
+    def model(self) -> MLP:
+        """The trained nn.Module."""
+        return MLP(self.shape, self.state.parameters)
+
+
+def file_name(step: int) -> str:
+    """The name of a step's checkpoint file."""
+    return f"step-{step:08d}.safetensors"
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder, the newest last. OSError where it cannot be read."""
+    steps = {entry.name: match for entry in os.scandir(folder) if (match := _FILE.fullmatch(entry.name))}
+    return [folder / name for name in sorted(steps, key=lambda name: int(steps[name][1]))]
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint file, whole or not at all. OSError where that fails."""
+    state = checkpoint.state
+    tensors = dict(state.parameters)
+    for kind in _MOMENTS:
+        tensors |= {f"{kind}.{name}": tensor for name, tensor in getattr(state, kind).items()}
+    config = dataclasses.asdict(checkpoint.config)
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "step": state.step,
+        "config": {name: value for name, value in config.items() if name not in PER_COMMAND},
+        "vocabulary": checkpoint.vocabulary.as_json(),
+        "corpus_fingerprint": checkpoint.fingerprint,
+        "losses": checkpoint.losses,
+    }
+    document = json.dumps(facts)
+    metadata = {"mlp_fast": document, "sha256": _checksum(document, tensors)}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint file that a path means: itself, or the newest file of a folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    mode = file_mode(path)
+    if stat.S_ISREG(mode):
+        return path
+    if not stat.S_ISDIR(mode):
+        raise UserError(f"{path} is not a regular file; give the folder that --out wrote, or a checkpoint file")
+    try:
+        files = files_in(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not files:
+        raise UserError(f"{path} holds no checkpoint (step-*.safetensors); give the folder that --out wrote")
+    return files[-1]
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint: a file, or a folder's newest one.
+
+    Raises:
+        Damaged: the file is cut, damaged or foreign; the message names the last good one beside it.
+        UserError: it is missing, cannot be read, or is of a newer format.
+    """
+    path = locate(path)
+    try:
+        return read(path)
+    except Damaged as error:
+        good = last_good(path.parent)
+        offer = "no good checkpoint lies beside it" if good is None else f"the last good one beside it is {good}"
+        raise Damaged(f"{error}; {offer}") from None
+
+
+def last_good(folder: Path) -> Path | None:
+    """The newest file of a folder that is whole, or None."""
+    try:
+        files = files_in(folder)
+    except OSError:
+        return None
+    for path in reversed(files):
+        try:
+            read(path)
+        except UserError:
+            continue
+        return path
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads one checkpoint file and checks all of it; errors as load(), without the offer."""
+    tensors, metadata = _read(path)
+    document = metadata.get("mlp_fast")
+    if document is None:
+        raise Damaged(f"{path} is not a checkpoint of mlp_fast")
+    if metadata.get("sha256") != _checksum(document, tensors):
+        raise Damaged(f"{path} is damaged: its checksum does not fit its content")
+    try:
+        facts = json.loads(document)
+        version = facts["format_version"]
+        if version <= FORMAT_VERSION:
+            return _checkpoint(_upgraded(facts), tensors)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, UserError) as error:
+        reason = " ".join(str(error).split())  # it may quote what the file says, lines and all
+        raise Damaged(f"{path} is not a checkpoint of mlp_fast: {type(error).__name__} {reason}") from None
+    raise UserError(f"{path}: its format version {version} is newer than {FORMAT_VERSION}; update mlp_fast")
+
+
+def _checkpoint(facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
+    """The checkpoint of a document of FORMAT_VERSION; any error of type or value where document and tensors differ."""
+    config, vocabulary, step = Config(**facts["config"]), from_json(facts["vocabulary"]), facts["step"]
+    if type(step) is not int or not 0 <= step <= config.num_steps:
+        raise ValueError(f"step {step!r} is not one of the run's")
+    losses = dict(facts["losses"])
+    if not all(type(value) in (int, float) for value in losses.values()):
+        raise ValueError("the losses are not numbers")
+    sizes = Shape(len(vocabulary), config.context_length, config.embedding_size, config.hidden_size, config.direct)
+    groups = {kind: {name: f"{kind}.{name}" for name in sizes.parameters} for kind in _MOMENTS}
+    groups = {"parameters": {name: name for name in sizes.parameters}} | groups
+    wanted = {key: sizes.parameters[name] for group in groups.values() for name, key in group.items()}
+    if {key: tuple(t.shape) for key, t in tensors.items() if t.dtype == torch.float32} != wanted:
+        raise ValueError("the tensors do not fit the config")
+    parts = {kind: {name: tensors[key] for name, key in group.items()} for kind, group in groups.items()}
+    return Checkpoint(TrainState(**parts, step=step), config, vocabulary, str(facts["corpus_fingerprint"]), losses)
+
+
+def _from_version_1(facts: Facts) -> Facts:
+    """Version 1 kept the settings of the command in the config, and no losses."""
+    config = {name: value for name, value in facts["config"].items() if name not in PER_COMMAND}
+    return facts | {"config": config, "losses": {}}
+
+
+# version -> what makes a document of the next version of it
+UPGRADES: dict[int, Callable[[Facts], Facts]] = {1: _from_version_1}
+
+
+def _upgraded(facts: Facts) -> Facts:
+    for version in range(facts["format_version"], FORMAT_VERSION):
+        facts = UPGRADES[version](facts)
+    return facts
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not stat.S_ISREG(file_mode(path)):  # opening a FIFO would wait for a writer
+        raise Damaged(f"{path} is not a regular file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Damaged(f"{path} is damaged or not a checkpoint ({' '.join(str(error).split())})") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _checksum(document: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the document and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(document.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

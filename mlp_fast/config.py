@@ -1,0 +1,226 @@
+"""Every setting of a run and its default, in one frozen dataclass; the command line is derived from it."""
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from mlp_fast.errors import UserError
+
+PRECISIONS = ("fp32", "tf32x3", "tf32")
+FORMS = ("auto", "table", "gather")
+REDUCTIONS = ("deterministic", "fast")
+DEVICES = ("auto", "cpu", "cuda")
+TOKENS = ("char", "byte", "word")
+ON_NAN = ("stop", "continue")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+# What belongs to one command and not to the run: a checkpoint does not keep it.
+PER_COMMAND = ("stop_after", "out", "log_json", "plot", "quiet", "resume")
+# What --resume takes from the checkpoint but lets the command line change. All else defines the run.
+MAY_CHANGE = (
+    "backend",
+    "data",  # another name or place of the same corpus: its fingerprint is compared
+    "eval_every",
+    "device",
+    "precision",
+    "form",
+    "reduction",
+    "compile_mode",
+    "interpret",
+    "on_nan",
+    "checkpoint_every",
+    "keep",
+)
+# What only a whole training run needs: commands that make a few steps do not offer it.
+RUN_ONLY = (*PER_COMMAND, "eval_every", "on_nan", "checkpoint_every", "keep")
+
+MAX_SEED = 2**64 - 1
+# Sizes past these would need more memory than any machine has; the bound turns a typing slip into one clear line.
+MAX_SIZE = 2**24
+# Some backends keep the learning rate and the loss of every step on the device: 16 bytes a step.
+MAX_STEPS = 10**8
+
+# --preset NAME sets these options; one given by itself on the command line wins.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"context_length": 2, "embedding_size": 8, "hidden_size": 32, "batch_size": 64, "num_steps": 1000},
+    "default": {},
+    "large": {"tokens": "byte", "context_length": 8, "embedding_size": 64, "hidden_size": 4096},
+    # Sizes of Bengio et al. 2003, who merge the words that occur three times or less (their Brown corpus is left with
+    # 16,383 words). An evaluation computes that many logits for every window of val, hence seldom.
+    "bengio2003": {
+        "tokens": "word",
+        "min_count": 4,
+        "context_length": 5,
+        "embedding_size": 60,
+        "hidden_size": 100,
+        "direct": True,
+        "eval_every": 5000,
+    },
+}
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    metavar: str | None = None,
+) -> Any:
+    metadata = {"help": help, "choices": choices, "least": least, "most": most, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run. Invalid values raise UserError, naming the option.
+
+    Sizes are counts, learning_rate and weight_decay are AdamW's, eval_every is in steps.
+    """
+
+    backend: str = _option("auto", "who computes the steps; see --list-backends", metavar="NAME")
+    data: str = _option("embedded", "embedded, names, a folder with train/val/test.txt, or one text file")
+    tokens: str = _option("char", "what a token is", choices=TOKENS)
+    min_count: int = _option(1, "words that train has fewer times than this become <unk>", least=1, most=MAX_STEPS)
+    context_length: int = _option(3, "tokens that predict the next one (T)", least=1, most=4096)
+    embedding_size: int = _option(48, "numbers per token embedding (E)", least=1, most=MAX_SIZE)
+    hidden_size: int = _option(512, "hidden units (H)", least=1, most=MAX_SIZE)
+    direct: bool = _option(False, "add direct connections from the embeddings to the logits")
+    batch_size: int = _option(128, "windows per step (B)", least=1, most=MAX_SIZE)
+    num_steps: int = _option(50_000, "steps of the learning-rate schedule", least=1, most=MAX_STEPS)
+    stop_after: int | None = _option(None, "stop after this many steps, the schedule unchanged", least=1)
+    learning_rate: float = _option(7e-4, "AdamW's learning rate before the cosine decay", least=0.0, most=1e6)
+    weight_decay: float = _option(1e-4, "AdamW's decoupled weight decay, on every parameter", least=0.0, most=1e6)
+    seed: int = _option(1337, "seed of the initial values", least=1, most=MAX_SEED)
+    eval_every: int = _option(200, "steps between evaluations", least=1)
+    device: str = _option("auto", "where to compute", choices=DEVICES)
+    precision: str = _option("fp32", "arithmetic of the matrix products", choices=PRECISIONS)
+    form: str = _option("auto", "first layer as a table per token or as gathered rows", choices=FORMS)
+    reduction: str = _option("deterministic", "sums across programs: repeatable, or fast", choices=REDUCTIONS)
+    compile_mode: str = _option("default", "torch.compile's mode, for the compile backends", choices=COMPILE_MODES)
+    interpret: bool = _option(False, "run Triton kernels in Triton's interpreter (slow, needs no GPU)")
+    on_nan: str = _option("stop", "what to do when a loss is not finite", choices=ON_NAN)
+    out: str | None = _option(None, "folder for checkpoints: at the end, and --checkpoint-every", metavar="DIR")
+    checkpoint_every: int | None = _option(None, "steps between two checkpoints in --out", least=1)
+    keep: int = _option(3, "checkpoints to keep: so many of the newest, and the best", least=1)
+    resume: str | None = _option(None, "go on with a run: its folder, or one of its checkpoint files", metavar="RUN")
+    log_json: str | None = _option(None, "write the log as JSON Lines", metavar="FILE")
+    plot: str | None = _option(None, "draw the loss curves (PNG, SVG or PDF)", metavar="FILE")
+    quiet: bool = _option(False, "print nothing but errors")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(Config)
+        for field in dataclasses.fields(self):
+            _check(field, hints[field.name], getattr(self, field.name))
+        if self.stop_after is not None and self.stop_after > self.num_steps:
+            raise UserError(f"--stop-after must be at most --num-steps, {self.num_steps} (got {self.stop_after})")
+        if self.min_count > 1 and self.tokens != "word":
+            raise UserError(f"--min-count {self.min_count} is for words; add --tokens word")
+
+    @property
+    def last_step(self) -> int:
+        """Steps that this run makes: num_steps, or stop_after where that is given."""
+        return self.num_steps if self.stop_after is None else self.stop_after
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
+    kinds = typing.get_args(hint) or (hint,)
+    # bool is an int to Python, and an int serves as a float; neither may pass for the other here
+    if type(value) not in (*kinds, *([int] if float in kinds else [])):
+        raise UserError(f"{flag(field.name)} {value!r} is of the wrong type; give {_parser_of(hint).__name__}")
+    if value is None:
+        return
+    choices, least, most = (field.metadata[key] for key in ("choices", "least", "most"))
+    if choices and value not in choices:
+        raise UserError(f"{flag(field.name)} {value!r} is unknown; choose one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{flag(field.name)} must be a finite number (got {value})")
+    if least is not None and value < least:
+        raise UserError(f"{flag(field.name)} must be at least {least} (got {value})")
+    if most is not None and value > most:
+        raise UserError(f"{flag(field.name)} must be at most {most} (got {value})")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{flag(field.name)} contains a NUL character; remove it")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one line, exit code 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ArgumentParser's; --preset changes the defaults, so that options given explicitly win over it."""
+        arguments = super().parse_args(args)
+        preset = vars(arguments).pop("preset", None)
+        if preset is None:
+            return arguments
+        self.set_defaults(**PRESETS[preset])
+        arguments = super().parse_args(args)
+        del arguments.preset
+        return arguments
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ArgumentParser's; `--option=--` is an error, where Python before 3.13 makes an empty list of it."""
+        arguments, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.nargs is None and getattr(arguments, action.dest, None) == []:
+                self.error(f"argument {'/'.join(action.option_strings) or action.dest}: expected one argument")
+        return arguments, rest
+
+    def given(self, args: Any = None) -> dict[str, Any]:
+        """The options that a command line itself names, or its --preset, with their values."""
+        absent = object()
+        arguments = super().parse_args(args, argparse.Namespace(**{action.dest: absent for action in self._actions}))
+        named = {name: value for name, value in vars(arguments).items() if value is not absent}
+        return PRESETS.get(named.pop("preset", ""), {}) | named
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help".replace("\n", " "))
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = ()) -> None:
+    """Adds --preset and one option per Config field, in the order of the dataclass."""
+    parser.add_argument("--preset", choices=PRESETS, help="sets several options at once; others given here win")
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        if field.name in leave_out:
+            continue
+        meta = field.metadata
+        if hints[field.name] is bool:
+            parser.add_argument(
+                flag(field.name), action=argparse.BooleanOptionalAction, default=field.default, help=meta["help"]
+            )
+            continue
+        parser.add_argument(
+            flag(field.name),
+            type=_parser_of(hints[field.name]),
+            default=field.default,
+            choices=meta["choices"],
+            metavar=meta["metavar"] or (None if meta["choices"] else _parser_of(hints[field.name]).__name__.upper()),
+            help=meta["help"],
+        )
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    """The Config that parsed arguments describe; fields without an argument keep their default."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{name: value for name, value in vars(arguments).items() if name in names})
+
+
+def _parser_of(hint: Any) -> Any:
+    """int | None -> int: the type that an option's text is converted to."""
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not type(None))
+    return hint

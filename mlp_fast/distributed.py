@@ -1,0 +1,199 @@
+"""Data parallel: the processes that torchrun starts compute, together, the steps of one.
+
+    torchrun --nproc-per-node N -m mlp_fast.train ...
+
+Rank r of N takes rows floor(r*B/N) .. floor((r+1)*B/N) of every batch and scales its mean loss by its share of the
+rows, so that losses and gradients summed over the ranks are those of the whole batch, uneven shares included. Every
+rank then makes the same AdamW update of the same state: parameters are never sent. Evaluations split their windows in
+the same way. Rank 0 alone writes and speaks.
+"""
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlp_fast.errors import UserError
+from mlp_fast.interrupt import Interrupted
+
+# How long a step waits for the other processes. Those that end are noticed at once, by their closed connection (gloo)
+# or by torchrun; this is for a machine that falls silent.
+TIMEOUT = datetime.timedelta(seconds=25)
+# How long a rank waits where others may rightly be slow: compiling, or making tokens of a large corpus.
+PATIENCE = datetime.timedelta(hours=1)
+
+
+class LostContact(UserError):
+    """Another process of the run has ended, or does not answer."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of the run: this one's number, and how many. World() is a run of one process."""
+
+    rank: int = 0
+    size: int = 1
+
+    def share(self, count: int) -> slice:
+        """This rank's part of `count` rows."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, in place and on every rank to the same bits."""
+        if self.size > 1:
+            _reach_the_others(lambda: dist.all_reduce(tensor))
+        return tensor
+
+    def sum_gradients(self, tensors: list[Tensor]) -> None:
+        """The sums of several tensors of one dtype and device, in place, as one message."""
+        if self.size == 1:
+            return
+        joined = self.sum_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        for tensor, part in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+    def mean(self, value: float, weight: float) -> float:
+        """The mean of the ranks' values by their weights, in float64; a value of weight 0 is left out."""
+        if self.size == 1:
+            return value
+        total, weights = self.sum_(torch.tensor([value * weight if weight else 0.0, weight], dtype=torch.float64))
+        return (total / weights).item()
+
+    def max(self, value: float) -> float:
+        """The largest of the ranks' values: what all go by where their clocks or their users differ."""
+        if self.size == 1:
+            return value
+        agreed = torch.tensor(value, dtype=torch.float64)
+        _reach_the_others(lambda: dist.all_reduce(agreed, op=dist.ReduceOp.MAX))
+        return agreed.item()
+
+    def meet(self) -> None:
+        """Waits, patiently, until every rank is here."""
+        if self.size > 1:
+            _reach_the_others(lambda: dist.all_reduce(torch.zeros(1), group=_patient))
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Around work that may fail on some ranks only: one rank's UserError ends the run on all, and is told once."""
+        failure: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        if self.size > 1:
+            messages: list[str | None] = [None] * self.size
+            mine = str(failure) if failure else None
+            _reach_the_others(lambda: dist.all_gather_object(messages, mine, group=_patient))
+            for rank, message in enumerate(messages):
+                if message is None:
+                    continue
+                if failure and rank == self.rank:
+                    raise failure
+                raise UserError(f"rank {rank}: {message}" if rank else message)
+        if failure:
+            raise failure
+
+
+_current = World()
+_patient: Any = None  # the process group with PATIENCE, on CPU tensors
+
+
+def world() -> World:
+    """The processes of this run; World() outside of joined()."""
+    return _current
+
+
+def launched_size() -> int:
+    """How many processes torchrun has started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """The number that torchrun has given this process; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def gpu_missing() -> str | None:
+    """Why this process has no GPU of its own on a machine with CUDA, or None where it has."""
+    local, gpus = _local_rank(), torch.cuda.device_count()
+    return f"process {local} of this machine has no GPU of its own, there are {gpus}" if local >= gpus else None
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Connects the processes that torchrun has started for as long as the block runs; nothing to do for one.
+
+    CPU tensors go through gloo; where there is CUDA, CUDA tensors go through NCCL, and each process takes the GPU of
+    its local rank as the current one; see gpu_missing.
+
+    A UserError that leaves the block is rank 0's to tell: on the others it ends the process without a word, but for
+    LostContact.
+
+    Raises:
+        UserError: where the processes do not find each other.
+    """
+    global _current, _patient
+    if launched_size() == 1:
+        yield World()
+        return
+    if not dist.is_available():
+        raise UserError("this build of torch has no torch.distributed; run one process")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        if gpu_missing() is None:
+            torch.cuda.set_device(_local_rank())
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the processes did not find each other ({reason}); start them by torchrun") from None
+    _current = World(dist.get_rank(), dist.get_world_size())
+    try:
+        yield _current
+        _leave()
+    except Interrupted:
+        _leave()
+        raise
+    except LostContact:
+        if not dist.is_nccl_available():  # NCCL would wait for those that are gone
+            _leave()
+        raise
+    except UserError as error:
+        _leave()
+        if _current.rank:
+            raise SystemExit(error.exit_code) from None
+        raise
+    finally:
+        _current = World()
+
+
+def _leave() -> None:
+    """Destroys the process groups, and so ends their threads: one still letting go of a tensor of Python's while the
+    interpreter shuts down aborts the process. They live on for as long as anything refers to them.
+    """
+    global _patient
+    _patient = None
+    with suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def _reach_the_others(collective: Callable[[], Any]) -> None:
+    try:
+        collective()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LostContact(
+            f"rank {_current.rank} stops: another process of this run has ended or does not answer ({reason})"
+        ) from None

@@ -1,0 +1,58 @@
+"""`python -m mlp_fast.evaluate RUN`: the losses of a saved model on a corpus."""
+
+if __name__ == "__main__":
+    from mlp_fast.command import begin
+
+    begin()
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlp_fast import backends, checkpoint, distributed
+from mlp_fast.command import run_main
+from mlp_fast.config import DEVICES, Parser
+from mlp_fast.corpus import Corpus, check_sizes, load
+from mlp_fast.errors import UserError
+from mlp_fast.tape import TRAIN_EVAL_BATCHES, Tape, evaluated_windows
+
+
+def losses_of(saved: checkpoint.Checkpoint, corpus: Corpus) -> dict[str, float]:
+    """Mean cross-entropies in nats by split, as training reports them: the train loss over its first batches."""
+    if corpus.vocabulary != saved.vocabulary:
+        raise UserError(f"the {corpus.name} corpus has another vocabulary than the model; give the model's own corpus")
+    T, B = saved.config.context_length, saved.config.batch_size
+    check_sizes(corpus, T, B)
+    tapes = {"train": Tape(corpus.train, T), "val": Tape(corpus.val, T), "test": Tape(corpus.test, T)}
+    backend = backends.create(saved.config, saved.shape, tapes["train"], saved.state)
+    return {
+        split: backend.shared_mean_loss(
+            evaluated_windows(tape, B, TRAIN_EVAL_BATCHES if split == "train" else None).to(backend.device)
+        )
+        for split, tape in tapes.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = Parser(prog="python -m mlp_fast.evaluate", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="a folder that --out wrote, or one of its checkpoint files")
+    parser.add_argument("--data", help="another corpus than the one of the run (default: the run's)")
+    parser.add_argument("--backend", default="eager", help="who computes; see mlp_fast.train --list-backends")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
+    with distributed.joined() as world:
+        with world.agreed():
+            arguments = parser.parse_args(argv)
+            saved = checkpoint.load(Path(arguments.run))
+            data = arguments.data or saved.config.data
+            config = dataclasses.replace(saved.config, backend=arguments.backend, device=arguments.device, data=data)
+            backends.check(config)
+            corpus = load(config.data, config.tokens, config.min_count)
+        for split, loss in losses_of(dataclasses.replace(saved, config=config), corpus).items():
+            if world.rank == 0:
+                print(f"{split}_loss {loss:.6f}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,60 @@
+"""Files: what stands at a path, and writing that is whole or not at all."""
+
+import os
+from pathlib import Path
+
+from mlp_fast.errors import UserError
+
+TEMPORARY = ".tmp"  # how the names of unfinished files end; they begin with a dot
+
+
+def shown(path: Path | str) -> str:
+    """A name fit for a line of print: as it is, or quoted and escaped."""
+    return str(path) if str(path).isprintable() and str(path) else ascii(str(path))
+
+
+def file_mode(path: Path) -> int:
+    """st_mode of what stands at a path, as the module stat reads it; UserError where nothing does."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(f"{shown(path)}: no such file or folder") from None
+    except OSError as error:
+        raise UserError(f"cannot read {shown(path)}: {error.strerror}") from None
+    except ValueError:  # a NUL character, or one the file system's encoding cannot carry
+        raise UserError(f"{shown(path)}: not a possible file name") from None
+
+
+def check_writable(path: Path, option: str) -> None:
+    """UserError, naming the option, where a file cannot be written; none is left behind that was not there."""
+    try:
+        existed = path.exists()
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666))  # a FIFO must not wait
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {shown(path)}: cannot write it ({error.strerror})") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file as a whole: a temporary file beside it, flushed to the disk, then renamed; OSError if not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)  # the rename itself must reach the disk
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,75 @@
+"""SIGINT and SIGTERM: the first asks a run to end tidily, the second ends the process at once."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from mlp_fast.errors import EXIT_SIGNAL
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTICE = b"\nmlp_fast: stopping; once more stops at once\n"
+
+
+class Interrupted(BaseException):
+    """The run was asked to end. No Exception, so that no library's handler of errors swallows it.
+
+    Attributes:
+        exit_code: 128 + the signal's number.
+        report: what was done and how to go on, in one line; set by whoever knows.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.exit_code = EXIT_SIGNAL + signum
+        self.report = f"stopped by {signal.Signals(signum).name}"
+
+
+class Interrupt:
+    """Listens for SIGINT and SIGTERM inside its `with` block; without one it never interrupts.
+
+    A signal raises Interrupted at once, except inside `deferred()`, where it only sets `signum` (0 before): there the
+    run looks at it between two pieces of work. A second signal ends the process on the spot; files are safe, since they
+    are written under another name and renamed. Ignored signals (nohup) stay ignored; outside of the main thread, where
+    Python delivers no signals, nothing is listened for.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._deferred = False
+        self._before: dict[int, Any] = {}
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Holds a signal back until the end of the block."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.signum:
+            raise Interrupted(self.signum)
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                if signal.getsignal(signum) != signal.SIG_IGN:
+                    self._before[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before.clear()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum:
+            os._exit(EXIT_SIGNAL + signum)
+        self.signum = signum
+        if not self._deferred:
+            raise Interrupted(signum)
+        with contextlib.suppress(OSError):
+            os.write(2, NOTICE)  # print() could be what was interrupted, and is not reentrant

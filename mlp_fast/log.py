@@ -1,0 +1,171 @@
+"""What a run tells: the reference's lines on stdout, a progress bar on stderr, JSON Lines in a file."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from mlp_fast.config import Config
+from mlp_fast.errors import UserError, discard_stdout, report
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation, before the update of `step`.
+
+    Losses are mean cross-entropies in nats; lr is the step's learning rate; ms_per_step covers the steps since the
+    last evaluation, without evaluations and compilation, and is None before the first step.
+    """
+
+    step: int
+    train_loss: float
+    val_loss: float
+    lr: float
+    ms_per_step: float | None
+
+    def line(self) -> str:
+        """The reference program's line; 0.0000ms stands before the first step."""
+        return (
+            f"step {self.step:6d} | train_loss {self.train_loss:.6f} | val_loss {self.val_loss:.6f} | "
+            f"lr {self.lr:e} | time/step {self.ms_per_step or 0.0:.4f}ms"
+        )
+
+
+class RunLog:
+    """Sends what happens in a run to wherever config asks for; a write that fails is reported and the run goes on.
+
+    Args:
+        config: quiet and log_json decide what is written. A resumed run's JSON log is appended to.
+        first_step: where the progress bar starts.
+
+    Attributes:
+        evaluations: those reported so far.
+        unsaved: what could not be written, in words.
+    """
+
+    def __init__(self, config: Config, first_step: int = 0) -> None:
+        self.evaluations: list[Evaluation] = []
+        self.unsaved: list[str] = []
+        self._quiet = config.quiet
+        self._json: IO[str] | None = None
+        self._json_name = f"--log-json {config.log_json}"
+        if config.log_json is not None:
+            try:
+                self._json = _opened(Path(config.log_json), append=config.resume is not None)
+            except OSError as error:
+                raise UserError(f"--log-json {config.log_json}: cannot write it ({error.strerror})") from None
+        self._bar = tqdm(
+            total=config.last_step,
+            initial=first_step,
+            unit="step",
+            leave=False,
+            dynamic_ncols=True,
+            disable=True if config.quiet else None,  # None: shown on a terminal only
+        )
+
+    def config(self, config: Config, **facts: Any) -> None:
+        """The settings of the run, and facts such as the backend chosen."""
+        self._event("config", **dataclasses.asdict(config), **facts)
+
+    def message(self, text: str) -> None:
+        """A line for people, on stdout."""
+        if self._quiet:
+            return
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:  # a full disk, or a reader that has gone
+            self._quiet = True
+            discard_stdout()
+            self.unsaved_because(f"what follows on stdout ({error.strerror})")
+
+    def warning(self, text: str) -> None:
+        """A line for people, on stderr."""
+        with tqdm.external_write_mode(file=sys.stderr):
+            report(text)
+
+    def unsaved_because(self, what: str) -> None:
+        """Reports what could not be written, and why, at once; `unsaved` keeps it for the end."""
+        self.unsaved.append(what)
+        self.warning(f"could not save {what}; going on")
+
+    @contextlib.contextmanager
+    def noting_failure(self, what: str) -> Iterator[None]:
+        """Turns a failed write inside the block into a report."""
+        try:
+            yield
+        except OSError as error:
+            self.unsaved_because(f"{what} ({error.strerror or error})")
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """An evaluation's line and event."""
+        self.evaluations.append(evaluation)
+        self.message(evaluation.line())
+        self._event("eval", **dataclasses.asdict(evaluation))
+
+    def progress(self, step: int, loss: float | None = None, ms_per_step: float | None = None) -> None:
+        """Moves the progress bar to `step`."""
+        if self._bar.disable:
+            return
+        self._bar.n = step
+        if loss is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {ms_per_step or 0.0:.3f} ms/step", refresh=False)
+        self._bar.refresh()
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether anyone sees the progress bar; reading a loss for it waits for the device."""
+        return not self._bar.disable
+
+    def sample(self, prompt: str, text: str) -> None:
+        """The sampled text; the event carries it without the prompt."""
+        self.message(prompt + text)
+        self._event("sample", text=text)
+
+    def test(self, loss: float) -> None:
+        """The test loss."""
+        self.message(f"test_loss {loss:.6f}")
+        self._event("test", loss=loss)
+
+    def event(self, event: str, **values: Any) -> None:
+        """A line of the JSON log; non-finite numbers become null, as JSON has none."""
+        self._event(event, **values)
+
+    def close(self) -> None:
+        """Ends the progress bar and the file."""
+        self._bar.close()
+        if self._json is not None:
+            with contextlib.suppress(OSError):  # what it holds could not be written, as was reported
+                self._json.close()
+
+    def _event(self, event: str, **values: Any) -> None:
+        if self._json is not None:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            try:
+                self._json.write(json.dumps({"event": event, **finite}, ensure_ascii=False) + "\n")
+                self._json.flush()
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    self._json.close()
+                self._json = None
+                self.unsaved_because(f"the rest of {self._json_name} ({error.strerror})")
+
+
+def _opened(path: Path, *, append: bool) -> IO[str]:
+    """The file of the JSON log. Half a line that a killed run left at its end is removed."""
+    if append:
+        with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
+            place = file.seek(0, os.SEEK_END)
+            while place and file.seek(place - 1) >= 0 and file.read(1) != b"\n":
+                place -= 1
+            file.truncate(place)
+    # A file name may hold bytes that are not UTF-8; Python's escape of them is JSON's own.
+    return path.open("a" if append else "w", encoding="utf-8", errors="backslashreplace")

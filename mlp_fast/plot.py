@@ -1,0 +1,47 @@
+"""The loss curves of a run as a picture; needs matplotlib."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlp_fast.errors import UserError
+from mlp_fast.files import check_writable
+
+if TYPE_CHECKING:
+    from mlp_fast.log import Evaluation
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: str) -> None:
+    """Raises UserError where a plot could not be written to this file, before a long run rather than after it."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise UserError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
+    check_writable(Path(path), "--plot")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("--plot needs matplotlib; install it with: pip install 'mlp-fast[plot]'") from None
+
+
+def draw_losses(path: str, evaluations: Sequence["Evaluation"], title: str, floor: float | None) -> None:
+    """Draws train and val loss over the steps, and the floor where the corpus has one. OSError where that fails."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    steps = [e.step for e in evaluations]
+    axes.plot(steps, [e.train_loss for e in evaluations], label="train")
+    axes.plot(steps, [e.val_loss for e in evaluations], label="val")
+    if floor is not None:
+        axes.axhline(floor, color="grey", linestyle="--", label="floor (entropy of the source on val)")
+    axes.set(title=textwrap.fill(title, 80), xlabel="step", ylabel="mean cross-entropy (nats per character)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    try:
+        figure.savefig(path)
+    finally:
+        plt.close(figure)

@@ -1,0 +1,160 @@
+"""The folder of a run (--out): its checkpoints, which of them are kept, and the index `run.json`.
+
+The index names the kept checkpoints with their losses, and which one is the best. It only repeats what the files say of
+themselves, but for the test loss: a folder whose index is lost or behind is still a whole run.
+"""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from mlp_fast import checkpoint
+from mlp_fast.checkpoint import Checkpoint
+from mlp_fast.errors import UserError
+from mlp_fast.files import TEMPORARY, sync_folder, write_atomically
+from mlp_fast.lock import FolderLock
+
+INDEX = "run.json"
+INDEX_VERSION = 1
+DAMAGED = ".damaged"
+
+
+class RunFolder:
+    """A folder that this process alone saves into, from the constructor to close().
+
+    Args:
+        path: made if it is missing. What an earlier process left half written is removed.
+        keep: how many of the newest checkpoints are kept, beside the best.
+
+    Raises:
+        UserError: the folder cannot be written, or another run has it.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path, self.keep = path, keep
+        self.entries: dict[str, dict[str, Any]] = {}  # file name -> step and losses, the newest last
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(path)
+        except (OSError, ValueError) as error:
+            raise _not_writable(path, error) from None
+        try:
+            for temporary in path.glob(f".*{TEMPORARY}"):
+                temporary.unlink()
+            self._probe()
+        except OSError as error:
+            self.close()
+            raise _not_writable(path, error) from None
+
+    def begin(self, start: Path | None) -> list[Path]:
+        """Takes over the checkpoints that are there.
+
+        Args:
+            start: the file of this folder that the run goes on from; None for a run that starts here.
+
+        Returns:
+            Damaged files, now set aside under another name.
+
+        Raises:
+            UserError: the folder holds another run, or newer checkpoints than `start`.
+        """
+        files = checkpoint.files_in(self.path)
+        if start is None and files:
+            raise UserError(
+                f"--out {self.path} holds a run already ({files[-1].name}); "
+                f"go on with it by --resume {self.path}, or choose another folder"
+            )
+        index, damaged = self._read_index(), []
+        for file in files:
+            try:
+                found = checkpoint.read(file)
+            except checkpoint.Damaged:
+                damaged.append(file)
+                continue
+            self.entries[file.name] = index.get(file.name, {}) | {"step": found.state.step, **found.losses}
+        if start is not None and self.newest is not None and self.newest.name != start.name:
+            raise UserError(
+                f"{self.path} holds newer checkpoints than {start.name}, up to {self.newest.name}; "
+                f"go on from there by --resume {self.path}, or give --out another folder"
+            )
+        return [file.rename(file.with_name(file.name + DAMAGED)) for file in damaged]
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint."""
+        return self.path / next(reversed(self.entries)) if self.entries else None
+
+    @property
+    def best(self) -> str | None:
+        """The name of the file with the smallest val_loss, the earliest of equals."""
+        judged = {name: entry["val_loss"] for name, entry in self.entries.items() if "val_loss" in entry}
+        finite = {name: loss for name, loss in judged.items() if math.isfinite(loss)}
+        return min(finite, key=lambda name: finite[name]) if finite else None
+
+    def save(self, saved: Checkpoint) -> Path:
+        """Writes a checkpoint, then the index, then removes what is no longer kept: in this order, each on the disk
+        before the next. OSError where that fails; what was there before then stays.
+        """
+        path = self.path / checkpoint.file_name(saved.state.step)
+        checkpoint.save(path, saved)
+        self.entries.pop(path.name, None)
+        self.entries[path.name] = {"step": saved.state.step, **saved.losses}
+        kept = {*list(self.entries)[-self.keep :], self.best}
+        dropped = [name for name in self.entries if name not in kept]
+        self.entries = {name: entry for name, entry in self.entries.items() if name in kept}
+        self._write_index()
+        for name in dropped:
+            (self.path / name).unlink(missing_ok=True)
+        return path
+
+    def note(self, step: int, **facts: float) -> None:
+        """Adds to the index what became known of a step's checkpoint later. OSError where that fails."""
+        entry = self.entries.get(checkpoint.file_name(step))
+        if entry is not None:
+            entry |= facts
+            self._write_index()
+
+    def close(self) -> None:
+        """Lets other runs have the folder."""
+        self._lock.close()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _probe(self) -> None:
+        """OSError where a file cannot be written, or a name in the folder not be made durable."""
+        probe = self.path / f".probe{TEMPORARY}"
+        probe.write_bytes(b"\0")
+        probe.unlink()
+        sync_folder(self.path)
+        with contextlib.suppress(PermissionError):  # may be passed through, but not opened
+            sync_folder(self.path.absolute().parent)  # the folder itself may be new
+
+    def _write_index(self) -> None:
+        index = {"index_version": INDEX_VERSION, "best": self.best, "checkpoints": self.entries}
+        write_atomically(self.path / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+    def _read_index(self) -> dict[str, dict[str, Any]]:
+        """The entries of the index; none where it is missing or damaged, since the files speak for themselves."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            entries = json.loads((self.path / INDEX).read_bytes())["checkpoints"]
+            return {name: {str(key): float(value) for key, value in entry.items()} for name, entry in entries.items()}
+        return {}
+
+
+def _not_writable(path: Path, error: OSError | ValueError) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) else "not a possible file name"
+    return UserError(f"--out {path}: cannot write there ({reason}); choose another folder")
+
+
+def same_folder(a: Path, b: Path) -> bool:
+    """Whether two paths lead to the same existing folder."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.samefile(a, b)
+    return False

@@ -1,0 +1,98 @@
+"""One training step as plain tensor algebra, with the backward pass and AdamW written out.
+
+The formulas that the kernels compute, in the form in which torch.compile makes one graph of them. The first layer
+has two forms, the same function with its additions in another order:
+
+    gather   pre = wte[idx].flatten(1) @ W1^T + b1
+    table    P[t, v] = wte[v] @ W1[:, t]^T;  pre[b] = b1 + sum_t P[t, idx[b, t]]
+
+The table form costs T*V*E*H multiply-adds in place of B*T*E*H. Direct connections D are a product with emb = wte[idx]
+in both forms: V columns an element of the batch leave nothing to save. Backward, with g the gradient of pre:
+
+    gather   dW1 = g^T @ emb;  demb = g @ W1;  dwte[v] = sum of demb[b, t] where idx[b, t] = v
+    table    dP[t, v] = sum of g[b] where idx[b, t] = v;  dW1[:, t] = dP[t]^T @ wte;  dwte = sum_t dP[t] @ W1[:, t]
+    direct   dD = dlogits^T @ emb;  demb += dlogits @ D
+
+Only the table form makes a one-hot matrix, (T, B, V) with V of the order of B; the gather form's memory grows with V by
+the logits, (B, V), and the gradients alone.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlp_fast.models import B1, B2, DIRECT, W1, W2, WTE, Parameters
+from mlp_fast.optim import BETA1, BETA2, EPS
+
+
+def chosen_form(form: str, vocab_size: int, batch_size: int) -> str:
+    """`auto` resolved: the table form where it has fewer rows to multiply than the batch has, V < B."""
+    if form != "auto":
+        return form
+    return "table" if vocab_size < batch_size else "gather"
+
+
+def loss_and_gradients(parameters: Parameters, idx: Tensor, targets: Tensor, form: str) -> tuple[Tensor, Parameters]:
+    """The batch loss and its gradient by hand.
+
+    Args:
+        parameters: under the names of models.Shape.parameters, of any one floating dtype.
+        idx, targets: (B, T) and (B,), int64.
+        form: "table" or "gather".
+
+    Returns:
+        The mean cross-entropy in nats, a scalar, and a gradient for every parameter.
+    """
+    wte, w1, b1, w2, b2 = (parameters[name] for name in (WTE, W1, B1, W2, B2))
+    (B, T), (V, E), H = idx.shape, wte.shape, len(b1)
+    direct = parameters.get(DIRECT)
+    w1_by_position = w1.view(H, T, E).transpose(0, 1)  # (T, H, E)
+    emb = wte[idx].flatten(1)  # the table form without D makes no use of it: the compiler drops it
+
+    if form == "table":
+        one_hot = F.one_hot(idx.t(), V).to(wte.dtype)  # (T, B, V)
+        table = wte @ w1_by_position.transpose(1, 2)  # (T, V, H)
+        pre = b1 + sum(table[t][idx[:, t]] for t in range(T))
+    else:
+        pre = emb @ w1.t() + b1
+    h = torch.tanh(pre)
+    logits = h @ w2.t() + b2
+    if direct is not None:
+        logits = logits + emb @ direct.t()
+    log_probabilities = torch.log_softmax(logits, dim=1)
+    loss = F.nll_loss(log_probabilities, targets)
+
+    is_target = torch.arange(V, device=idx.device) == targets[:, None]  # one_hot would be int64 and in memory
+    dlogits = (log_probabilities.exp() - is_target.to(wte.dtype)) / B
+    dpre = (dlogits @ w2) * (1 - h * h)
+    if form == "table":
+        dtable = one_hot.transpose(1, 2) @ dpre  # (T, V, H)
+        dw1 = (dtable.transpose(1, 2) @ wte).transpose(0, 1).reshape(H, T * E)
+        dwte = (dtable @ w1_by_position).sum(0)
+        demb = None
+    else:
+        dw1 = dpre.t() @ emb
+        dwte = torch.zeros_like(wte)
+        demb = dpre @ w1
+    gradients = {W1: dw1, B1: dpre.sum(0), W2: dlogits.t() @ h, B2: dlogits.sum(0)}
+    if direct is not None:
+        gradients[DIRECT] = dlogits.t() @ emb
+        demb = dlogits @ direct if demb is None else demb + dlogits @ direct
+    gradients[WTE] = dwte if demb is None else dwte.index_add(0, idx.flatten(), demb.view(B * T, E))
+    return loss, gradients
+
+
+def adamw_(
+    parameters: Parameters, gradients: Parameters, exp_avg: Parameters, exp_avg_sq: Parameters, scalars: Tensor
+) -> None:
+    """AdamW in place (Loshchilov and Hutter 2019), as torch.optim.AdamW orders its operations.
+
+    Args:
+        scalars: (3,), the step's row of optim.update_scalars().
+    """
+    decay, step_size, root = scalars.unbind()
+    for name, parameter in parameters.items():
+        m, v, gradient = exp_avg[name], exp_avg_sq[name], gradients[name]
+        m.lerp_(gradient, 1 - BETA1)
+        v.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+        parameter.mul_(decay).sub_(step_size * m / (v.sqrt() / root + EPS))

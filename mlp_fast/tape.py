@@ -1,0 +1,118 @@
+"""The token tape: one split as one line of tokens, over which windows of T inputs and one target slide."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TRAIN_EVAL_BATCHES = 20  # the train loss of an evaluation covers this many batches
+# A larger tape stays in the host's memory, or in its file, and batches are copied to the GPU one by one.
+DEVICE_TAPE_BYTES = 4 * 2**30
+
+
+class Tape:
+    """A split's tokens and its windows: window i is tokens[i : i+T] with the target tokens[i+T].
+
+    There are n - T windows; element j of batch k is window (k*B + j) mod (n - T), so batches run on without end.
+
+    Args:
+        tokens: shape (n,), an integer dtype, n > T.
+        context_length: T.
+        device: where batches go; that of tokens, if None.
+    """
+
+    def __init__(self, tokens: Tensor, context_length: int, device: torch.device | None = None) -> None:
+        self.tokens = tokens
+        self.device = tokens.device if device is None else device
+        self.context_length = context_length
+        self.rows = tokens.unfold(0, context_length + 1, 1)  # (n-T, T+1), a view
+        self.num_windows = len(self.rows)
+
+    def to(self, device: torch.device) -> "Tape":
+        """The same tape for a device: on it, or beside it where stays_on_host says so."""
+        tokens = self.tokens if self.stays_on_host(device) else self.tokens.to(device)
+        return Tape(tokens, self.context_length, device)
+
+    def stays_on_host(self, device: torch.device) -> bool:
+        """Whether the tape is too large for a device that is not the CPU."""
+        return device.type != "cpu" and self.tokens.nbytes > DEVICE_TAPE_BYTES
+
+    def positions(self, first: int | Tensor, count: int) -> Tensor:
+        """The windows of batch elements first .. first+count-1, wrapped; shape (count,), int64."""
+        return (torch.arange(count, device=self.tokens.device) + first) % self.num_windows
+
+    def batch(self, k: int | Tensor, batch_size: int, part: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Batch k, a number or an int64 scalar on the device: contexts (B, T) and targets (B,), int64.
+
+        Of `part`, a slice of 0..B with both ends, only those rows.
+        """
+        first, end = (0, batch_size) if part is None else (part.start, part.stop)
+        position = k * batch_size + first
+        if isinstance(position, int) and position % self.num_windows + end - first <= self.num_windows:
+            start = position % self.num_windows  # nothing wraps: a slice in place of an index, half the operations
+            rows = self.rows[start : start + end - first]
+        else:
+            rows = self.rows[self.positions(position, end - first)]
+        rows = rows.long().to(self.device)
+        return rows[:, :-1], rows[:, -1]
+
+
+@dataclass(frozen=True, eq=False)  # known by identity: what a backend makes of them it need make but once
+class WeightedWindows:
+    """The distinct windows that an evaluation visits, each with how often.
+
+    Evaluating a distinct window once and weighting it gives the mean over all of them; only the order of additions
+    differs. Rows are sorted, so those that share a context lie side by side.
+
+    Attributes:
+        rows: (D, T+1), int64: T inputs and the target.
+        counts: (D,), float64, on the same device.
+    """
+
+    rows: Tensor
+    counts: Tensor
+
+    @property
+    def contexts(self) -> Tensor:
+        """(D, T), int64."""
+        return self.rows[:, :-1]
+
+    @property
+    def targets(self) -> Tensor:
+        """(D,), int64."""
+        return self.rows[:, -1]
+
+    def mean(self, losses: Tensor) -> float:
+        """The mean over all visited windows of per-row values, shape (D,), summed in float64."""
+        return (losses.double() * self.counts).sum().item() / self.weight
+
+    @functools.cached_property
+    def weight(self) -> float:
+        """The sum of the counts."""
+        return self.counts.sum().item()
+
+    def part(self, rows: slice) -> "WeightedWindows":
+        """Some of them; where it is all, these themselves."""
+        if rows == slice(0, len(self.rows)):
+            return self
+        return WeightedWindows(self.rows[rows], self.counts[rows])
+
+    def to(self, device: torch.device) -> "WeightedWindows":
+        """The same windows on a device."""
+        return WeightedWindows(self.rows.to(device), self.counts.to(device))
+
+
+def evaluated_positions(tape: Tape, batch_size: int, max_batches: int | None = None) -> Tensor:
+    """The windows of an evaluation, which starts at window 0 and has floor(n/B) batches, at most max_batches."""
+    batches = len(tape.tokens) // batch_size
+    if max_batches is not None:
+        batches = min(batches, max_batches)
+    return tape.positions(0, batches * batch_size)
+
+
+def evaluated_windows(tape: Tape, batch_size: int, max_batches: int | None = None) -> WeightedWindows:
+    """The distinct windows of an evaluation; see evaluated_positions."""
+    rows = tape.rows[evaluated_positions(tape, batch_size, max_batches)]
+    distinct, counts = torch.unique(rows, dim=0, return_counts=True)
+    return WeightedWindows(distinct.long(), counts.double())

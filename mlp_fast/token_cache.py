@@ -1,0 +1,102 @@
+"""Tapes of large corpora: made once, kept as files in the user's cache, and mapped into memory.
+
+A mapped tape takes no memory of its own: the system reads the pages that batches touch and drops them when it needs
+the room. An entry is a folder of the three tapes and a description, made under a lock, so that several processes that
+want it (those of torchrun, say) wait for the one that makes it; it appears whole or not at all. Entries can be deleted
+at any time.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlp_fast.errors import UserError
+
+DESCRIPTION = "corpus.json"
+
+
+def cache_folder() -> Path:
+    """mlp_fast under $XDG_CACHE_HOME, or under ~/.cache where that is not set."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "mlp_fast"
+
+
+def entry(key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """The folder and the description of an entry of the cache.
+
+    Args:
+        key: its name; equal keys mean equal contents.
+        build: makes the entry's files in an empty folder and returns the description, which must have "bytes", the
+            size of each file by name. Called where the entry is missing or its files have other sizes.
+
+    Raises:
+        UserError: where the cache cannot be written; and whatever `build` raises.
+    """
+    tapes = cache_folder() / "tapes"
+    folder = tapes / key
+    try:
+        tapes.mkdir(parents=True, exist_ok=True)
+        with _locked(tapes / f"{key}.lock"):
+            description = _described(folder)
+            if description is None:
+                description = _built(folder, build)
+    except OSError as error:
+        raise UserError(
+            f"the token cache {folder} cannot be written ({error.strerror}); make room, or set XDG_CACHE_HOME"
+        ) from None
+    return folder, description
+
+
+def write_tape(path: Path, pieces: Iterable[npt.NDArray[Any]]) -> int:
+    """Writes tokens of one dtype, piece by piece; returns how many bytes."""
+    with path.open("xb") as file:
+        return sum(file.write(piece.data) for piece in pieces)
+
+
+def map_tape(path: Path, dtype: npt.DTypeLike) -> torch.Tensor:
+    """The tokens of a file, 1-D. Pages are read when touched; what is written to the tensor stays out of the file."""
+    if not path.stat().st_size:
+        return torch.from_numpy(np.empty(0, dtype))  # an empty file cannot be mapped
+    return torch.from_numpy(np.memmap(path, dtype, mode="c"))
+
+
+def _described(folder: Path) -> dict[str, Any] | None:
+    try:
+        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
+        whole = all((folder / name).stat().st_size == size for name, size in description["bytes"].items())
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        return None
+    return description if whole else None
+
+
+def _built(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    for left_over in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed: we hold the lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        description = build(temporary)
+        (temporary / DESCRIPTION).write_text(json.dumps(description))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return description
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however it ends
+        yield

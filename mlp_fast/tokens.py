@@ -1,0 +1,301 @@
+"""What a token is: a character, a byte or a word; a vocabulary turns text into tokens and back.
+
+`char`  The distinct characters of train, sorted. A character that train lacks is an error.
+`byte`  The 256 bytes. Any file at all is read as it is: no encoding, no line ends, nothing unknown.
+`word`  As in Bengio et al. 2003: a word is a run of letters, digits and underscores, with single apostrophes or hyphens
+        inside it; every other visible character is a word of its own, and so is the newline, the end of a text. Case
+        is kept. Words that occur in train fewer than `min_count` times, and words that train lacks, are <unk>; so is
+        "<unk>" where the text has it.
+"""
+
+import codecs
+import itertools
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlp_fast.errors import UserError
+
+CHUNK = 1 << 18  # bytes decoded at a time
+UNKNOWN = "<unk>"
+_CODE_POINTS = sys.maxunicode + 1
+_WORD = re.compile(r"\n|<unk>|\w+(?:['’-]\w+)*|[^\w\s]")
+# Between two words stands a space, but not before these or after those; nor beside a newline.
+_CLOSING, _OPENING = frozenset(".,;:!?%)]}…"), frozenset("([{")
+
+Utf8 = bytes | bytearray
+Tokens = npt.NDArray[Any]
+
+
+class Vocabulary(ABC):
+    """The tokens a model knows, numbered from 0."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; UserError where it has some that the vocabulary lacks."""
+
+    @abstractmethod
+    def encoded(self, piece: Utf8 | str) -> Tokens:
+        """The tokens of a piece of text, UTF-8 or decoded, cut between tokens; of dtype `self.dtype`."""
+
+    @abstractmethod
+    def knows(self, text: str) -> bool:
+        """Whether every token of a text is in the vocabulary."""
+
+    @abstractmethod
+    def as_json(self) -> str | list[str] | None:
+        """What `from_json` makes the vocabulary of: the characters, the words, or None for bytes."""
+
+    @abstractmethod
+    def _joined(self, places: npt.NDArray[np.int64]) -> str: ...
+
+    def decode(self, tokens: Sequence[int] | Tokens | torch.Tensor) -> str:
+        """The text of 1-D tokens; ValueError for a token outside 0..V-1."""
+        places = np.asarray(tokens, np.int64)
+        if places.size and not 0 <= places.min() <= places.max() < len(self):
+            raise ValueError(f"tokens must lie in 0..{len(self) - 1}")
+        return self._joined(places)
+
+    @property
+    def dtype(self) -> npt.DTypeLike:
+        """Of a tape: the smallest of uint8, int16 and int32 that holds V - 1."""
+        return next(t for t in (np.uint8, np.int16, np.int32) if len(self) - 1 <= np.iinfo(t).max)
+
+
+def from_json(value: Any) -> Vocabulary:
+    """The vocabulary that as_json() has written; ValueError for anything else."""
+    if value is None:
+        return Bytes()
+    if isinstance(value, str):
+        if not value or list(value) != sorted(set(value)):
+            raise ValueError("the vocabulary is not a string of sorted, distinct characters")
+        return Characters(value)
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise ValueError("the vocabulary is neither a string, nor a list of words, nor null")
+    if value[:2] != [UNKNOWN, "\n"] or len(set(value)) < len(value):
+        raise ValueError(f"the vocabulary's words are not distinct, with {UNKNOWN} and the newline first")
+    return Words(tuple(value))
+
+
+@dataclass(frozen=True)
+class Characters(Vocabulary):
+    """Characters; a character's token is its place among them.
+
+    Args:
+        characters: distinct, sorted by code point.
+    """
+
+    characters: str
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; UserError names the first character the vocabulary lacks."""
+        try:
+            return [self._tokens[character] for character in text]
+        except KeyError as error:
+            raise UserError(
+                f"the character {named(error.args[0])} is not in the vocabulary of {len(self)} characters"
+            ) from None
+
+    def encoded(self, piece: Utf8 | str) -> Tokens:
+        """The tokens of a piece whose characters are all known."""
+        if isinstance(piece, str) or not piece.isascii():
+            return self._table[code_points(_text(piece))]
+        if self.dtype == np.uint8:
+            return np.frombuffer(piece.translate(self._table[:256].tobytes()), np.uint8)
+        return self._table[np.frombuffer(piece, np.uint8)]
+
+    def tape(self, text: Utf8, length: int) -> torch.Tensor:
+        """The tokens of a UTF-8 text of `length` characters, all known; shape (length,)."""
+        tape = np.empty(length, self.dtype)
+        start = 0
+        for piece in decoded(text):
+            tape[start : start + len(piece)] = self.encoded(piece)
+            start += len(piece)
+        return torch.from_numpy(tape)
+
+    def knows(self, text: str) -> bool:
+        """Whether every character is in the vocabulary."""
+        return set(text) <= set(self.characters)
+
+    def as_json(self) -> str:
+        """The characters."""
+        return self.characters
+
+    def _joined(self, places: npt.NDArray[np.int64]) -> str:
+        return code_points(self.characters)[places].tobytes().decode("utf-32-le")
+
+    @cached_property
+    def _tokens(self) -> dict[str, int]:
+        return {character: token for token, character in enumerate(self.characters)}
+
+    @cached_property
+    def _table(self) -> Tokens:
+        table = np.zeros(_CODE_POINTS, self.dtype)
+        table[code_points(self.characters)] = np.arange(len(self))
+        return table
+
+
+@dataclass(frozen=True)
+class Bytes(Vocabulary):
+    """The 256 bytes; a byte's token is its value."""
+
+    def __len__(self) -> int:
+        return 256
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of the text in UTF-8."""
+        return list(text.encode(errors="surrogateescape"))
+
+    def encoded(self, piece: Utf8 | str) -> Tokens:
+        """The bytes themselves."""
+        return np.frombuffer(piece.encode() if isinstance(piece, str) else piece, np.uint8)
+
+    def knows(self, text: str) -> bool:
+        """Always."""
+        return True
+
+    def as_json(self) -> None:
+        """Nothing: all byte vocabularies are one."""
+
+    def _joined(self, places: npt.NDArray[np.int64]) -> str:
+        return places.astype(np.uint8).tobytes().decode(errors="replace")
+
+
+@dataclass(frozen=True)
+class Words(Vocabulary):
+    """Words; see the module for what a word is.
+
+    Decoding joins them by spaces, but for a newline, and for punctuation that closes or opens: encoding the result
+    gives the same tokens.
+
+    Args:
+        words: distinct: <unk>, the newline, then the words of train by falling count (ties by code point).
+    """
+
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, pieces: Iterable[Utf8], min_count: int) -> "Words":
+        """The words of a text, of UTF-8 pieces cut at spaces. Memory: a dictionary of its distinct words."""
+        counts: Counter[str] = Counter()
+        for piece in pieces:
+            counts.update(_WORD.findall(piece.decode()))
+        for special in (UNKNOWN, "\n"):
+            counts.pop(special, None)
+        kept = sorted((-count, word) for word, count in counts.items() if count >= min_count)
+        return cls((UNKNOWN, "\n", *(word for _, word in kept)))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; unknown words are <unk>."""
+        return [self._tokens.get(word, 0) for word in _WORD.findall(text)]
+
+    def encoded(self, piece: Utf8 | str) -> Tokens:
+        """The tokens of a piece cut at spaces."""
+        words = _WORD.findall(_text(piece))
+        return np.fromiter(map(self._tokens.get, words, itertools.repeat(0)), self.dtype, len(words))
+
+    def knows(self, text: str) -> bool:
+        """Whether every word is in the vocabulary."""
+        return all(word in self._tokens for word in _WORD.findall(text))
+
+    def as_json(self) -> list[str]:
+        """The words."""
+        return list(self.words)
+
+    def _joined(self, places: npt.NDArray[np.int64]) -> str:
+        words = [self.words[place] for place in places]
+        spaced = (
+            word if before == "\n" or word == "\n" or word in _CLOSING or before in _OPENING else " " + word
+            for before, word in itertools.pairwise(["\n", *words])
+        )
+        return "".join(spaced)
+
+    @cached_property
+    def _tokens(self) -> dict[str, int]:
+        return {word: token for token, word in enumerate(self.words)}
+
+
+def decoded(text: Utf8) -> Iterator[Utf8 | str]:
+    """A UTF-8 text piece by piece, cut between characters: as it is where a piece is ASCII, else decoded.
+
+    Raises UnicodeDecodeError with `object` and `start` those of the whole text.
+    """
+    start = 0
+    while start < len(text):
+        chunk = text[start : start + CHUNK]
+        if chunk.isascii():
+            start += len(chunk)
+            yield chunk
+            continue
+        try:
+            # Not final: a character cut by the chunk's end is left for the next one.
+            piece, consumed = codecs.utf_8_decode(chunk, "strict", start + len(chunk) == len(text))
+        except UnicodeDecodeError as error:
+            error.object, error.start, error.end = bytes(text), start + error.start, start + error.end
+            raise
+        start += consumed
+        yield piece
+
+
+def code_points(text: str) -> npt.NDArray[np.uint32]:
+    """The code points of a text without surrogates."""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def distinct(pieces: Iterable[Utf8 | str]) -> tuple[str, int]:
+    """The distinct characters of a text in pieces, cut between them: sorted, and how many characters it has."""
+    seen, seen_ascii, length = np.zeros(_CODE_POINTS, bool), b"", 0
+    for piece in pieces:
+        if isinstance(piece, str) or not piece.isascii():
+            piece = _text(piece)
+            seen[code_points(piece)] = True
+        else:
+            seen_ascii += bytes(set(piece.translate(None, seen_ascii)))  # quick: mostly nothing new is left
+        length += len(piece)
+    seen[list(seen_ascii)] = True
+    return np.flatnonzero(seen).astype(np.uint32).tobytes().decode("utf-32-le"), length
+
+
+def cut_at_spaces(pieces: Iterable[Utf8]) -> Iterator[Utf8]:
+    """The same UTF-8 text in pieces that each end behind a space or newline, where there is one."""
+    rest: Utf8 = b""
+    for piece in pieces:
+        piece = rest + piece
+        end = max(piece.rfind(b" "), piece.rfind(b"\n")) + 1
+        if end:
+            yield piece[:end]
+        rest = piece[end:]
+    if rest:
+        yield rest
+
+
+def slices(text: Utf8) -> Iterator[Utf8]:
+    """A text in pieces of CHUNK bytes, cut anywhere."""
+    return (text[start : start + CHUNK] for start in range(0, len(text), CHUNK))
+
+
+def _text(piece: Utf8 | str) -> str:
+    return piece if isinstance(piece, str) else piece.decode()
+
+
+def named(character: str) -> str:
+    """A character and its code point, for a message."""
+    return f"{character!r} (U+{ord(character):04X})"

@@ -1,0 +1,185 @@
+"""The persistent kernel: on a GPU where there is one; else in Triton's interpreter, one program, and several at the
+same time, each in its process.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from programs import Experiment, Programs
+from steps import DEVICE, Problem, Reference, problem
+from torch import Tensor
+
+from mlp_fast.kernels import _barrier, train_step
+from mlp_fast.kernels._runtime import interpreting
+from mlp_fast.kernels.persistent_step import BarrierTimeout, PersistentStep, default_config, wrapped
+from mlp_fast.kernels.train_step import StepConfig, TrainStep
+from mlp_fast.optim import update_scalars
+
+SIZES = (16, 5, 2, 4, 48)  # B, V, T, E, H
+PROGRAMS = 3
+
+
+interpreted = pytest.mark.skipif(not interpreting(), reason="it takes hold of Triton's interpreter")
+
+
+def config(task: Problem, **changes: Any) -> StepConfig:
+    shape = task.shape
+    sizes = (task.config.batch_size, shape.V, shape.T, shape.E, shape.H)
+    return replace(train_step.default_config(*sizes), **changes)
+
+
+def loaded(cls: type[TrainStep], task: Problem, C: StepConfig) -> Any:
+    """A launcher at the problem's state, the rest of its buffers filled with NaN or garbage."""
+    kernels = cls(C, task.tape.tokens.to(DEVICE), update_scalars(task.config))
+    for name, buffer in kernels.buffers._asdict().items():
+        if name not in ("tape", "scalars"):
+            buffer.fill_(float("nan") if buffer.is_floating_point() else -123456789)
+    kernels.load(task.planes, task.state.step)
+    return kernels
+
+
+def results(kernels: TrainStep, steps: int) -> list[Tensor]:
+    """Losses, parameters and moments, and every replica of wte."""
+    tensors = [tensor for plane in kernels.planes() for tensor in plane]
+    return [kernels.buffers.losses[:steps], kernels.buffers.replicas, kernels.buffers.clock[:1], *tensors]
+
+
+def same_bits(a: TrainStep, b: TrainStep, steps: int) -> bool:
+    return all(map(torch.equal, results(a, steps), results(b, steps)))
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["redundant", "rows"])
+def test_one_program_does_what_the_step_kernels_do_to_the_bit(rows: bool) -> None:
+    task = problem(*SIZES, n=40)
+    C = config(task, rows=rows)
+    step, persistent = loaded(TrainStep, task, C), loaded(PersistentStep, task, C)
+    step.run(5)
+    persistent.run(2)
+    persistent.run(0)
+    persistent.run(3)
+    persistent.wait()
+    assert same_bits(step, persistent, 5)
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["through L2", "resident"])
+@pytest.mark.parametrize(
+    ("sizes", "steps"), [((128, 27, 3, 48, 512), 2), ((19, 29, 2, 13, 37), 8), ((1, 1, 1, 1, 1), 3)]
+)
+def test_steps_follow_float64(sizes: tuple[int, int, int, int, int], steps: int, resident: bool) -> None:
+    task = problem(*sizes, n=50)
+    reference, kernels = Reference(task), loaded(PersistentStep, task, config(task, resident=resident))
+    losses = reference.advance(steps)
+    kernels.run(1)
+    kernels.run(steps - 1)
+    torch.testing.assert_close(kernels.buffers.losses[:steps].double().cpu(), losses, rtol=0, atol=2e-6)
+    reference.check(kernels.planes())
+
+
+def test_the_default_model_is_resident_where_it_fits() -> None:
+    default = (128, 27, 3, 48, 512)
+    assert all(default_config(*default, precision=p).resident for p in ("fp32", "tf32x3", "tf32"))
+    assert not default_config(*default, capability=100).resident
+    assert not default_config(*default[:-1], 4096, processors=20).resident
+    for sizes in [(128, 33, 3, 48, 512), (128, 27, 4, 48, 512), (128, 27, 3, 65, 512), (128, 27, 3, 48, 1025)]:
+        assert not default_config(*sizes).resident
+
+
+@interpreted
+def test_a_hundred_steps_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    executor = triton.runtime.interpreter.GridExecutor
+    call = executor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(self.fn.__name__)
+        call(self, *args, **kwargs)
+
+    monkeypatch.setattr(executor, "__call__", counted)
+    task = problem(2, 2, 1, 1, 2, n=9)
+    kernels = loaded(PersistentStep, task, config(task))
+    kernels.run(100)
+    assert names == ["persistent_kernel"]
+    assert kernels.launches == 1
+    assert kernels.buffers.losses.isfinite().all()
+
+
+# --- several programs at the same time -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Programs]:
+    started = Programs(PROGRAMS)
+    yield started
+    started.close()
+
+
+def concurrently(programs: Programs, experiment: Experiment, rows: bool, resident: bool, steps: int) -> bool:
+    """Whether the programs, run at the same time, end with the bits of the step kernels."""
+    task = problem(*SIZES, n=40)
+    C = config(task, rows=rows, resident=resident, G=PROGRAMS, BLOCK_H=16, BLOCK_B=16)
+    assert not rows or C.B > (PROGRAMS - 1) * C.BLOCK_R, "a program without rows would never be late"
+    step, persistent = loaded(TrainStep, task, C), loaded(PersistentStep, task, C)
+    step.run(steps)
+    programs.run(persistent, steps, experiment)
+    return same_bits(step, persistent, steps)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "resident", "longest"), [(False, False, 0.0), (False, True, 0.05), (True, False, 0.05)]
+)
+def test_concurrent_programs_agree_with_the_step_kernels_to_the_bit(
+    programs: Programs, rows: bool, resident: bool, longest: float
+) -> None:
+    assert concurrently(programs, Experiment(late="all", longest=longest), rows, resident, steps=4)
+
+
+@interpreted
+@pytest.mark.parametrize("change", ["removed", "moved"])
+@pytest.mark.parametrize(
+    ("rows", "resident", "phase"),
+    [
+        (False, True, "forward_phase"),
+        (False, True, "resident_backward"),
+        (True, False, "forward_phase"),
+        (True, False, "softmax_phase"),
+        (True, False, "backward_phase"),
+    ],
+)
+def test_a_barrier_taken_out_or_moved_is_noticed(
+    programs: Programs, change: str, rows: bool, resident: bool, phase: str
+) -> None:
+    experiment = Experiment(late=phase, longest=20.0, **{change: phase})
+    assert not concurrently(programs, experiment, rows, resident, steps=2)
+
+
+# --- the barrier ------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+def test_a_program_that_never_comes_is_an_error_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_barrier, "INTERPRETED_LOOKS", 20)
+    task = problem(*SIZES, n=40)
+    C = config(task, G=2, BLOCK_H=32)
+    kernels = loaded(PersistentStep, task, C)
+    kernels._launch(2, first_program=0, programs=1)
+    with pytest.raises(BarrierTimeout, match="void"):
+        kernels.wait()
+    kernels.wait()  # the error is told once, and the words are fresh again
+    assert kernels.counter.item() == kernels.error.item() == 0
+
+
+@interpreted
+def test_the_counter_may_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_barrier, "INTERPRETED_LOOKS", 20)
+    task = problem(*SIZES, n=40)
+    kernels = loaded(PersistentStep, task, config(task, G=1, BLOCK_H=64))
+    kernels._arrivals = 2**31 - 3
+    kernels.counter.fill_(kernels._arrivals)
+    kernels.run(3)
+    kernels.wait()
+    assert kernels.counter.item() == kernels._arrivals == wrapped(2**31 + 3) < 0

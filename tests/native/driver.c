@@ -1,0 +1,134 @@
+/* Runs the C kernel over odd sizes on exactly sized buffers, for the sanitizers: no Python, one file, one command. */
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define REDZONE 64
+#define POISON(address, bytes) ASAN_POISON_MEMORY_REGION(address, bytes)
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#include <sanitizer/asan_interface.h>
+#define REDZONE 64
+#define POISON(address, bytes) ASAN_POISON_MEMORY_REGION(address, bytes)
+#endif
+#endif
+
+#define CHUNK_FLOATS 4096
+#define FORWARD_ROWS 3
+#include "../../kernels/csrc/train_step.c"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+static uint32_t next_random(void) {
+    static uint32_t state = 12345;
+    state = state * 1664525u + 1013904223u;
+    return state >> 8;
+}
+
+static float *random_floats(int64_t n, float scale) {
+    float *x = malloc((size_t)n * sizeof(float));
+    for (int64_t i = 0; i < n; i++) x[i] = scale * ((float)(next_random() % 2001) / 1000.0f - 1.0f);
+    return x;
+}
+
+static void *aligned(int64_t bytes) {
+    void *memory = NULL;
+    if (posix_memalign(&memory, 64, (size_t)bytes) != 0) exit(3);
+    return memory;
+}
+
+static void expect(int holds, const char *what, const mlp_shape *s, int64_t B, int64_t isa, int64_t threads, int64_t form) {
+    if (holds) return;
+    fprintf(stderr, "%s: V=%d T=%d E=%d H=%d B=%d %s threads=%d form=%d\n", what, (int)s->V, (int)s->T, (int)s->E,
+            (int)s->H, (int)B, mlp_isa_name(isa), (int)threads, (int)form);
+    exit(1);
+}
+
+/* Every entry point once; returns the loss after three steps. */
+static double exercise(const mlp_shape *s, int64_t B, int64_t n, int64_t isa, int64_t threads, int64_t form) {
+    int64_t V = s->V, T = s->T, E = s->E, H = s->H, floats = mlp_packed_floats(s), step = 0;
+    float *tensors[5] = {random_floats(V * E, 1), random_floats(H * T * E, 0.3f), random_floats(H, 0.3f),
+                         random_floats(V * H, 0.3f), random_floats(V, 0.3f)};
+    float *zeros[5], *state[3];
+    int64_t sizes[5] = {V * E, H * T * E, H, V * H, V};
+    for (int i = 0; i < 5; i++) zeros[i] = calloc((size_t)sizes[i], sizeof(float));
+    for (int i = 0; i < 3; i++) {
+        float **from = i == 0 ? tensors : zeros;
+        state[i] = aligned(floats * (int64_t)sizeof(float));
+        mlp_pack(s, state[i], from[0], from[1], from[2], from[3], from[4], i == 0 ? -INFINITY : 0.0f);
+    }
+
+    uint8_t *narrow = malloc((size_t)n);
+    int32_t *wide = malloc((size_t)n * sizeof(int32_t));
+    for (int64_t i = 0; i < n; i++) {
+        wide[i] = (int32_t)(next_random() % (uint32_t)V);
+        narrow[i] = (uint8_t)wide[i];
+    }
+    mlp_windows tape = {V <= 256 ? (void *)narrow : (void *)wide, V <= 256 ? 1 : 4, 1, n - T, 1};
+    void *memory = aligned(mlp_workspace_bytes(s, B, threads));
+    double *losses = malloc(3 * sizeof(double));
+    mlp_train(isa, s, state[0], state[1], state[2], memory, &tape, B, &step, 2, 10, 1e-3, 1e-2, threads, form, losses);
+    mlp_train(isa, s, state[0], state[1], state[2], memory, &tape, B, &step, 1, 10, 1e-3, 1e-2, threads, form, losses + 2);
+    expect(step == 3, "wrong step", s, B, isa, threads, form);
+    for (int i = 0; i < 3; i++) expect(losses[i] >= 0 && losses[i] < 100, "strange loss", s, B, isa, threads, form);
+    double last = losses[2];
+
+    int64_t rows = 5 < n - T ? 5 : n - T;
+    int64_t *contexts = malloc((size_t)(rows * T) * sizeof(int64_t)), *starts = malloc((size_t)(rows + 1) * sizeof(int64_t));
+    int32_t *targets = malloc((size_t)(2 * rows) * sizeof(int32_t));
+    double *weights = malloc((size_t)(2 * rows) * sizeof(double));
+    for (int64_t i = 0; i < rows * T; i++) contexts[i] = wide[i / T + i % T];
+    for (int64_t i = 0; i <= rows; i++) starts[i] = 2 * i;
+    for (int64_t i = 0; i < 2 * rows; i++) {
+        targets[i] = (int32_t)(next_random() % (uint32_t)V);
+        weights[i] = 1 + (double)(i % 3);
+    }
+    mlp_windows matrix = {contexts, 8, T, rows, 0};
+    float *logits = malloc((size_t)(rows * V) * sizeof(float));
+    void *forward = aligned(mlp_workspace_bytes(s, mlp_forward_rows(rows), threads));
+    mlp_logits(isa, s, state[0], forward, &matrix, threads, form, logits);
+    double total = mlp_loss_sum(isa, s, state[0], forward, &matrix, starts, targets, weights, threads, form), wanted = 0;
+    for (int64_t i = 0; i < 2 * rows; i++) {
+        double sum = 0;
+        for (int64_t v = 0; v < V; v++) sum += exp((double)logits[i / 2 * V + v]);
+        wanted += weights[i] * (log(sum) - (double)logits[i / 2 * V + targets[i]]);
+    }
+    expect(fabs(total - wanted) < 1e-4 * (1 + fabs(wanted)), "loss sum", s, B, isa, threads, form);
+
+    uint64_t random = 42;
+    int64_t *context = malloc((size_t)T * sizeof(int64_t)), drawn[7];
+    memcpy(context, contexts, (size_t)T * sizeof(int64_t));
+    void *single = aligned(mlp_workspace_bytes(s, 1, 1));
+    mlp_sample(isa, s, state[0], single, context, &random, 7, logits, drawn);
+    for (int i = 0; i < 7; i++) expect(drawn[i] >= 0 && drawn[i] < V, "drawn token", s, B, isa, threads, form);
+    mlp_unpack(s, state[0], zeros[0], zeros[1], zeros[2], zeros[3], zeros[4]);
+
+    void *all[] = {narrow, wide, memory, losses, contexts, starts, targets, weights, logits, forward, context, single};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
+    for (int i = 0; i < 5; i++) free(tensors[i]), free(zeros[i]);
+    for (int i = 0; i < 3; i++) free(state[i]);
+    return last;
+}
+
+/* With an argument, as for ThreadSanitizer: several threads only, and the best instruction set only. */
+int main(int argc, char **argv) {
+    int races = argc > 1;
+    (void)argv;
+    /* V, T, E, H, B, tokens of the tape */
+    static const int64_t cases[][6] = {
+        {27, 3, 48, 64, 128, 300}, {1, 1, 1, 1, 1, 2},     {5, 2, 3, 7, 127, 40},  {33, 4, 31, 65, 2, 9},
+        {300, 8, 17, 33, 129, 500}, {65, 1, 16, 100, 1, 2}, {17, 3, 50, 96, 40, 4}, {600, 2, 8, 40, 129, 900},
+    };
+    int runs = 0;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+        for (int64_t isa = 0; isa < mlp_isa_count(); isa++) {
+            if (!mlp_isa_supported(isa) || (races && isa > 0 && mlp_isa_supported(isa - 1))) continue;
+            for (int64_t form = FORM_AUTO; form <= FORM_GATHER; form++)
+                for (int64_t threads = races ? 2 : 1; threads <= 3; threads++, runs++) {
+                    mlp_shape s = {cases[i][0], cases[i][1], cases[i][2], cases[i][3]};
+                    exercise(&s, cases[i][4], cases[i][5], isa, threads, form);
+                }
+        }
+    printf("%d runs\n", runs);
+    return 0;
+}

@@ -1,0 +1,347 @@
+"""The benchmarks' own rules: floors, probes, cases, recordings; and that a wrong backend stays without a number."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_backends import Slow, Wrong, register
+from torch import Tensor
+
+from bench import floor, operators, probes, record, recording, steps, suite, tables
+from bench.case import Case, Entry, Plan, Skipped, plain_timer
+from bench.recording import Recording
+from mlp_fast.backends.eager import Eager
+from mlp_fast.config import Config
+from mlp_fast.errors import UserError
+from mlp_fast.models import Shape
+from mlp_fast.timing import NotEquivalent
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DEFAULT = Shape(V=27, T=3, E=48, H=512)
+CPU = torch.device("cpu")
+DRY = Plan(dry=True)
+FACTS = {
+    "device": "test cpu, 2 threads",
+    "device_type": "cpu",
+    "driver": None,
+    "cuda": None,
+    "threads": 2,
+    "versions": {"python": "3", "torch": "2"},
+    "system": "Linux",
+    "commit": "abc",
+    "date": "2030-01-02T03:04:05+00:00",
+}
+PROBES = {
+    "fma_rate": {"1": 1e11, "2": 2e11},
+    "matmul_rate": 1e11,
+    "copy_bandwidth": {"1048576": 4e11, "16777216": 2e11, "536870912": 1e10},
+}
+
+
+# --- floors -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_costs_what_the_design_says() -> None:
+    table = floor.step_cost(DEFAULT, 128, "table")
+    gather = floor.step_cost(DEFAULT, 128, "gather")
+    assert table.operations / 1e6 == pytest.approx(24, abs=0.5)
+    assert gather.operations / 1e6 == pytest.approx(68, abs=1)
+    assert table.bytes == gather.bytes == 24 * 89_387
+
+
+def test_the_gather_forms_products_are_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mlp_fast.models import MLP, initial_parameters
+
+    model = MLP(DEFAULT, initial_parameters(DEFAULT, 1))
+    with FlopCounterMode(display=False) as counter:
+        model.loss(torch.zeros(128, 3, dtype=torch.int64), torch.zeros(128, dtype=torch.int64)).backward()
+    products = floor.step_cost(DEFAULT, 128, "gather").operations - floor.ADAMW_OPERATIONS * DEFAULT.num_parameters
+    assert counter.get_total_flops() == products
+
+
+def test_the_floor_takes_the_slower_of_compute_and_memory_and_adds_the_waiting() -> None:
+    cost = floor.Cost(operations=4e8, bytes=1e6)
+    assert floor.step_floor(cost, PROBES, "fp32", threads=2).total == pytest.approx(2.0)  # type: ignore[union-attr]
+    assert floor.step_floor(cost, PROBES, "fp32", threads=1).total == pytest.approx(4.0)  # type: ignore[union-attr]
+    heavy = floor.step_floor(floor.Cost(operations=1, bytes=2**27), PROBES, "fp32", 2)
+    assert heavy is not None
+    assert heavy.total == heavy.memory == pytest.approx(1e3 * 2**27 / 1e10)
+    cuda = {
+        "fp32_rate": 5e13,
+        "tf32_rate": 3e14,
+        "copy_bandwidth": {"16777216": 4e12},
+        "graph_node": 1e-6,
+        "empty_launch": 3e-6,
+        "grid_barrier": {"8": 1e-6, "64": 1.5e-6, "132": 2e-6},
+    }
+    small = floor.Cost(operations=3e8, bytes=0)
+    totals = {p: floor.step_floor(small, cuda, p, 1).total for p in ("fp32", "tf32x3", "tf32")}  # type: ignore[union-attr]
+    assert totals == pytest.approx({"fp32": 6e-3, "tf32x3": 3e-3, "tf32": 1e-3})
+    waits = {
+        "launched": (floor.Synchronisation(launches=2), 6e-3),
+        "captured": (floor.Synchronisation(launches=2, captured=True), 2e-3),
+        "barriers": (floor.Synchronisation(barriers=2, programs=60), 3e-3),
+    }
+    for sync, expected in waits.values():
+        parts = floor.step_floor(small, cuda, "tf32", 1, sync)
+        assert parts is not None
+        assert parts.synchronisation == pytest.approx(expected)
+        assert parts.total == pytest.approx(1e-3 + expected)
+
+
+def test_without_a_measured_rate_there_is_no_floor() -> None:
+    assert floor.step_floor(floor.Cost(1, 1), {**PROBES, "fma_rate": "no C compiler was found"}, "fp32", 1) is None
+
+
+def test_the_form_that_counts_is_the_backends() -> None:
+    assert floor.form_of("eager", "auto", DEFAULT, 128) == "gather"
+    assert floor.form_of("native", "auto", DEFAULT, 128) == "table"
+    assert floor.form_of("native", "auto", DEFAULT, 16) == "gather"
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_probes_measure_this_machine() -> None:
+    measured = probes.measure_all(CPU, quick=True)
+    assert 1e9 < measured["matmul_rate"] < 1e14
+    assert all(1e8 < bandwidth < 1e13 for bandwidth in measured["copy_bandwidth"].values())
+    if isinstance(measured["fma_rate"], str):
+        pytest.skip(measured["fma_rate"])
+    # A product of matrices cannot beat the multiply-adds it is made of; both are noisy.
+    assert measured["fma_rate"]["1"] > 0.5 * measured["matmul_rate"]
+    text = probes.table(measured)
+    assert "fp32 multiply-adds, 1 thread |" in text
+    assert "working set of 1,048,576 bytes" in text
+
+
+def test_a_probe_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes.shutil, "which", lambda name: None)
+    measured = probes.measure_all(CPU, quick=True)
+    assert measured["fma_rate"] == "no C compiler was found"
+    assert "| not measured: no C compiler was found |" in probes.table(measured)
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workshop(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, Slow, Wrong)
+    monkeypatch.setattr(steps, "WORKSHOP", steps.Workshop())
+
+
+def step_case(name: str, *rivals: str) -> Case:
+    return steps.step_case("step", name, name, steps.Setting(DRY.config(), threads=1), rivals, DRY, rounds=6)
+
+
+@pytest.mark.usefixtures("workshop")
+def test_a_backend_of_5_ms_a_step_is_recorded_at_5_ms() -> None:
+    # A busy machine only ever adds: the least of up to five tries counts.
+    for _ in range(5):
+        entry = step_case("slow", "eager", "reference-loop").entry(plain_timer, PROBES)
+        if entry["ms"]["min"] < 5.25:
+            break
+    assert entry["ms"]["min"] == pytest.approx(5, rel=0.05)
+    assert entry["samples_per_second"] == pytest.approx(1e3 * 16 / entry["ms"]["median"])
+    assert set(entry["rivals"]) == {"eager", "reference-loop"}
+    eager = entry["rivals"]["eager"]
+    assert eager["ratio"] == pytest.approx(eager["ms"]["median"] / entry["ms"]["median"])
+    assert entry["x_floor"] == pytest.approx(entry["ms"]["median"] / entry["floor_ms"])
+    assert entry["loss_error"] < 1e-6
+
+
+@pytest.mark.usefixtures("workshop")
+def test_a_wrong_backend_is_recorded_without_a_number() -> None:
+    record_ = Recording(FACTS, probes=PROBES)
+    with pytest.raises(NotEquivalent):
+        record_.add(step_case("wrong"), plain_timer)
+    assert record_.entries == []
+    assert record_.refused[0][:2] == ("step", "wrong")
+    assert "no number: wrong is not equivalent" in tables.skipped(record_)
+
+
+@pytest.mark.usefixtures("workshop")
+def test_an_unavailable_backend_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slow, "unavailable", classmethod(lambda cls, device: "it is asleep"))
+    with pytest.raises(Skipped, match="it is asleep"):
+        step_case("slow").entry(plain_timer, PROBES)
+    # As a rival it is left out; it has a case of its own.
+    assert step_case("eager", "slow").entry(plain_timer, PROBES)["rivals"] == {}
+
+
+@pytest.mark.usefixtures("workshop")
+def test_rivals_take_turns_with_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for cls in (Slow, Eager):
+        advance = cls.advance
+
+        def noted(self: Any, count: int, advance: Any = advance, name: str = cls.__name__) -> Tensor:
+            if type(self).__name__ == name:
+                calls.append(name)
+            return advance(self, count)
+
+        monkeypatch.setattr(cls, "advance", noted)
+    case = step_case("slow", "eager")
+    case.entry(plain_timer, PROBES)
+    assert calls[-12:] == ["Eager", "Slow"] * 6
+
+
+@pytest.mark.parametrize("group", suite.GROUPS)
+@pytest.mark.parametrize("plan", [Plan(), Plan(full=True), DRY, Plan(device="cuda")], ids=str)
+def test_every_group_has_cases_with_names_of_their_own(group: str, plan: Plan) -> None:
+    ids = [case.id for case in suite.cases(group, plan)]
+    assert len(ids) == len(set(ids))
+    assert ids or (group == "threads" and plan.device == "cuda")
+    if group == "step":
+        assert "eager-16-fp32" in ids if plan.dry else "eager-128-fp32" in ids
+
+
+def test_steps_on_cuda_are_measured_in_every_precision() -> None:
+    ids = [case.id for case in suite.cases("step", Plan(device="cuda"))]
+    assert {"triton-step-128-fp32", "triton-step-128-tf32x3", "triton-step-128-tf32"} <= set(ids)
+
+
+def test_random_numbers_are_measured() -> None:
+    fill, scalar = (case.entry(plain_timer, {}) for case in suite.cases("rng", DRY))
+    assert fill["per"] == "10,000 uniforms"
+    assert fill["uniforms_per_second"] == pytest.approx(1e7 / fill["ms"]["min"])
+    assert scalar["ms"]["min"] > 0
+
+
+def test_a_wrong_operator_gets_no_number() -> None:
+    config = DRY.config()
+    right = operators.OPERATORS["linear_cross_entropy-and-backward"]
+    operators.check("right", right, config, CPU)
+
+    def wrong(config: Config, device: torch.device, dtype: torch.dtype, fused: bool) -> Callable[[], list[Tensor]]:
+        work = right(config, device, dtype, fused)
+        return lambda: [t * (1 + 1e-3 * fused) for t in work()]
+
+    with pytest.raises(NotEquivalent, match="wrong is not equivalent"):
+        operators.check("wrong", wrong, config, CPU)
+
+
+@pytest.mark.parametrize("name", operators.OPERATORS)
+def test_both_sides_of_an_operators_case_compute_the_same(name: str) -> None:
+    config = DRY.config()
+    fused, plain = (operators.OPERATORS[name](config, CPU, torch.float32, side)() for side in (True, False))
+    for mine, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_barrier_probes_kernel_compiles_without_a_gpu() -> None:
+    pytest.importorskip("triton")
+    from bench.barrier_kernel import barriers_kernel
+    from mlp_fast.kernels._aot import Shipped
+
+    word = torch.zeros(1, dtype=torch.int32)
+    arguments = {"counter_ptr": word, "error_ptr": word, "rounds": 3, "G": 64}
+    for capability in (80, 90):
+        ptx = Shipped(barriers_kernel, arguments, {"num_warps": 8}).compile(capability).asm["ptx"]
+        assert ptx.count("red.release.gpu") == 1
+
+
+# --- recordings -------------------------------------------------------------------------------------------------------
+
+
+def entry_of(group: str, id: str, median: float, spread: float = 0.1, **more: Any) -> Entry:
+    ms = {"median": median, "min": median * (1 - spread), "max": median * (1 + spread)}
+    return {"group": group, "id": id, "per": "step", "ms": ms, "rivals": {}, **more}
+
+
+def test_the_plain_runner_records_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "deep" / "recording.json"
+    assert record.main(["--dry-run", "--groups", "rng,sampling", "--device", "cpu", "--out", str(file)]) == 0
+    content = json.loads(file.read_text())
+    assert content["dry"] is True
+    assert {"device", "driver", "versions", "commit", "date"} <= set(content)
+    loaded = recording.load(file)
+    assert [entry["id"] for entry in loaded.group("rng")] == ["fill 10,000", "scalar 100"]
+    assert loaded.entry("sampling", "eager") is not None
+    out = capsys.readouterr().out
+    assert "| sampling | eager |" in out
+    assert "Absolute times are that machine's" in out
+
+
+def test_a_spent_budget_leaves_cases_out_and_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "recording.json"
+    record.main(["--dry-run", "--groups", "rng", "--device", "cpu", "--budget", "0", "--out", str(file)])
+    loaded = recording.load(file)
+    assert loaded.entries == []
+    assert [skipped[2] for skipped in loaded.skipped] == ["the budget of 0 s was spent"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--groups", "speed"], "'speed' is unknown"),
+        (["--dry-run"], "--dry-run needs --out"),
+    ],
+)
+def test_bad_input_of_the_runner_is_one_clear_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        record.main(arguments)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"schema": 99}', "[1]"])
+def test_a_file_that_is_no_recording_is_one_clear_line(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match="recording"):
+        recording.load(file)
+    with pytest.raises(UserError, match="cannot read it"):
+        recording.load(tmp_path / "none.json")
+
+
+def test_the_real_recordings_of_a_device_come_the_latest_first(tmp_path: Path) -> None:
+    for day, dry in (("01", False), ("02", False), ("03", True)):
+        facts = {**FACTS, "date": f"2030-01-{day}T00:00:00+00:00"}
+        Recording(facts, dry=dry).save(tmp_path / "cpu" / f"{day}.json")
+    (recordings,) = recording.recorded(tmp_path)
+    assert [record_.facts["date"][:10] for record_ in recordings] == ["2030-01-02", "2030-01-01"]
+
+
+# --- promises ---------------------------------------------------------------------------------------------------------
+
+
+def test_promises_are_kept_broken_or_not_measured() -> None:
+    record_ = Recording(FACTS)
+    native = entry_of("step", "native-128-fp32", 0.2)
+    native["rivals"] = {"reference-loop": {"ms": {}, "ratio": 7.0}, "compile-step": {"ms": {}, "ratio": 2.0}}
+    record_.entries = [native, entry_of("rng", "fill 10,000,000", 400.0)]
+    lines = tables.claims(record_).splitlines()
+    assert "| native over the loop on Python lists, all threads | 6 | 7.00 | yes |" in lines
+    assert "| native over compile-step, all threads | 2.5 | 2.00 | **no** |" in lines
+    assert "| 10 million uniforms over one second | 1 | 2.50 | yes |" in lines
+    assert "| compile-step over eager | 1 | - | not measured |" in lines
+    assert not any("triton" in line for line in lines)
+
+
+def test_a_long_run_of_the_reference_is_scaled_from_the_short_one() -> None:
+    record_ = Recording(FACTS)
+    short = entry_of("run", "5000 steps", 4000.0, steps=5000)
+    short["rivals"] = {"reference-loop": {"ms": {"median": 17_000.0}, "ratio": 4.25}}
+    record_.entries = [short, entry_of("run", "50000 steps", 15_200.0, steps=50_000)]
+    assert tables.run_ratio(record_, 50_000) is None  # the start is not known
+    record_.entries.append(entry_of("start-up", "import mlp_fast.train", 2000.0))
+    ratio, scaled = tables.run_ratio(record_, 50_000) or (math.nan, False)
+    assert scaled
+    assert ratio == pytest.approx((2000 + 15_000 * 10) / 15_200)
+    assert tables.run_ratio(record_, 5000) == (4.25, False)
+    assert "scaled from 5,000 steps" in tables.claims(record_)
+
+
+def test_the_case_objects_tell_settings_apart() -> None:
+    setting = steps.Setting(DRY.config(), threads=1)
+    assert setting == dataclasses.replace(setting)
+    assert setting != dataclasses.replace(setting, threads=2)
+    assert setting != steps.Setting(DRY.config(batch_size=17), threads=1)

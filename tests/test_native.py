@@ -1,0 +1,501 @@
+"""The C kernel against torch in float64, on every instruction set, form and number of threads."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlp_fast import backends
+from mlp_fast.config import Config
+from mlp_fast.corpus import Corpus
+from mlp_fast.kernels import native
+from mlp_fast.models import PARAMETER_NAMES, Shape
+from mlp_fast.sampling import PROMPT, SAMPLE_LENGTH, SAMPLE_SEED
+from mlp_fast.state import TrainState
+from mlp_fast.tape import TRAIN_EVAL_BATCHES, Tape, evaluated_windows
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"native: {native.unavailable()}")
+
+FORMS = ("table", "gather")
+ISAS = native.instruction_sets() if native.unavailable() is None else []
+LEARNING_RATE, WEIGHT_DECAY, NUM_STEPS = 1e-3, 1e-2, 60
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a test: model, batch, and the tokens of its tape."""
+
+    V: int
+    T: int
+    E: int
+    H: int
+    B: int
+    n: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.V, self.T, self.E, self.H
+
+    def tape(self) -> torch.Tensor:
+        return torch.randint(0, self.V, (self.n,), generator=torch.Generator().manual_seed(self.n))
+
+    def state(self) -> TrainState:
+        return TrainState.initial(Shape(*self.sizes), seed=1337)
+
+    def model(self, **options: Any) -> native.NativeModel:
+        model = native.NativeModel(*self.sizes, **options)
+        model.set_tape(self.tape())
+        load(model, self.state())
+        return model
+
+    def train(self, model: native.NativeModel, steps: int) -> list[float]:
+        return model.train(self.B, steps, NUM_STEPS, LEARNING_RATE, WEIGHT_DECAY).tolist()
+
+
+CASES = [
+    Case(V=27, T=3, E=48, H=512, B=128, n=5000),
+    Case(V=1, T=1, E=1, H=1, B=1, n=2),
+    Case(V=2, T=2, E=3, H=7, B=127, n=40),  # a batch wraps round the tape several times
+    Case(V=33, T=4, E=31, H=65, B=2, n=9),
+    Case(V=300, T=8, E=17, H=33, B=129, n=500),
+    Case(V=65, T=1, E=16, H=100, B=1, n=100),
+    Case(V=17, T=5, E=50, H=96, B=31, n=6),  # one window, over and over
+    Case(V=600, T=1, E=8, H=40, B=2000, n=3000),  # logits in chunks, split by vocabulary
+]
+
+
+def load(model: native.NativeModel, state: TrainState) -> None:
+    parts = (state.parameters, state.exp_avg, state.exp_avg_sq)
+    model.load(*([part[name] for name in PARAMETER_NAMES] for part in parts), state.step)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+Run = tuple[list[float], dict[int, list[list[torch.Tensor]]]]  # losses; steps done -> parameters and moments
+
+
+@threads(1)  # tensors this small gain nothing from more, and waiting threads slow down whatever else runs
+def reference(case: Case, steps: list[int], dtype: torch.dtype) -> Run:
+    """The same training by autograd and torch.optim.AdamW."""
+    state = case.state()
+    tensors = [state.parameters[name].to(dtype).clone().requires_grad_() for name in PARAMETER_NAMES]
+    wte, w1, b1, w2, b2 = tensors
+    optimizer = torch.optim.AdamW(tensors, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=WEIGHT_DECAY)
+    rows = case.tape().unfold(0, case.T + 1, 1)
+    losses, states = [], {}
+    for step in range(max(steps)):
+        batch = rows[(step * case.B + torch.arange(case.B)) % len(rows)]
+        hidden = torch.tanh(wte[batch[:, :-1]].flatten(1) @ w1.t() + b1)
+        loss = F.cross_entropy(hidden @ w2.t() + b2, batch[:, -1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS))
+        optimizer.step()
+        losses.append(loss.item())
+        if step + 1 in steps:
+            moments = [[optimizer.state[t][key].clone() for t in tensors] for key in ("exp_avg", "exp_avg_sq")]
+            states[step + 1] = [[t.detach().clone() for t in tensors], *moments]
+    return losses, states
+
+
+def assert_no_farther(
+    got: list[list[torch.Tensor]], eager: list[list[torch.Tensor]], truth: list[list[torch.Tensor]]
+) -> None:
+    """Every tensor is no farther from float64 than twice eager's own distance plus 1e-6, relative, by norm."""
+    for kind, a, b, c in zip(("parameter", "exp_avg", "exp_avg_sq"), got, eager, truth, strict=True):
+        for name, mine, torchs, exact in zip(PARAMETER_NAMES, a, b, c, strict=True):
+            scale = exact.norm().clamp_min(1e-20)
+            distance, allowed = (mine - exact).norm() / scale, 2 * (torchs - exact).norm() / scale + 1e-6
+            assert distance <= allowed, f"{kind} {name}: {distance:.2e} > {allowed:.2e}"
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: f"V{c.V}-T{c.T}-E{c.E}-H{c.H}-B{c.B}")
+def trained(request: pytest.FixtureRequest) -> tuple[Case, Run, Run]:
+    """A case, and what torch makes of it in float32 and float64 after 1, 2 and 50 steps."""
+    steps = [1, 2, 50] if request.param.B < 1000 else [1, 2]
+    return (
+        request.param,
+        reference(request.param, steps, torch.float32),
+        reference(request.param, steps, torch.float64),
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_training_is_as_near_to_float64_as_torch(
+    trained: tuple[Case, Run, Run], form: str, isa: str, count: int
+) -> None:
+    case, (eager_losses, eager), (exact_losses, exact) = trained
+    model = case.model(form=form, isa=isa)
+    losses: list[float] = []
+    for before, step in pairwise([0, *exact]):
+        with threads(count):
+            losses += case.train(model, step - before)
+        got = model.store()
+        assert_no_farther(list(got), eager[step], exact[step])
+        if step == 1:  # exp_avg is a tenth of the gradient: compare element by element
+            for mine, torchs, truth in zip(got[1], eager[1][1], exact[1][1], strict=True):
+                allowed = 2 * (torchs - truth).abs().max() + 1e-6 * truth.abs().max()
+                assert (mine - truth).abs().max() <= allowed
+    for mine, torchs, truth in zip(losses, eager_losses, exact_losses, strict=True):
+        assert abs(mine - truth) <= 2 * abs(torchs - truth) + 1e-6
+    assert model.step == max(exact)
+
+
+@settings(max_examples=30, deadline=None, database=None, derandomize=True)
+@given(
+    case=st.builds(
+        Case,
+        V=st.integers(1, 300),
+        T=st.integers(1, 8),
+        E=st.integers(1, 70),
+        H=st.integers(1, 130),
+        B=st.sampled_from([1, 2, 3, 31, 127, 128, 129]),
+        n=st.integers(9, 400),
+    ),
+    form=st.sampled_from(native.FORMS),
+    isa=st.sampled_from(ISAS or [None]),
+    count=st.integers(1, 4),
+)
+def test_any_sizes(case: Case, form: str, isa: str, count: int) -> None:
+    model = case.model(form=form, isa=isa)
+    with threads(count):
+        losses = case.train(model, 2)
+    exact_losses, exact = reference(case, [2], torch.float64)
+    assert losses == pytest.approx(exact_losses, abs=1e-5)
+    assert_no_farther(list(model.store()), reference(case, [2], torch.float32)[1][2], exact[2])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@threads(1)
+def test_logits_and_loss_of_windows(isa: str) -> None:
+    for case in CASES:
+        model = case.model(isa=isa)
+        parameters = [case.state().parameters[name].double() for name in PARAMETER_NAMES]
+        wte, w1, b1, w2, b2 = parameters
+        rows, counts = torch.unique(case.tape().unfold(0, case.T + 1, 1), dim=0, return_counts=True)
+        logits = torch.tanh(wte[rows[:, :-1]].flatten(1) @ w1.t() + b1) @ w2.t() + b2
+        torch.testing.assert_close(model.logits(rows[:, :-1]).double(), logits, rtol=1e-5, atol=1e-5)
+        exact = (F.cross_entropy(logits, rows[:, -1], reduction="none") * counts).sum().item()
+        assert model.loss_sum(model.pairs(rows, counts.double())) == pytest.approx(exact, rel=1e-6, abs=1e-6)
+
+
+def test_many_contexts_take_several_passes() -> None:
+    case = Case(V=50, T=2, E=8, H=40, B=1, n=5000)
+    model = case.model()
+    rows = case.tape().unfold(0, 3, 1)  # more than a pass takes, unsorted
+    exact = F.cross_entropy(model.logits(rows[:, :-1]).double(), rows[:, -1], reduction="sum").item()
+    assert model.loss_sum(model.pairs(rows, torch.ones(len(rows), dtype=torch.float64))) == pytest.approx(
+        exact, rel=1e-7
+    )
+    assert model.loss_sum(model.pairs(rows[:0], torch.ones(0, dtype=torch.float64))) == 0.0
+    assert model.logits(rows[:0, :-1]).shape == (0, 50)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64])
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[7]], ids=["default", "odd", "chunks"])
+def test_same_threads_same_bits(case: Case, count: int) -> None:
+    runs = []
+    for pieces in ([6], [6], [1, 3, 2]):
+        model = case.model()
+        with threads(count):
+            losses = [loss for piece in pieces for loss in case.train(model, piece)]
+        runs.append((losses, model.store()))
+    for losses, parts in runs[1:]:
+        assert losses == runs[0][0]
+        for mine, first in zip(parts, runs[0][1], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, first, strict=True))
+
+
+def test_state_goes_in_and_out_unchanged() -> None:
+    case = Case(V=19, T=3, E=21, H=45, B=16, n=200)
+    first, second = case.model(), case.model()
+    losses = case.train(first, 7)
+    case.train(second, 3)
+    third = native.NativeModel(*case.sizes)
+    third.set_tape(case.tape().to(torch.uint8))
+    third.load(*second.store(), second.step)
+    assert case.train(third, 4) == losses[3:]
+    for mine, wanted in zip(third.store(), first.store(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", native.TOKEN_TYPES)
+def test_every_type_of_token_gives_the_same_bits(dtype: torch.dtype) -> None:
+    case = Case(V=100, T=3, E=5, H=33, B=16, n=200)
+    expected = case.train(case.model(), 3)
+    model = case.model()
+    model.set_tape(case.tape().to(dtype), copy=False)
+    assert case.train(model, 3) == expected
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_tanh_and_exp(isa: str) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 200_001), torch.logspace(-44, 1, 5000), -torch.logspace(-44, 1, 5000)])
+    exact = torch.tanh(x.double())
+    got = native.tanh(x, isa).double()
+    normal = exact.abs() > 1e-37
+    assert ((got - exact) / exact)[normal].abs().max() < 3.6e-7  # three units in the last place
+    torch.testing.assert_close(got[~normal], exact[~normal], rtol=0, atol=1e-44)
+    assert got.abs().max() <= 1
+    special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0])
+    assert native.tanh(special, isa).tolist()[:2] == [1.0, -1.0]
+    assert native.tanh(special, isa)[2].isnan()
+    assert native.tanh(special, isa)[3:].view(torch.int32).tolist() == special[3:].view(torch.int32).tolist()
+    x = torch.linspace(-86.9, 80, 200_001)
+    exact = x.double().exp()
+    assert ((native.exp(x, isa).double() - exact) / exact).abs().max() < 3e-7
+    assert native.exp(torch.tensor([-87.1, -1e30, -math.inf, 0.0]), isa).tolist() == [0, 0, 0, 1]
+    assert native.exp(torch.tensor([math.nan]), isa).isnan()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_numbers_spread_and_do_not_hang(bad: float) -> None:
+    for case in (CASES[0], CASES[4]):
+        model = case.model()
+        parameters, exp_avg, exp_avg_sq = model.store()
+        parameters[3][:, 0] = bad
+        model.load(parameters, exp_avg, exp_avg_sq, 0)
+        losses = case.train(model, 3)
+        assert not any(map(math.isfinite, losses))
+        assert len(model.sample([0] * case.T, 5, 1)) == 5
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("isa", ISAS)
+def test_follows_the_golden_run(
+    names_corpus: Corpus, golden: dict[str, Any], isa: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,000 steps on the names corpus: batch losses, evaluations, the sample, and the sizes of the parameters."""
+    monkeypatch.setenv("MLP_FAST_ISA", isa)
+    config = Config(backend="native", data="names", num_steps=1000)
+    shape = Shape(len(names_corpus.vocabulary), config.context_length, config.embedding_size, config.hidden_size)
+    train, val, test = (Tape(tokens, shape.T) for tokens in (names_corpus.train, names_corpus.val, names_corpus.test))
+    backend = backends.create(config, shape, train, TrainState.initial(shape, config.seed))
+    windows = [evaluated_windows(train, 128, TRAIN_EVAL_BATCHES), evaluated_windows(val, 128)]
+    wanted = golden["MLPRaw"]
+    losses: list[float] = []
+    for step, *evaluation in wanted["eval_step_trainloss_valloss"]:
+        with threads(count):
+            losses += backend.advance(step - len(losses)).tolist()
+        assert [backend.mean_loss(split) for split in windows] == pytest.approx(evaluation, abs=1e-5)
+    backend.advance(1)
+    assert losses[:50] == pytest.approx(wanted["batch_loss_first_50_steps"], abs=1e-5)
+    assert backend.mean_loss(evaluated_windows(test, 128)) == pytest.approx(wanted["test_loss"], abs=1e-5)
+    prompt = names_corpus.vocabulary.encode(PROMPT)
+    text = names_corpus.vocabulary.decode(backend.sample(prompt, SAMPLE_LENGTH, SAMPLE_SEED))
+    assert text == wanted["sample_200"]
+    norms = [backend.state().parameters[name].double().norm().item() for name in PARAMETER_NAMES]
+    # The golden run is itself 1e-5 away from float64 by now, its parameters being rounded twice a step.
+    assert norms == pytest.approx(wanted["param_l2_final"], rel=5e-5)
+
+
+def test_memory_is_linear_in_parameters_and_hidden_values() -> None:
+    library = native._library()
+    for V, T, E, H, B in [
+        (27, 3, 48, 512, 4096),
+        (65536, 3, 48, 512, 128),
+        (65536, 8, 64, 64, 4096),
+        (27, 8, 64, 4096, 128),
+    ]:
+        shape = native._Shape(V, T, E, H)
+        numbers = V * (E + H + 1) + H * (T * E + 1) + B * H
+        for count in (1, 2, 16):
+            floats = library.mlp_workspace_bytes(native.ctypes.byref(shape), B, count) / 4
+            assert floats < 4 * numbers + 4e6, (V, T, E, H, B, count)
+
+
+def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
+    """Name -> (exception, part of its message, the call, given a good model)."""
+    rows, weights = torch.zeros(4, 3, dtype=torch.int64), torch.ones(4, dtype=torch.float64)
+
+    def pairs_of(T: int, V: int) -> native.Pairs:
+        return native.NativeModel(V, T, 3, 7).pairs(torch.zeros(4, T + 1, dtype=torch.int64), weights)
+
+    def loaded(index: int, tensor: Any, part: int = 0, step: Any = 1) -> Any:
+        def call(model: native.NativeModel) -> None:
+            parts = model.store()
+            parts[part][index] = tensor
+            model.load(*parts, step)
+
+        return call
+
+    return {
+        "V of 0": (ValueError, "V must", lambda m: native.NativeModel(0, 1, 1, 1)),
+        "H negative": (ValueError, "H must", lambda m: native.NativeModel(1, 1, 1, -5)),
+        "E a float": (TypeError, "E must", lambda m: native.NativeModel(1, 1, 1.5, 1)),
+        "T a bool": (TypeError, "T must", lambda m: native.NativeModel(1, True, 1, 1)),
+        "huge": (ValueError, "memory", lambda m: native.NativeModel(2**30, 2**20, 2**20, 2**30)),
+        "form": (ValueError, "form", lambda m: native.NativeModel(1, 1, 1, 1, form="fast")),
+        "isa": (ValueError, "instruction set", lambda m: native.NativeModel(1, 1, 1, 1, isa="mmx")),
+        "tape a list": (TypeError, "tape", lambda m: m.set_tape([0, 1, 2, 3])),
+        "tape of floats": (TypeError, "tape", lambda m: m.set_tape(torch.zeros(9))),
+        "tape 2-d": (ValueError, "tape", lambda m: m.set_tape(torch.zeros(9, 2, dtype=torch.int64))),
+        "tape short": (ValueError, "more than T", lambda m: m.set_tape(torch.zeros(2, dtype=torch.int64))),
+        "tape token": (ValueError, "0..4", lambda m: m.set_tape(torch.tensor([0, 1, 5, 2]))),
+        "tape negative": (ValueError, "got -1", lambda m: m.set_tape(torch.tensor([0, 1, -1, 2]))),
+        "no tape": (RuntimeError, "set_tape", lambda m: native.NativeModel(1, 1, 1, 1).train(1, 1, 1, 0.1, 0.1)),
+        "batch of 0": (ValueError, "batch_size", lambda m: m.train(0, 1, 1, 0.1, 0.1)),
+        "batch a tensor": (TypeError, "batch_size", lambda m: m.train(torch.tensor(3), 1, 1, 0.1, 0.1)),
+        "steps negative": (ValueError, "steps", lambda m: m.train(1, -1, 1, 0.1, 0.1)),
+        "no schedule": (ValueError, "num_steps", lambda m: m.train(1, 1, 0, 0.1, 0.1)),
+        "learning rate": (TypeError, "learning_rate", lambda m: m.train(1, 1, 1, "fast", 0.1)),
+        "weight decay": (TypeError, "weight_decay", lambda m: m.train(1, 1, 1, 0.1, None)),
+        "too many steps": (ValueError, "too large", lambda m: m.train(2**31 - 1, 2**40, 1, 0.1, 0.1)),
+        "four tensors": (ValueError, "five", lambda m: m.load(*(part[:4] for part in m.store()), 0)),
+        "shape": (ValueError, "W1", loaded(1, torch.zeros(7, 5))),
+        "transposed": (ValueError, "W2", loaded(3, torch.zeros(7, 5), part=2)),
+        "dtype": (TypeError, "float32", loaded(2, torch.zeros(7, dtype=torch.float64), part=1)),
+        "not a tensor": (TypeError, "b2", loaded(4, [0.0] * 5)),
+        "meta tensor": (ValueError, "CPU", loaded(4, torch.zeros(5, device="meta"))),
+        "step": (ValueError, "step", loaded(4, torch.zeros(5), step=-1)),
+        "contexts": (ValueError, "contexts", lambda m: m.logits(rows)),
+        "context token": (ValueError, "0..4", lambda m: m.logits(torch.full((3, 2), 5))),
+        "rows": (ValueError, "rows", lambda m: m.loss_sum(m.pairs(rows[:, :2], weights))),
+        "row token": (ValueError, "0..4", lambda m: m.loss_sum(m.pairs(rows - 1, weights))),
+        "weights": (ValueError, "weights", lambda m: m.loss_sum(m.pairs(rows, weights[:3]))),
+        "weights dtype": (TypeError, "weights", lambda m: m.loss_sum(m.pairs(rows, weights.float()))),
+        "pairs of another length": (ValueError, "T=2", lambda m: m.loss_sum(pairs_of(3, 5))),
+        "pairs of another vocabulary": (ValueError, "V=5", lambda m: m.loss_sum(pairs_of(2, 6))),
+        "sample context": (ValueError, "context", lambda m: m.sample([1], 3, 1)),
+        "sample token": (ValueError, "0..4", lambda m: m.sample([1, 7], 3, 1)),
+        "sample count": (ValueError, "count", lambda m: m.sample([1, 2], -3, 1)),
+        "sample seed": (ValueError, "seed", lambda m: m.sample([1, 2], 3, 0)),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls())
+def test_bad_arguments_never_reach_c(name: str) -> None:
+    error, message, call = bad_calls()[name]
+    model = Case(V=5, T=2, E=3, H=7, B=4, n=30).model()
+    with pytest.raises(error, match=message):
+        call(model)
+    assert model.step == 0
+
+
+def test_tensors_of_any_strides() -> None:
+    case = Case(V=5, T=2, E=3, H=7, B=4, n=30)
+    model, wanted = case.model(), case.model()
+    parts = [[torch.cat([t, t], dim=-1)[..., : t.shape[-1]] for t in part] for part in model.store()]
+    model.load(*parts, 0)
+    model.set_tape(torch.stack([case.tape()] * 2, dim=1)[:, 0])
+    assert case.train(model, 3) == case.train(wanted, 3)
+
+
+def test_the_tape_is_the_models_own() -> None:
+    case = Case(V=5, T=2, E=3, H=7, B=4, n=30)
+    model, tape = case.model(), case.tape()
+    model.set_tape(tape)
+    tape.fill_(10**6)
+    assert case.train(model, 3) == case.train(case.model(), 3)
+
+
+def test_other_threads_run_meanwhile() -> None:
+    """The GIL is released: Python goes on counting while the kernel computes."""
+    case = Case(V=27, T=3, E=48, H=512, B=512, n=5000)
+    model = case.model()
+    case.train(model, 20)
+    counted = [0]
+    done = threading.Event()
+
+    def count() -> None:
+        while not done.is_set():
+            counted[0] += 1
+            time.sleep(0.0005)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    before = counted[0]
+    start = time.perf_counter()
+    native._library()  # the calls below are long ones: a held GIL would stop the counter for their whole length
+    model._steps_per_call = 10**6
+    case.train(model, 300)
+    seconds, ticks = time.perf_counter() - start, counted[0] - before
+    done.set()
+    counter.join()
+    assert ticks >= 5, f"{ticks} ticks in {seconds:.3f} s"
+
+
+def python(code: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+SETUP = """
+import os, sys, time, torch
+from mlp_fast.kernels import native
+model = native.NativeModel(27, 3, 48, 512)
+parts = [[torch.full(shape, 0.01) for shape in model.shapes] for _ in range(3)]
+model.load(*parts, 0)
+model.set_tape(torch.arange(5000) % 27)
+model.train(128, 50, 10**9, 1e-3, 1e-4)
+"""
+
+
+def test_interrupt_is_answered_at_once() -> None:
+    code = """
+print("ready", flush=True)
+try:
+    model.train(128, 10**8, 10**9, 1e-3, 1e-4)
+except KeyboardInterrupt:
+    print(time.time(), model.step, flush=True)
+"""
+    process = python(SETUP + code)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    sent = time.time()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    answered, step = out.split()
+    assert float(answered) - sent < 0.1, err
+    assert int(step) > 50
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_can_train() -> None:
+    code = """
+import warnings
+warnings.simplefilter("ignore")  # newer Pythons warn of forking with threads
+child = os.fork()
+losses = model.train(128, 20, 10**9, 1e-3, 1e-4)
+if child == 0:
+    os._exit(0 if losses.isfinite().all() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    process = python(SETUP + code)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
+def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[3]
+    for isa in ISAS:
+        monkeypatch.setenv("MLP_FAST_ISA", isa)
+        chosen = case.train(case.model(), 2)
+        monkeypatch.delenv("MLP_FAST_ISA")
+        assert chosen == case.train(case.model(isa=isa), 2)
+    monkeypatch.setenv("MLP_FAST_ISA", "mmx")
+    assert "MLP_FAST_ISA=mmx" in str(native.unavailable())
