@@ -233,22 +233,13 @@ def undocumented(path: Path) -> Iterator[str]:
     for node in tree.body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith(("_", "pytest_")):
             continue
-        described = ast.get_docstring(node) is not None
-        if not described and not (isinstance(node, ast.ClassDef) and _describes_itself(node)):
+        if not ast.get_docstring(node):
             yield f"{path.name}: {node.name}"
         if isinstance(node, ast.ClassDef) and not node.bases:
             for method in node.body:
                 public = isinstance(method, ast.FunctionDef) and not method.name.startswith("_")
                 if public and not ast.get_docstring(method):
                     yield f"{path.name}: {node.name}.{method.name}"
-
-
-def _describes_itself(node: ast.ClassDef) -> bool:
-    """Whether a class carries its description as a value: a backend's `summary`, which --list-backends prints."""
-    return any(
-        isinstance(item, ast.Assign) and [ast.unparse(target) for target in item.targets] == ["summary"]
-        for item in node.body
-    )
 
 
 @pytest.mark.parametrize("folder", ["mlp_fast", "mlp_fast/backends", "kernels", "bench", "data"])

@@ -33,6 +33,8 @@ def compiler_missing(device: torch.device) -> str | None:
 
 
 class CompileRaw(EagerRaw):
+    """EagerRaw with its loss compiled, and by that the backward pass; AdamW, the batch and the loop stay eager."""
+
     name = "compile-raw"
     summary = "MLPRaw with torch.compile around forward and backward"
 
@@ -46,6 +48,8 @@ class CompileRaw(EagerRaw):
 
 
 class Compile(Eager):
+    """Eager with its loss compiled, and by that the backward pass; AdamW, the batch and the loop stay eager."""
+
     name = "compile"
     summary = "MLP with torch.compile around forward and backward"
 

@@ -122,6 +122,8 @@ class _Autograd(Backend):
 
 
 class EagerRaw(_Autograd):
+    """MLPRaw: every operation spelled out on bare tensors, its weights transposed views of the stored ones."""
+
     name = "eager-raw"
     summary = "MLPRaw, bare tensors under autograd: the first baseline"
     transposed = frozenset({W1, W2, DIRECT})
@@ -134,6 +136,8 @@ class EagerRaw(_Autograd):
 
 
 class Eager(_Autograd):
+    """MLP, an nn.Module: the baseline that every other backend's time and error are compared with."""
+
     name = "eager"
     summary = "MLP, an nn.Module under autograd: the second baseline"
 

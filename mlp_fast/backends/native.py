@@ -17,6 +17,11 @@ from mlp_fast.tape import Tape, WeightedWindows
 
 
 class Native(Backend):
+    """The C kernel, float32, on as many threads as torch has; it keeps the state in a layout of its own.
+
+    The windows of an evaluation are prepared when they are first seen, and kept as long as they are.
+    """
+
     name = "native"
     summary = "the whole step in C, on all threads"
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
