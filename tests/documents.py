@@ -11,7 +11,8 @@ The rule, as CONTRIBUTING.md states it. A fence names its language and, after a 
     ```text          right after a block: what it prints, `...` standing for anything
     ```              neither: a drawing, a listing
 
-Commands of plain `sh` blocks run in the page's process, but for pytest.
+Commands of plain `sh` blocks run in the page's process, but for pytest; whose tests are only collected where a
+command is only parsed.
 """
 
 import argparse
@@ -218,7 +219,7 @@ def run_command(words: Sequence[str], folder: Path, how: str) -> bool:
         if name in NO_WORK:
             return True
         if words[:3] == ["python", "-m", "pytest"]:
-            return _pytest(arguments[2:], folder)
+            return _pytest(arguments[2:], folder, how)
         if words[:2] == ["python", "-m"]:
             return _module(arguments[1], arguments[2:], how)
         if words[:2] == ["./run", "train"]:
@@ -231,8 +232,6 @@ def run_command(words: Sequence[str], folder: Path, how: str) -> bool:
         if name in ("ncu", "nsys"):
             start = arguments.index("python")
             return run_command(arguments[start:], folder, "parse")
-        if name == "pytest":
-            return _pytest(arguments, folder)
         if name == "pip":
             return _pip(arguments)
         if (ROOT / name).is_file() and os.access(ROOT / name, os.X_OK):
@@ -292,38 +291,33 @@ def parsing_only(main: Any, arguments: list[str]) -> argparse.ArgumentParser:
     return used[0]
 
 
-def _pytest(arguments: list[str], folder: Path) -> bool:
-    """Tests that the page itself has written are run; others are run already, so they must only be there."""
+def _pytest(arguments: list[str], folder: Path, how: str) -> bool:
+    """Tests of the page or of the project, with the kernels and backends that the page has made; or only collects."""
     files = [argument.partition("::")[0] for argument in arguments if re.match(r"(tests|bench)\b", argument)]
     if not files:
         raise Wrong("name the tests to run")
-    for file in files:
-        if (folder / file).exists():
-            (folder / "conftest.py").write_text(_CONFTEST.format(folder=str(folder)))
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                f"--rootdir={folder}",
-                *arguments,
-            ]
-            result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            if result.returncode != 0:
-                raise Wrong(f"pytest {shlex.join(arguments)} fails:\n{result.stdout}{result.stderr}")
-        elif not (ROOT / file).exists():
-            raise Wrong(f"{file} does not exist")
+    (folder / "page_plugin.py").write_text(_PLUGIN.format(folder=str(folder), registry=backends.REGISTRY))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "page_plugin", "-p", "no:cacheprovider", *arguments]
+    if how == "parse":
+        command.append("--collect-only")
+    at = folder if all((folder / file).exists() for file in files) else ROOT
+    paths = [str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    result = subprocess.run(
+        [*command, f"--rootdir={at}"], cwd=at, env=environment, capture_output=True, text=True, timeout=600
+    )
+    if result.returncode != 0:
+        raise Wrong(f"pytest {shlex.join(arguments)} exits {result.returncode}:\n{result.stdout}{result.stderr}")
     return False
 
 
-# Gives the tests that a page has written the kernels and backends that it has written.
-_CONFTEST = """\
+# Gives tests the kernels and backends that a page has made, as if they lay in the project.
+_PLUGIN = """\
 from mlp_fast import backends, kernels
 
 backends.__path__.append({folder!r} + "/mlp_fast/backends")
 kernels.__path__.append({folder!r} + "/kernels")
+backends.REGISTRY.update({registry!r})
 """
 
 
