@@ -72,8 +72,8 @@ class Corpus:
     Attributes:
         name: what was loaded, as the user named it.
         vocabulary: the tokens of train.
-        train, val, test: token tapes; 1-D, uint8, int16 or int32 by the vocabulary's size; mapped from files where the
-            text is large, and then copied on writing.
+        train, val, test: token tapes; 1-D, uint8, int16 or int32 by the vocabulary's size. Of a text of more than
+            STREAMED_ABOVE they are files of the cache, mapped and only to be read: writing to one ends the process.
         fingerprint: SHA-256 of vocabulary and tapes, in hexadecimal: equal for equal corpora, wherever they lie.
         cost: where the process that made the corpus is known (embedded, but for words): split -> -ln P of each token
             given those before it, float64, nats, of the tape's length. None elsewhere.

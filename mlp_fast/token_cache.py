@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,27 @@ def write_tape(path: Path, pieces: Iterable[npt.NDArray[Any]]) -> int:
 
 
 def map_tape(path: Path, dtype: npt.DTypeLike) -> torch.Tensor:
-    """The tokens of a file, 1-D. Pages are read when touched; what is written to the tensor stays out of the file."""
-    if not path.stat().st_size:
-        return torch.from_numpy(np.empty(0, dtype))  # an empty file cannot be mapped
-    return torch.from_numpy(np.memmap(path, dtype, mode="c"))
+    """The tokens of a file, 1-D, to be read only: writing to them ends the process.
+
+    Pages are read when touched. A mapping that could be written, even one whose changes stay private, would count as
+    memory that the system must have: it refuses one that is larger.
+
+    Raises:
+        UserError: where the file cannot be mapped.
+    """
+    try:
+        if not path.stat().st_size:
+            return torch.from_numpy(np.empty(0, dtype))  # an empty file cannot be mapped
+        tokens = np.memmap(path, dtype, mode="r")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"the tokens {path} cannot be mapped into memory ({reason}); "
+            "delete that folder to have them made again, or set XDG_CACHE_HOME to a folder on another disk"
+        ) from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(tokens)
 
 
 def _described(folder: Path) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Tokens that are bytes or words, and corpora streamed through the cache into mapped tapes."""
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from bench import generate_words
 from mlp_fast import corpus, evaluate, sample, token_cache, tokens, train
 from mlp_fast.corpus import SPLITS, Corpus
 from mlp_fast.errors import UserError
+from mlp_fast.tape import Tape, evaluated_windows
 from mlp_fast.tokens import UNKNOWN, Bytes, Characters, Words, from_json
 
 
@@ -202,7 +204,27 @@ def test_a_failed_build_leaves_nothing_and_an_unwritable_cache_is_named(
         streamed(data, "byte")
 
 
-def test_a_mapped_tape_takes_no_memory_of_its_own_and_keeps_its_file(tmp_path: Path) -> None:
+def test_a_corpus_larger_than_memory_is_mapped_and_read(tmp_path: Path) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    swap = re.search(r"SwapTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
+    size = memory + 1024 * int(swap[1] if swap else 0)  # tokens of two bytes: twice what the machine has
+    path = tmp_path / "tape"
+    with path.open("wb") as file:  # a hole: no block of the disk is taken but for the last
+        file.truncate(2 * size)
+        file.seek(-12, os.SEEK_END)
+        file.write(np.arange(1, 7, dtype=np.int16).tobytes())
+    mapped = Tape(token_cache.map_tape(path, np.int16), 3)
+    assert len(mapped.tokens) == size
+    assert mapped.tokens.dtype == torch.int16
+    contexts, targets = mapped.batch(0, 5)
+    assert contexts.sum() == targets.sum() == 0
+    contexts, targets = mapped.batch(1, mapped.num_windows - 2, slice(0, 4))  # the last two, and from the start again
+    assert contexts.tolist() == [[2, 3, 4], [3, 4, 5], [0, 0, 0], [0, 0, 0]]
+    assert targets.tolist() == [5, 6, 0, 0]
+    assert evaluated_windows(mapped, 50, 2).counts.tolist() == [100]
+
+
+def test_a_mapped_tape_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     def anonymous() -> int:
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
@@ -216,8 +238,24 @@ def test_a_mapped_tape_takes_no_memory_of_its_own_and_keeps_its_file(tmp_path: P
     tape = token_cache.map_tape(tmp_path / "tape", np.uint8)
     assert sum(int(part.max()) for part in tape.split(1 << 20)) == 7
     assert anonymous() - before < size / 5
-    tape[0] = 3
-    assert (tmp_path / "tape").read_bytes()[0] == 0
+
+
+def test_tokens_that_cannot_be_mapped_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tape"
+    with pytest.raises(UserError, match=r"tape cannot be mapped into memory \(No such file.*delete that folder"):
+        token_cache.map_tape(path, np.uint8)
+    path.write_bytes(b"odd")
+    with pytest.raises(UserError, match=r"tape cannot be mapped into memory \(.*XDG_CACHE_HOME"):
+        token_cache.map_tape(path, np.int16)
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(np, "memmap", refused)
+    with pytest.raises(UserError, match=r"^[^\n]*tape cannot be mapped into memory \(Cannot allocate memory\)[^\n]*$"):
+        token_cache.map_tape(path, np.uint8)
+    path.write_bytes(b"")
+    assert len(token_cache.map_tape(path, np.uint8)) == 0
 
 
 # --- a word model -----------------------------------------------------------------------------------------------------
