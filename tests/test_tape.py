@@ -1,5 +1,9 @@
 """Windows and batches: order, wrapping, and weighted evaluation against a loop."""
 
+import subprocess
+import sys
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,6 +57,46 @@ def test_weighted_windows_have_the_mean_of_the_batches(n: int, B: int, limit: in
     assert windows.counts.sum().item() == count * B == len(evaluated_positions(tape, B, limit))
     got = windows.mean(value[rows[:, 0], rows[:, 1], rows[:, 2]])
     assert got == pytest.approx(torch.stack(means).mean().item(), abs=1e-12)
+
+
+@given(
+    n=st.integers(2, 120),
+    T=st.integers(1, 8),
+    B=st.integers(1, 70),
+    V=st.sampled_from([2, 3, 256, 300, 40_000]),
+    limit=st.none() | st.integers(0, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_distinct_windows_are_those_of_the_list_of_all_in_order(
+    n: int, T: int, B: int, V: int, limit: int | None
+) -> None:
+    n = max(n, T + 1)
+    dtype = torch.uint8 if V <= 256 else torch.int16 if V <= 32_768 else torch.int32
+    tape = Tape(torch.randint(V, (n,), generator=torch.Generator().manual_seed(n)).to(dtype), T)
+    visited = [tuple(row.tolist()) for row in tape.rows[evaluated_positions(tape, B, limit)]]
+    expected = sorted(Counter(visited).items())
+    windows = evaluated_windows(tape, B, limit)
+    assert windows.rows.shape == (len(expected), T + 1)
+    assert (windows.rows.dtype, windows.counts.dtype) == (torch.int64, torch.float64)
+    assert list(zip(map(tuple, windows.rows.tolist()), windows.counts.tolist(), strict=True)) == expected
+
+
+def test_distinct_windows_take_little_memory_beside_themselves() -> None:
+    """In a process of its own, whose memory at its highest is known."""
+    program = """
+import torch
+from mlp_fast.machine import resident_peak
+from mlp_fast.tape import Tape, evaluated_windows
+
+tape = Tape(torch.randint(2**15, (1_000_000,)).to(torch.int16), 5)
+evaluated_windows(tape, 128, 8)
+before = resident_peak()
+windows = evaluated_windows(tape, 128)
+assert len(windows.rows) > 990_000
+print((resident_peak() - before - windows.rows.nbytes - windows.counts.nbytes) / len(windows.rows))
+"""
+    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=100)
+    assert float(told.stdout) < 80  # bytes a window
 
 
 def test_a_tape_too_large_for_the_gpu_stays_and_its_batches_move(monkeypatch: pytest.MonkeyPatch) -> None:
