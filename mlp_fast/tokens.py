@@ -29,6 +29,7 @@ CHUNK = 1 << 18  # bytes decoded at a time
 UNKNOWN = "<unk>"
 _CODE_POINTS = sys.maxunicode + 1
 _WORD = re.compile(r"\n|<unk>|\w+(?:['’-]\w+)*|[^\w\s]")
+_SPACES = b" \n\t\r\v\f"  # as bytes: no character of several bytes holds any of them, and no word does
 # Between two words stands a space, but not before these or after those; nor beside a newline.
 _CLOSING, _OPENING = frozenset(".,;:!?%)]}…"), frozenset("([{")
 
@@ -275,15 +276,18 @@ def distinct(pieces: Iterable[Utf8 | str]) -> tuple[str, int]:
 
 
 def cut_at_spaces(pieces: Iterable[Utf8]) -> Iterator[Utf8]:
-    """The same UTF-8 text in pieces that each end behind a space or newline, where there is one."""
-    rest: Utf8 = b""
+    """The same UTF-8 text in pieces that each end behind an ASCII space, tab or line end, where there is one.
+
+    The time is linear in the text. Memory: the longest stretch without any of these.
+    """
+    kept: list[Utf8] = []  # joined once, at the next space: each byte is looked at and copied a few times at most
     for piece in pieces:
-        piece = rest + piece
-        end = max(piece.rfind(b" "), piece.rfind(b"\n")) + 1
+        end = max(map(piece.rfind, _SPACES)) + 1
         if end:
-            yield piece[:end]
-        rest = piece[end:]
-    if rest:
+            yield b"".join([*kept, piece[:end]])
+            kept.clear()
+        kept.append(piece[end:])
+    if rest := b"".join(kept):
         yield rest
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,27 @@ def test_the_vocabulary_has_the_frequent_words_of_train_in_falling_order(tmp_pat
     assert loaded.val.tolist() == [3, 0, 1]
     assert loaded.vocabulary.decode(loaded.test) == "<unk> b\n"
     assert corpus.load(data, "word", 1).fingerprint != loaded.fingerprint
+
+
+@given(st.lists(st.text("a \n\t\f中", max_size=6).map(str.encode)))
+def test_pieces_are_cut_behind_spaces_alone(pieces: list[bytes]) -> None:
+    cut = list(tokens.cut_at_spaces(pieces))
+    assert b"".join(cut) == b"".join(pieces)
+    assert all(piece[-1:].isspace() for piece in cut[:-1])
+    assert all(re.fullmatch(rb".*\s|\S+", piece, re.DOTALL) for piece in cut), "a rest has no space"
+
+
+@pytest.mark.parametrize("byte", [b"a", b"\t", b" "])
+def test_cutting_takes_time_in_proportion_to_the_text(byte: bytes) -> None:
+    """Sixteen times the text takes some sixteen times as long, where looking at all of it anew took 256 times."""
+
+    def seconds(pieces: int) -> float:
+        start = time.process_time()
+        assert sum(map(len, tokens.cut_at_spaces([byte * 4096] * pieces))) == 4096 * pieces
+        return time.process_time() - start
+
+    few = min(seconds(200) for _ in range(5))
+    assert min(seconds(3200) for _ in range(3)) < 80 * few
 
 
 SIGNS = [UNKNOWN, "\n", ".", ",", "(", ")", "'", "-", "’", '"', "%", "don't", "a", "b_1", "中", "re-use", "[", "…"]
@@ -144,6 +166,7 @@ TEXTS = st.one_of(
     st.binary(min_size=1, max_size=40),
     st.just(b"\xef\xbb\xbfone two\r\nthree\rfour five"),
     st.just(b"long-word-without-any-space" * 9),
+    st.just(b"a\ttab\x0band\x0cno space\t\t" * 3),
 )
 
 
