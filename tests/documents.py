@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_STEPS, FEW_STEPS = 1000, 20
 CONDITIONS = ("slow", "gpu", "parsed")
 LANGUAGES = ("python", "sh", "text", "", "toml", "c", "json")
+PLUGIN = "page_plugin.py"  # written for the tests that a page runs
 NO_WORK = ("cd", "git", "source")  # commands that only prepare the reader's shell
 
 
@@ -95,6 +96,7 @@ class Page:
         return blocks
 
 
+_FILE = re.compile(r"# ([\w/]+\.py)\n")  # how a block begins that is written to a file
 _FENCED = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$\n?", re.MULTILINE | re.DOTALL)
 
 
@@ -138,6 +140,15 @@ def run_page(page: Page, folder: Path, *, long: bool = False) -> None:
                 )
 
 
+def left_behind(page: Page, folder: Path) -> list[str]:
+    """What the commands of a page that ran in a folder have left there and git would not ignore in a checkout."""
+    own = {match[1] for block in page.blocks if (match := _FILE.match(block.code))}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - own - {PLUGIN}
+    command = ["git", "-C", str(ROOT), "check-ignore", "--no-index", "--stdin"]
+    ignored = subprocess.run(command, input="\n".join(found), capture_output=True, text=True).stdout
+    return sorted(found - set(ignored.splitlines()))
+
+
 def _run(block: Block, namespace: dict[str, Any], folder: Path, long: bool) -> bool:
     """Runs a block; whether it was run in full, so that its output counts."""
     if block.language == "python":
@@ -149,7 +160,7 @@ def _run(block: Block, namespace: dict[str, Any], folder: Path, long: bool) -> b
 
 
 def _run_python(code: str, namespace: dict[str, Any], folder: Path) -> bool:
-    file = re.match(r"# ([\w/]+\.py)\n", code)
+    file = _FILE.match(code)
     if file is None:
         exec(compile(code, "<page>", "exec"), namespace)
         return True
@@ -296,8 +307,8 @@ def _pytest(arguments: list[str], folder: Path, how: str) -> bool:
     files = [argument.partition("::")[0] for argument in arguments if re.match(r"(tests|bench)\b", argument)]
     if not files:
         raise Wrong("name the tests to run")
-    (folder / "page_plugin.py").write_text(_PLUGIN.format(folder=str(folder), registry=backends.REGISTRY))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "page_plugin", "-p", "no:cacheprovider", *arguments]
+    (folder / PLUGIN).write_text(_PLUGIN.format(folder=str(folder), registry=backends.REGISTRY))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", Path(PLUGIN).stem, "-p", "no:cacheprovider", *arguments]
     if how == "parse":
         command.append("--collect-only")
     at = folder if all((folder / file).exists() for file in files) else ROOT

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from documents import CONDITIONS, LANGUAGES, ROOT, Page, chinese, pages, parsing_only, run_page
+from documents import CONDITIONS, LANGUAGES, ROOT, Page, chinese, left_behind, pages, parsing_only, run_page
 
 from bench import recording
 from mlp_fast import backends, errors
@@ -37,6 +37,16 @@ def each(found: list[Page]) -> pytest.MarkDecorator:
 @each([page for page in ENGLISH if any(block.language in ("python", "sh") for block in page.blocks)])
 def test_the_code_of_a_page_runs(page: Page, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     run_page(page, tmp_path, long=request.config.getoption("--long"))
+    if (ROOT / ".git").exists() and page.name != "docs/reliability.md":  # which writes into run/, beside ./run
+        assert left_behind(page, tmp_path) == [], "add it to .gitignore"
+
+
+def test_pages_save_their_runs_in_different_folders() -> None:
+    """Else who follows one page after the other is refused: a run is never saved over another."""
+    saved = re.compile(r"(?:mlp_fast\.|\./run )train [^\n]*--out (\S+)")
+    folders = [folder for page in ENGLISH for block in page.blocks for folder in saved.findall(block.code)]
+    assert len(folders) > 2
+    assert len(folders) == len(set(folders)), folders
 
 
 @each(ALL)
