@@ -20,8 +20,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from bench import probes, recording, tables
+from bench import chinese, probes, recording, tables
 from bench.case import Entry
 from bench.recording import Recording
 from mlp_fast import machine
@@ -104,10 +105,12 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
             record = next((record for record in recordings if BLOCKS[block](record)), None)
             if record is None:
                 continue
-            part = BLOCKS[block](record)
-            words = PLOTTED.get(block)
+            part, where, words = BLOCKS[block](record), tables.machine_line(record), PLOTTED.get(block)
+            if name.endswith(".zh-CN.md"):
+                part = chinese.trained(record) if block == "losses" else chinese.translated(part)
+                where, words = chinese.machine_line(record), chinese.PICTURES.get(block)
             picture = f"\n\n![{words}]({_picture_link(record, block, name)})" if words else ""
-            parts.append(f"{tables.machine_line(record)}\n\n{part}{picture}\n")
+            parts.append(f"{where}\n\n{tables.narrow(part).strip()}{picture}\n")
         body = "\n" + "\n".join(parts) + "\n" if parts else ""
         return match["begin"] + body + match["end"]
 
@@ -143,11 +146,15 @@ def update(root: Path, results: Path, *, check: bool) -> list[str]:
                 continue
             stale.append(str(path))
             if not check:
-                draw(path, record, _digest(data))
+                _draw(draw, path, record, _digest(data))
     return stale
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
+
+WIDTH = 6.4  # inches
+
+Drawing = Callable[[Path, Recording, str], None]  # of a file, from a recording, with the digest of what is drawn
 
 
 def _plot_data(record: Recording, block: str) -> list[Entry]:
@@ -166,18 +173,14 @@ def _digest(data: list[Entry]) -> str:
 
 def draw_losses(path: Path, record: Recording, digest: str) -> None:
     """Train and validation loss over the steps of the whole run."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
     run = record.extra["losses"]
     steps = [evaluation["step"] for evaluation in run["evaluations"]]
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure, [[axes]] = _figure(4.5)
     for split in ("train", "val"):
         axes.plot(steps, [evaluation[f"{split}_loss"] for evaluation in run["evaluations"]], label=split)
     axes.axhline(run["floor"], color="grey", linestyle="--", label="floor of val: the entropy of its source")
     axes.set(xlabel="step", ylabel="mean cross-entropy (nats per character)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title(f"{run['num_steps']:,} steps by {run['backend']} on the embedded corpus")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -191,83 +194,87 @@ def draw_ladder(path: Path, record: Recording, digest: str) -> None:
 
 def draw_steps(path: Path, record: Recording, digest: str, block: str = "steps") -> None:
     """Bars of ms/step, the floor as a tick in each."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
     entries = list(reversed(_plot_data(record, block)))
-    names = [entry["backend"] if block == "ladder" else entry["id"] for entry in entries]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.35 * len(entries)), layout="constrained")
+    names = [tables.label(entry) for entry in entries]
+    figure, [[axes]] = _figure(1.6 + 0.36 * len(entries))
     medians = [entry["ms"]["median"] for entry in entries]
     low = [entry["ms"]["median"] - entry["ms"]["min"] for entry in entries]
     high = [entry["ms"]["max"] - entry["ms"]["median"] for entry in entries]
-    bars = axes.barh(names, medians, xerr=[low, high], capsize=2)
-    axes.bar_label(bars, [f"  {median:.3g}" for median in medians])
+    bars = axes.barh(names, medians, xerr=[low, high], capsize=2, color="lightsteelblue")
+    axes.bar_label(bars, [f" {median:.3g}" for median in medians])
     floors = [(name, entry["floor_ms"]) for name, entry in zip(names, entries, strict=True) if "floor_ms" in entry]
-    axes.plot([ms for _, ms in floors], [name for name, _ in floors], "k|", markersize=12, label="floor")
+    axes.plot([ms for _, ms in floors], [name for name, _ in floors], "k|", markersize=14, mew=2, label="floor")
     axes.set(xscale="log", xlabel="ms per step (median of rounds; whiskers: fastest, slowest)")
-    axes.set_xlim(right=1.6 * max(entry["ms"]["max"] for entry in entries))  # room for the labels
-    axes.set_title(f"Time of a training step by backend, {record.facts['device']}")
-    axes.legend()
+    axes.set_xlim(right=2 * max(entry["ms"]["max"] for entry in entries))  # room for the labels
+    axes.xaxis.set_major_formatter("{x:g}")
+    figure.suptitle(f"Time of a training step by backend\n{record.facts['device']}")
+    figure.legend(loc="outside lower right")
     _save(figure, path, digest)
-
-
-SWEPT = {"B": "B, windows a batch", "H": "H, hidden units", "T": "T, tokens a context", "V": "V, distinct tokens"}
 
 
 def draw_sweep(path: Path, record: Recording, digest: str) -> None:
     """ms/step over each swept size, on logarithmic axes: a slope of one is linear growth."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    letters = [letter for letter in SWEPT if any(_swept(entry) == letter for entry in record.group("sweep"))]
-    figure, all_axes = plt.subplots(
-        1, len(letters), figsize=(5 * len(letters), 4.5), layout="constrained", squeeze=False
-    )
-    for letter, axes in zip(letters, all_axes[0], strict=True):
-        entries = [entry for entry in record.group("sweep") if _swept(entry) == letter]
-        lines: dict[str, list[tuple[int, float]]] = {}
+    swept = tables.swept(record)
+    columns = min(2, len(swept))
+    rows = -(-len(swept) // columns)
+    figure, grid = _figure(1.4 + 3 * rows, rows, columns)
+    panels = [axes for row in grid for axes in row]
+    for axes in panels[len(swept) :]:
+        axes.axis("off")
+    shown: dict[str, Any] = {}
+    colours = _colours([entry["backend"] for entries in swept.values() for entry in entries])
+    for axes, (letter, entries) in zip(panels, swept.items(), strict=False):
+        lines: dict[str, dict[int, float]] = {}
         for entry in entries:
-            lines.setdefault(entry["backend"], []).append((entry[letter], entry["ms"]["median"]))
+            lines.setdefault(entry["backend"], {})[entry[letter]] = entry["ms"]["median"]
             if BASELINE in entry["rivals"]:
-                point = (entry[letter], entry["rivals"][BASELINE]["ms"]["median"])
-                baseline = lines.setdefault(BASELINE, [])
-                if point[0] not in [size for size, _ in baseline]:
-                    baseline.append(point)
+                lines.setdefault(BASELINE, {}).setdefault(entry[letter], entry["rivals"][BASELINE]["ms"]["median"])
         for name, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-        first = min(point for points in lines.values() for point in points)
-        sizes = sorted({size for points in lines.values() for size, _ in points})
-        axes.plot(sizes, [first[1] * size / first[0] for size in sizes], "k:", label="linear")
-        axes.set(xscale="log", yscale="log", xlabel=SWEPT[letter], ylabel="ms per step")
-        axes.set_xticks(sizes, [str(size) for size in sizes])
+            sizes = sorted(points)
+            (line,) = axes.plot(sizes, [points[size] for size in sizes], marker=".", color=colours[name])
+            shown.setdefault(name, line)
+        sizes = sorted({size for points in lines.values() for size in points})
+        least = min(points[sizes[0]] for points in lines.values() if sizes[0] in points)
+        (shown["linear"],) = axes.plot(sizes, [least * size / sizes[0] for size in sizes], "k:")
+        axes.set(xscale="log", yscale="log", xlabel=tables.SWEPT[letter], ylabel="ms per step")
+        axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
         axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-    handles, labels = all_axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    figure.suptitle(f"Time of a training step by size, {record.facts['device']}")
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3)
+    figure.suptitle(f"Time of a training step by size\n{record.facts['device']}")
     _save(figure, path, digest)
 
 
-def _swept(entry: Entry) -> str:
-    """The letter of the size that a sweep's case is about: "native-B128" -> "B"."""
-    return entry["id"].rsplit("-", 1)[1][0]
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour of matplotlib's cycle for every name, the baseline first: the same in all panels."""
+    return {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys([BASELINE, *names]))}
 
 
-def _save(figure: object, path: Path, digest: str) -> None:
+def _draw(draw: Drawing, path: Path, record: Recording, digest: str) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    with matplotlib.rc_context({"font.size": 11}):
+        draw(path, record, digest)
+
+
+def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure, and its axes in rows; as narrow as its letters are readable on a phone."""
     from matplotlib import pyplot as plt
-    from matplotlib.figure import Figure
 
-    assert isinstance(figure, Figure)
+    return plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", squeeze=False)
+
+
+def _save(figure: Any, path: Path, digest: str) -> None:
+    from matplotlib import pyplot as plt
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90, metadata={"Description": f"drawn from recorded data {digest}", "Software": None})
+    figure.savefig(path, dpi=130, metadata={"Description": f"drawn from recorded data {digest}", "Software": None})
     plt.close(figure)
 
 
-PLOTS: dict[str, Callable[[Path, Recording, str], None]] = {
+PLOTS: dict[str, Drawing] = {
     "losses": draw_losses,
     "ladder": draw_ladder,
     "steps": draw_steps,

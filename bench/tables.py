@@ -1,5 +1,6 @@
 """A recording as Markdown tables: the same text on the terminal, in the README and in the docs."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,19 +18,16 @@ def steps(recording: Recording) -> str:
     if not entries:
         return ""
     cuda = recording.facts["device_type"] == "cuda"
-    header = ["backend", "B", "precision", "threads", "ms/step", "fastest..slowest", "x eager", "samples/s"]
+    header = ["backend", "ms/step", "fastest..slowest", "x eager", "samples/s"]
     header += ["device ms/step", "launches/step"] if cuda else []
     header += ["floor, ms", "x floor", "first step, s", "loss error"]
     rows = []
     for entry in entries:
         row = [
-            entry["backend"],
-            f"{entry['B']}",
-            entry["precision"],
-            f"{entry['threads']}",
+            label(entry),
             _number(entry["ms"]["median"]),
             f"{_number(entry['ms']['min'])}..{_number(entry['ms']['max'])}",
-            "baseline" if entry["backend"] == BASELINE else _ratio(entry, BASELINE),
+            "1" if entry["backend"] == BASELINE else _ratio(entry, BASELINE),
             f"{entry['samples_per_second']:,.0f}",
         ]
         if cuda:
@@ -41,7 +39,17 @@ def steps(recording: Recording) -> str:
             f"{entry['loss_error']:.1e}",
         ]
         rows.append(row)
-    return _table(header, rows, text_columns=3)
+    return f"{_sizes(entries[0])}\n\n{_table(header, rows, text_columns=1)}"
+
+
+def label(entry: Entry) -> str:
+    """A case of the step and threads groups in a few words: "native", "native, 1 thread", "triton-op, tf32"."""
+    parts = [entry["backend"]]
+    if entry["precision"] != "fp32":
+        parts.append(entry["precision"])
+    if entry["group"] == "threads":
+        parts.append(f"{entry['threads']} thread" + ("" if entry["threads"] == 1 else "s"))
+    return ", ".join(parts)
 
 
 def ladder(recording: Recording) -> str:
@@ -93,22 +101,36 @@ def others(recording: Recording) -> str:
     return _table(header, rows, text_columns=3) if rows else ""
 
 
-def sweep(recording: Recording) -> str:
-    """The swept sizes: ms/step of each backend and of eager."""
-    rows = []
+SWEPT = {"B": "B, windows a batch", "H": "H, hidden units", "T": "T, tokens a context", "V": "V, distinct tokens"}
+
+
+def swept(recording: Recording) -> dict[str, list[Entry]]:
+    """The cases of the sweep by the letter of the size that they are about: "native-B128" -> "B"."""
+    found: dict[str, list[Entry]] = {letter: [] for letter in SWEPT}
     for entry in recording.group("sweep"):
-        eager = entry["rivals"].get(BASELINE)
-        rows.append(
-            [
-                entry["backend"],
-                *(f"{entry[size]}" for size in ("B", "T", "H", "V")),
-                _number(entry["ms"]["median"]),
-                "-" if eager is None else _number(eager["ms"]["median"]),
-                _ratio(entry, BASELINE),
-            ]
-        )
-    header = ["backend", "B", "T", "H", "V", "ms/step", "eager, ms/step", "x eager"]
-    return _table(header, rows, text_columns=1) if rows else ""
+        found[entry["id"].rsplit("-", 1)[1][0]].append(entry)
+    return {letter: entries for letter, entries in found.items() if entries}
+
+
+def sweep(recording: Recording) -> str:
+    """The swept sizes, a table each: ms/step of each backend and of eager."""
+    parts = []
+    for letter, entries in swept(recording).items():
+        rows = []
+        for entry in entries:
+            eager = entry["rivals"].get(BASELINE)
+            rows.append(
+                [
+                    f"{entry[letter]:,}",
+                    entry["backend"],
+                    _number(entry["ms"]["median"]),
+                    "-" if eager is None else _number(eager["ms"]["median"]),
+                    _ratio(entry, BASELINE),
+                ]
+            )
+        header = [SWEPT[letter], "backend", "ms/step", "eager, ms/step", "x eager"]
+        parts.append(_table(header, rows, text_columns=2))
+    return "\n\n".join(parts)
 
 
 def scale(recording: Recording) -> str:
@@ -119,16 +141,17 @@ def scale(recording: Recording) -> str:
         rows.append(
             [
                 entry["id"],
-                *(f"{entry[size]:,}" for size in ("B", "T", "E", "H", "V")),
                 _number(entry["ms"]["median"]),
                 f"{entry['samples_per_second']:,.0f}",
                 "-" if eager is None else f"{1e3 * entry['B'] / eager['ms']['median']:,.0f}",
-                "baseline" if eager is None else f"{eager['ratio']:.2f}",
+                "1" if eager is None else f"{eager['ratio']:.2f}",
                 f"{entry['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in entry else "-",
             ]
         )
-    header = ["case", "B", "T", "E", "H", "V", "ms/step", "tokens/s", "eager, tokens/s", "x eager", "peak GiB"]
-    return _table(header, rows, text_columns=1) if rows else ""
+    header = ["case", "ms/step", "tokens/s", "eager, tokens/s", "x eager", "peak GiB"]
+    sizes = {entry["id"].split()[0]: _sizes(entry) for entry in recording.group("scale")}
+    listed = "\n".join(f"- {model}: {text}" for model, text in sizes.items())
+    return f"{_table(header, rows, text_columns=1)}\n\n{listed}" if rows else ""
 
 
 def claims(recording: Recording) -> str:
@@ -281,7 +304,30 @@ CLAIMS: list[tuple[str, str, Callable[[Recording], float | None], float]] = [
 SCALED = {"a run of 50,000 steps over the loop on Python lists": 50_000}
 
 
+# --- tables on a narrow screen ----------------------------------------------------------------------------------------
+
+COLUMNS = 6  # of a table on a phone's screen
+
+
+def narrow(text: str) -> str:
+    """Markdown with wide tables cut into some of at most COLUMNS columns, each with the first column of the whole."""
+
+    def cut(match: re.Match[str]) -> str:
+        rows = [line[2:-2].split(" | ") for line in match[0].splitlines()]
+        others = len(rows[0]) - 1
+        parts = max(1, -(-others // (COLUMNS - 1)))
+        size = max(1, -(-others // parts))
+        tables = [[[row[0], *row[1 + i * size :][:size]] for row in rows] for i in range(parts)]
+        return "\n".join("".join(f"| {' | '.join(row)} |\n" for row in table) for table in tables)
+
+    return re.sub(r"(?:^\|.*\|(?:\n|\Z))+", cut, text, flags=re.MULTILINE)
+
+
 # --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def _sizes(entry: Entry) -> str:
+    return ", ".join(f"{letter}={entry[letter]:,}" for letter in "BTEHV")
 
 
 def _ratio(entry: Entry, rival: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from documents import CONDITIONS, LANGUAGES, ROOT, Page, chinese, left_behind, pages, parsing_only, run_page
 
-from bench import recording
+from bench import recording, tables
 from mlp_fast import backends, errors
 
 TRANSLATED = ("README", "docs/model", "docs/ladder", "docs/numerics", "docs/add-a-backend", "docs/add-a-kernel")
@@ -25,7 +25,7 @@ COMMANDS = [
 ]
 
 CODE_WIDTH = 80  # characters: what a phone shows in landscape at a readable size
-TABLE_COLUMNS = 4  # of a table written by hand
+TABLE_COLUMNS = 4  # of a table written by hand; the report's have up to tables.COLUMNS
 WORD_WIDTH = 60  # characters that no browser can break
 
 
@@ -81,19 +81,24 @@ def test_the_chinese_page_has_the_same_code_figures_and_sections(stem: str) -> N
     assert figures(translated) == figures(english)
 
 
-def figures(page: Page) -> list[str]:
-    """What stands between the marks of the report, without the alternative texts of its pictures."""
+def figures(page: Page) -> list[list[str]]:
+    """The numbers between the marks of the report, sorted: a sentence in another language has another order."""
     found = re.findall(r"<!-- bench:[\w-]+ -->(.*?)<!-- /bench", page.text, re.DOTALL)
-    return [re.sub(r"!\[.*?\]", "![]", text) for text in found]
+    return [sorted(re.findall(r"\d[\d.,e+-]*\b", text)) for text in found]
 
 
 @each(CHINESE)
 def test_a_chinese_page_is_in_chinese(page: Page) -> None:
-    text = re.sub(r"<!-- bench:.*?<!-- /bench[^>]*>|`[^`\n]*`|\]\([^)]*\)", "", page.prose, flags=re.DOTALL)
+    text = re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", page.prose)
     paragraphs = [part for part in re.split(r"\n\s*\n", text) if len(re.sub(r"\W", "", part)) > 40]
     assert paragraphs
     for paragraph in paragraphs:
         assert any(unicodedata.category(character) == "Lo" for character in paragraph), paragraph
+    for header in re.findall(r"^(\|.*\|)\n\| -", page.prose, re.MULTILINE):
+        for cell in header.strip("| ").split(" | "):
+            assert any(unicodedata.category(character) == "Lo" for character in cell), header
+    for alternative in re.findall(r"!\[([^\]]*)\]\(", page.prose):
+        assert any(unicodedata.category(character) == "Lo" for character in alternative), alternative
     assert re.search(r"\[English\]\(", page.prose), "no link to the English page"
 
 
@@ -151,6 +156,8 @@ def test_pages_fit_a_phone(page: Page) -> None:
     for block in page.blocks:
         for line in block.code.splitlines():
             assert len(line) <= CODE_WIDTH, f"{page.name}:{block.line}: {line}"
+    for row in re.findall(r"^\|.*\|$", page.prose, re.MULTILINE):
+        assert len(re.findall(r"(?<!\\)\|", row)) <= tables.COLUMNS + 1, f"{page.name}: {row}"
     by_hand = re.sub(r"<!-- bench:.*?<!-- /bench", "", page.prose, flags=re.DOTALL)
     for row in re.findall(r"^\|.*\|$", by_hand, re.MULTILINE):
         assert len(re.findall(r"(?<!\\)\|", row)) <= TABLE_COLUMNS + 1, f"{page.name}: {row}"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import report
+from bench import report, tables
 from bench.recording import RESULTS, Recording, load
 from mlp_fast.errors import UserError
 
@@ -78,7 +78,11 @@ def test_documents_and_plots_are_made_from_the_recording(project: Path) -> None:
     assert "Measured on: Test CPU, 2 threads; python 3.11, torch 2.13; Linux; commit abc123; 2030-01-02." in text
     assert "Absolute times are that machine's" in text
     assert (
-        "| native | 128 | fp32 | 2 | 0.2500 | 0.2250..0.2750 | 4.00 | 512,000 | 0.1000 | 2.5 | 0.50 | 1.0e-07 |" in text
+        "| native | 0.2500 | 0.2250..0.2750 | 4.00 | 512,000 |\n\n"
+        "| backend | floor, ms | x floor | first step, s | loss error |\n"
+        "| --- | --: | --: | --: | --: |\n"
+        "| eager | 0.1000 | 10.0 | 0.50 | 1.0e-07 |\n"
+        "| native | 0.1000 | 2.5 | 0.50 | 1.0e-07 |\n\n" in text
     )
     assert "](bench/results/test-cpu-2-threads/steps.png)" in text
     assert "](../bench/results/test-cpu-2-threads/sweep.png)" in (project / "docs" / "page.md").read_text()
@@ -97,6 +101,43 @@ def test_a_whole_run_is_told_and_drawn(project: Path) -> None:
     assert "401 steps by native" in text
     assert "validation loss 1.500000 (floor 1.250000), test loss 1.500000 nats" in text
     assert "](bench/results/test-cpu-2-threads/losses.png)" in text
+
+
+def test_every_swept_size_has_a_table_of_its_own(project: Path) -> None:
+    record = Recording(FACTS)
+    for letter, size in (("B", 128), ("B", 256), ("V", 27)):
+        record.entries.append(step("native", size / 512, "sweep", f"native-{letter}{size}", **{letter: size}))
+    first, second = tables.sweep(record).split("\n\n")
+    header = "| backend | ms/step | eager, ms/step | x eager |"
+    assert first.splitlines()[0] == f"| B, windows a batch {header}"
+    assert first.splitlines()[2:] == ["| 128 | native | 0.2500 | 1 | 4.00 |", "| 256 | native | 0.5000 | 1 | 2.00 |"]
+    assert second.splitlines()[0] == f"| V, distinct tokens {header}"
+    assert len(second.splitlines()) == 3
+
+
+@pytest.mark.parametrize(("columns", "widths"), [(6, [6]), (7, [4, 4]), (9, [5, 5]), (12, [5, 5, 4]), (1, [1])])
+def test_wide_tables_are_cut_and_keep_their_first_column(columns: int, widths: list[int]) -> None:
+    rows = [[f"{row}{column}" for column in range(columns)] for row in "abc"]
+    text = "before\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\nafter | all"
+    before, *parts, after = tables.narrow(text).split("\n\n")
+    assert (before, after.strip()) == ("before", "after | all")
+    cut = [[line.strip("| ").split(" | ") for line in part.splitlines()] for part in parts]
+    assert [len(part[0]) for part in cut] == widths
+    for i, row in enumerate(rows):
+        assert all(part[i][0] == row[0] for part in cut)
+        assert [cell for part in cut for cell in part[i][1:]] == row[1:]
+
+
+def test_chinese_pages_are_filled_in_chinese(project: Path) -> None:
+    for name in ("README.md", "README.zh-CN.md"):
+        (project / name).write_text("<!-- bench:ladder -->\n<!-- /bench:ladder -->\n", encoding="utf-8")
+    update(project)
+    english, page = ((project / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md"))
+    assert "测量环境：Test CPU, 2 threads；python 3.11，torch 2.13；Linux；提交 abc123；2030-01-02。" in page
+    assert "| 后端 | 毫秒/步 | 相对 eager 的加速比 | 下界（毫秒） | 与下界之比 |" in page
+    assert "![条形图：" in page
+    assert english.splitlines()[5:8] == page.splitlines()[5:8]
+    assert "| native | 0.2500 | 4.00 |" in page.splitlines()[7]
 
 
 def test_a_second_run_changes_nothing(project: Path) -> None:
@@ -131,7 +172,7 @@ def test_a_block_is_filled_from_the_latest_recording_that_has_figures_for_it(pro
     assert "2030-01-03" in readme
     assert "| 0.1250 |" in readme
     assert "2030-01-02" in page
-    assert "| native | 256 |" in page
+    assert "| 256 | native |" in page
     assert update(project, check=True) == []
 
 

@@ -1,0 +1,55 @@
+"""What the report writes into Chinese pages; figures, names of backends and versions stay as they are."""
+
+import re
+
+from bench.recording import Recording
+
+# Headers of the tables that Chinese pages show.
+WORDS = {
+    "backend": "后端",
+    "ms/step": "毫秒/步",
+    "x eager": "相对 eager 的加速比",
+    "floor, ms": "下界（毫秒）",
+    "x floor": "与下界之比",
+    "arithmetic": "算术",
+    "val loss": "验证损失",
+    "its difference": "验证损失之差",
+    "largest of a batch loss": "批损失的最大差",
+    "parameters": "参数之差",
+    "one product": "一次乘积之差",
+}
+PICTURES = {
+    "losses": "折线图：一次运行中训练损失和验证损失随步数的变化，以及验证损失的下界",
+    "ladder": "条形图：每个后端在 float32 下每步的毫秒数，下界标在各条之中",
+    "steps": "条形图：每个后端每步的毫秒数，下界标在各条之中",
+    "sweep": "折线图：每步的毫秒数随各个尺寸的变化，对数坐标",
+}
+
+
+def translated(table: str) -> str:
+    """A Markdown table, its header in Chinese."""
+    header, newline, rest = table.partition("\n")
+    return re.sub(r"(?<=\| )[^|]+(?= \|)", lambda cell: WORDS.get(cell[0], cell[0]), header) + newline + rest
+
+
+def machine_line(recording: Recording) -> str:
+    """tables.machine_line in Chinese."""
+    facts = recording.facts
+    parts = [facts["device"]]
+    if facts["driver"] or facts["cuda"]:
+        parts.append(f"驱动 {facts['driver']}，CUDA {facts['cuda']}")
+    parts.append("，".join(f"{name} {version}" for name, version in facts["versions"].items() if version))
+    parts += [facts["system"], f"提交 {facts['commit'] or '未知'}", facts["date"][:10]]
+    return f"测量环境：{'；'.join(parts)}。绝对时间属于这台机器；比值来自在它上面交替进行的各轮测量。"
+
+
+def trained(recording: Recording) -> str:
+    """report's sentence on the whole run in Chinese."""
+    if "losses" not in recording.extra:
+        return ""
+    run = recording.extra["losses"]
+    last = run["evaluations"][-1]
+    return (
+        f"{run['backend']} 在 embedded 语料上训练 {run['num_steps']:,} 步：验证损失 {last['val_loss']:.6f}"
+        f"（下界 {run['floor']:.6f}），测试损失 {run['test_loss']:.6f}，单位是每字符奈特。"
+    )
