@@ -10,6 +10,7 @@ the same way. Rank 0 alone writes and speaks.
 
 import datetime
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from mlp_fast.interrupt import Interrupted
 # How long a step waits for the other processes. Those that end are noticed at once, by their closed connection (gloo)
 # or by torchrun; this is for a machine that falls silent.
 TIMEOUT = datetime.timedelta(seconds=25)
-# How long a rank waits where others may rightly be slow: compiling, or making tokens of a large corpus.
+# How long a rank waits where others may rightly be slow: compiling, making tokens of a large corpus, evaluating, or
+# writing to a slow disk.
 PATIENCE = datetime.timedelta(hours=1)
+_REMEDY = "start the processes by torchrun, or unset WORLD_SIZE to run one"
 
 
 class LostContact(UserError):
@@ -59,11 +62,15 @@ class World:
             tensor.copy_(part.view(tensor.shape))
 
     def mean(self, value: float, weight: float) -> float:
-        """The mean of the ranks' values by their weights, in float64; a value of weight 0 is left out."""
+        """The mean of the ranks' values by their weights, in float64; a value of weight 0 is left out.
+
+        For evaluations: waits patiently, since a rank's share of a large one may take long.
+        """
         if self.size == 1:
             return value
-        total, weights = self.sum_(torch.tensor([value * weight if weight else 0.0, weight], dtype=torch.float64))
-        return (total / weights).item()
+        sums = torch.tensor([value * weight if weight else 0.0, weight], dtype=torch.float64)
+        _reach_the_others(lambda: dist.all_reduce(sums, group=_patient))
+        return (sums[0] / sums[1]).item()
 
     def max(self, value: float) -> float:
         """The largest of the ranks' values: what all go by where their clocks or their users differ."""
@@ -110,13 +117,13 @@ def world() -> World:
 
 
 def launched_size() -> int:
-    """How many processes torchrun has started for this run; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun has started for this run; 1 without it. UserError: see joined()."""
+    return _from_torchrun("WORLD_SIZE", "1")
 
 
 def launched_rank() -> int:
-    """The number that torchrun has given this process; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
+    """The number that torchrun has given this process; 0 without it. UserError: see joined()."""
+    return _from_torchrun("RANK", "0")
 
 
 def gpu_missing() -> str | None:
@@ -126,7 +133,14 @@ def gpu_missing() -> str | None:
 
 
 def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _from_torchrun("LOCAL_RANK", "0")
+
+
+def _from_torchrun(name: str, default: str) -> int:
+    value = os.environ.get(name, default)
+    if not value.isdecimal():
+        raise UserError(f"{name}={value} in the environment is not a number; {_REMEDY}")
+    return int(value)
 
 
 @contextmanager
@@ -140,12 +154,15 @@ def joined() -> Iterator[World]:
     LostContact.
 
     Raises:
-        UserError: where the processes do not find each other.
+        UserError: where the processes do not find each other, or their places in the environment are none.
     """
     global _current, _patient
-    if launched_size() == 1:
+    size = launched_size()
+    if size == 1:
         yield World()
         return
+    if launched_rank() >= size:
+        raise UserError(f"RANK={launched_rank()} in the environment is not below WORLD_SIZE={size}; {_REMEDY}")
     if not dist.is_available():
         raise UserError("this build of torch has no torch.distributed; run one process")
     backend = "gloo"
@@ -158,7 +175,7 @@ def joined() -> Iterator[World]:
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"the processes did not find each other ({reason}); start them by torchrun") from None
+        raise UserError(f"the processes did not find each other ({reason}); {_REMEDY}") from None
     _current = World(dist.get_rank(), dist.get_world_size())
     try:
         yield _current
@@ -193,7 +210,10 @@ def _reach_the_others(collective: Callable[[], Any]) -> None:
     try:
         collective()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # Of gloo's and NCCL's own words only what happened, without the place in their source and what follows.
+        told = re.match(r"(?:\[\S+:\d+\] )?(.+?)(?:\. |$)", str(error).strip(), re.MULTILINE)
+        reason = told[1] if told else type(error).__name__
         raise LostContact(
-            f"rank {_current.rank} stops: another process of this run has ended or does not answer ({reason})"
+            f"rank {_current.rank} stops: another process has ended or does not answer ({reason}); "
+            "see what it said; --resume goes on from the last checkpoint"
         ) from None

@@ -108,7 +108,10 @@ class Trainer:
         self.losses = start.losses if start else {}  # of the latest evaluation, as a checkpoint keeps them
         self.backend = backends.create(config, self.shape, self.tapes["train"], state)
         if config.interpret:
-            log.warning("--interpret: Triton's interpreter runs the kernels on the CPU, to check them, not for speed")
+            products = "" if config.precision == "fp32" else f"; its products are fp32, not {config.precision}"
+            log.warning(
+                f"--interpret: Triton's interpreter runs the kernels on the CPU, to check them, not for speed{products}"
+            )
         limits = {"train": TRAIN_EVAL_BATCHES, "val": None, "test": None}
         self.windows = {
             split: evaluated_windows(tape, B, limits[split]).to(self.backend.device)
@@ -215,6 +218,7 @@ class Trainer:
                 self._evaluate()
             if self._saves_at(self.step):
                 self._save()
+            self.world.meet()  # rank 0 may take longer to write than a step may wait
             if self.step == self.config.last_step:
                 self._require_finite()
                 return

@@ -154,7 +154,12 @@ def test_a_process_that_dies_ends_the_others_within_30_seconds(tmp_path: Path) -
     finally:
         torchrun.kill()
     assert torchrun.returncode == 1
-    assert len(re.findall(r"^mlp_fast: rank 0 stops: another process of this run has ended", told, re.MULTILINE)) == 1
+    line = (
+        r"^mlp_fast: rank 0 stops: another process has ended or does not answer \(.*\); see what it said; --resume .*$"
+    )
+    (message,) = re.findall(line, told, re.MULTILINE)
+    assert len(message) < 240
+    assert not re.search(r"\.cc:|\. [A-Z]", message), "where in gloo it happened, and its advice, help nobody here"
     assert "mlp_fast/distributed.py" not in told, "a traceback is no message"
 
 
@@ -164,6 +169,70 @@ def test_an_error_of_all_processes_is_told_once() -> None:
     assert [process.returncode for process in processes] == [2, 2]
     assert re.fullmatch(r"mlp_fast: --backend native.*one process.*eager.*\n", told[0])
     assert told[1] == ""
+
+
+SLOW = """
+import datetime, sys, time
+from torch.distributed import distributed_c10d
+from mlp_fast import distributed, train
+from mlp_fast.backends.eager import Eager
+from mlp_fast.run_folder import RunFolder
+
+def slow_once(cls, name, rank):
+    method, pauses = getattr(cls, name), [4]
+    def slow(*arguments):
+        if distributed.world().rank == rank and pauses:
+            time.sleep(pauses.pop())
+        return method(*arguments)
+    setattr(cls, name, slow)
+
+def run(trainer, method=train.Trainer.run):
+    distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=2))  # once the processes have found each other
+    return method(trainer)
+
+train.Trainer.run = run
+slow_once(Eager, "mean_loss", 1)
+slow_once(RunFolder, "save", 0)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_the_others_wait_for_a_slow_evaluation_and_a_slow_save(tmp_path: Path) -> None:
+    """Longer than a step waits for an answer."""
+    settings = [*TRAIN, "--num-steps", "3", "--checkpoint-every", "2", "--out", str(tmp_path), "--quiet"]
+    processes = started(2, "-c", SLOW, *settings)
+    told = [process.communicate(timeout=100)[1] for process in processes]
+    assert [(process.returncode, errors) for process, errors in zip(processes, told, strict=True)] == [(0, "")] * 2
+    assert len(list(tmp_path.glob("step-*.safetensors"))) == 2
+
+
+PLACES = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x in the environment is not a number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE= in the environment is not a number"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2 in the environment is not a number"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 in the environment is not below WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "2", "RANK": "1.5", **PLACES}, "RANK=1.5 in the environment is not a number"),
+        ({"WORLD_SIZE": "2", "RANK": "2", **PLACES}, "RANK=2 in the environment is not below WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", **PLACES}, "did not find each other .*RANK expected, but not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "did not find each other .*MASTER_ADDR expected, but not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, "did not find each other"),
+    ],
+)
+def test_places_that_torchrun_would_not_give_are_one_clear_line(
+    places: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        train.main([*TRAIN, "--num-steps", "1"])
+    assert re.fullmatch(rf".*{message}.*; start the processes by torchrun, .*", str(error.value))
 
 
 LEAVING = """
