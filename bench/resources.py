@@ -3,8 +3,8 @@
     python -m bench.resources [--json FILE]
 
 compiles every configuration that the launchers use (kernels/_aot.py) for sm_80, sm_90 and sm_100 and prints
-registers a thread, spill instructions, shared memory, FMA and tensor-core instructions, and the occupancy that
-they allow. Exits 1 where a kernel spills, uses a tensor core under fp32, or takes more shared memory than 99 KiB,
+registers a thread, spill instructions, shared memory, FMA, tensor-core and atomic instructions, and the occupancy
+that they allow. Exits 1 where a kernel spills, uses a tensor core under fp32, or takes more shared memory than 99 KiB,
 which is what every GPU since sm_80 has.
 """
 
@@ -32,11 +32,11 @@ from mlp_fast.errors import UserError
 from mlp_fast.kernels._runtime import interpreting
 
 KERNELS = ("embed_linear_tanh", "linear_cross_entropy", "adamw", "train_step", "persistent_step", "evaluation")
-MODULES = tuple(f"mlp_fast.kernels.{name}" for name in KERNELS)
 CAPABILITIES = (80, 90, 100)
 MAX_SHARED = 99 * 1024
 
 FMA = re.compile(r"\bFFMA2?\b")
+ATOMIC = re.compile(r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG)\b")
 TENSOR_CORE = re.compile(r"\b(?:[BDHIO]MMA|[HIQ]GMMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")  # of a listing: its address, its text
@@ -51,6 +51,7 @@ SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 class Resources:
     """What one kernel in one configuration asks of one architecture."""
 
+    module: str  # the file in kernels/
     kernel: str
     precision: str
     constants: str
@@ -61,6 +62,7 @@ class Resources:
     shared: int  # bytes a thread block
     fma: int  # instructions in the code, not executed ones
     tensor_core: int
+    atomics: int
     occupancy: float  # share of the multiprocessor's warps that can be resident
 
     def faults(self) -> list[str]:
@@ -96,6 +98,7 @@ def measure(configurations: Sequence[Any], sm: int) -> list[Resources]:
 
 def _resources(shipped: Any, sm: int, metadata: Any, registers: int, code: str) -> Resources:
     return Resources(
+        module=shipped.kernel.fn.__module__.rpartition(".")[2],
         kernel=shipped.kernel.fn.__name__,
         precision=shipped.precision,
         constants=_constants(shipped.constexprs),
@@ -106,6 +109,7 @@ def _resources(shipped: Any, sm: int, metadata: Any, registers: int, code: str) 
         shared=metadata.shared,
         fma=len(FMA.findall(code)),
         tensor_core=len(TENSOR_CORE.findall(code)),
+        atomics=len(ATOMIC.findall(code)),
         occupancy=occupancy(sm, metadata.num_warps, registers, metadata.shared),
     )
 
@@ -169,6 +173,23 @@ def _constants(constexprs: dict[str, Any]) -> str:
     )
 
 
+def module_of(name: str) -> str:
+    """The module to import for a name on the command line: of a file in kernels/, or of any other module.
+
+    Raises:
+        UserError: there is none, or it has no shipped().
+    """
+    ours = f"mlp_fast.kernels.{name}"
+    try:
+        found = next((module for module in (ours, name) if importlib.util.find_spec(module)), None)
+    except ImportError:  # of the package that a dotted name starts with
+        found = None
+    if found is None or not hasattr(importlib.import_module(found), "shipped"):
+        reason = "there is no such module" if found is None else "it has no shipped()"
+        raise UserError(f"--modules {name}: {reason}; choose from {', '.join(KERNELS)}")
+    return found
+
+
 def configurations(modules: Sequence[str]) -> list[Any]:
     """The different kernels._aot.Shipped of the modules."""
     unique: dict[str, Any] = {}
@@ -196,10 +217,10 @@ def measure_all(modules: Sequence[str], capabilities: Sequence[int]) -> list[Res
 
 def table(resources: Sequence[Resources]) -> Iterator[str]:
     """Lines of the printed table."""
-    header = ("kernel", "precision", "sm", "regs", "spills", "shared", "ffma", "tensor", "occ", "constants")
+    header = ("kernel", "precision", "sm", "regs", "spills", "shared", "ffma", "tensor", "atomic", "occ", "constants")
     rows = [
         (r.kernel, r.precision, f"sm_{r.sm}", r.registers, r.spills, r.shared, r.fma, r.tensor_core,
-         f"{r.occupancy:.0%}", r.constants)
+         r.atomics, f"{r.occupancy:.0%}", r.constants)
         for r in resources
     ]  # fmt: skip
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header) - 1)]
@@ -214,14 +235,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 1 if a kernel must not be shipped as it is."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
-    parser.add_argument("--modules", nargs="+", default=MODULES, metavar="M", help="with a shipped() (default: all)")
+    parser.add_argument("--modules", nargs="+", default=KERNELS, metavar="M", help="files of kernels/ (default: all)")
     parser.add_argument("--sm", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES, help="default: all")
     args = parser.parse_args(argv)
     if interpreting():
         raise UserError("TRITON_INTERPRET is set, so kernels would not be compiled; unset it")
     if importlib.util.find_spec("triton") is None:
         raise UserError("Triton is not installed, so kernels cannot be compiled; pip install triton")
-    resources = measure_all(args.modules, args.sm)
+    resources = measure_all([module_of(name) for name in args.modules], args.sm)
     for line in table(resources):
         print(line)
     faults = [f"{r.kernel} {r.precision} sm_{r.sm} ({r.constants}): {f}" for r in resources for f in r.faults()]

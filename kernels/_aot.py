@@ -24,7 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction, mangle_type
 
+from ._runtime import INPUT_PRECISION
+
 WARP_SIZE = 32
+# Of the inputs of an operator, by the precision that a configuration is listed under. fp16 is bf16 but for the type.
+DTYPES = dict.fromkeys(INPUT_PRECISION, torch.float32) | {"bf16": torch.bfloat16}
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_cooperative_grid")
 _ALIGNMENT = [["tt.divisibility", 16]]
 

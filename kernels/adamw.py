@@ -89,12 +89,17 @@ def adamw(
 
 
 def shipped():
-    """The default model's five tensors, and as many as a launch takes; see _aot."""
+    """The default model's five tensors, and as many as a launch takes; step and rate as loops keep them; see _aot."""
     from ._aot import recorded
 
-    for shapes in (((27, 48), (512, 144), (512,), (27, 512), (27,)), ((32, 32),) * MAX_TENSORS):
+    default, most = ((27, 48), (512, 144), (512,), (27, 512), (27,)), ((32, 32),) * MAX_TENSORS
+    for shapes, scalars in (
+        (default, (torch.float32, torch.float32)),
+        (default, (torch.int64, torch.float64)),
+        (most, (torch.float32, torch.float32)),
+    ):
         p = [torch.empty(shape, device="meta") for shape in shapes]
-        scalar = torch.empty((), device="meta")
+        step, lr = (torch.empty((), dtype=dtype, device="meta") for dtype in scalars)
         with recorded() as launches:
-            adamw(p, p, p, p, scalar, scalar, 0.9, 0.999, 1e-8, 1e-4)
+            adamw(p, p, p, p, step, lr, 0.9, 0.999, 1e-8, 1e-4)
         yield from launches

@@ -13,8 +13,12 @@ idx (B, T) integer, wte (V, E), weight (H, T*E) of any strides, bias (H), h and 
 
 Every sum has a fixed order: no atomics, the same bits on every run. A sum over B is cut into parts, summed apart,
 then added (_sum.py). With 16-bit inputs dpre is rounded to 16 bits once, as in torch; P and dP stay fp32.
-A token outside [0, V) reads nothing and makes its row of h NaN. No time has been measured on a GPU yet.
+A token outside [0, V) reads nothing and makes its row of h NaN, which reaches dwte, dweight and dbias. The table is
+made of every row of wte, so in that form a row that is not finite reaches dweight even where no token names it.
+No time has been measured on a GPU yet.
 """
+
+import itertools
 
 import torch
 import triton
@@ -391,8 +395,8 @@ def _bwd_table(
         )
         dtable = sum_parts(partial)
     else:
-        keys = idx.long() + torch.arange(T, device=idx.device) * V
-        dtable = _segment_sums(keys, (idx >= 0) & (idx < V), dh, h, T * V, T)
+        keys = _valid_tokens(idx, V) + torch.arange(T, device=idx.device) * V
+        dtable = _segment_sums(keys, dh, h, T * V, T)
     dwte = dweight = dbias = None
     if need_weight:
         dweight = torch.empty((H, T * E), dtype=weight.dtype, device=h.device)
@@ -439,16 +443,22 @@ def _bwd_gather(
         demb_kernel[(triton.cdiv(B, BLOCK_M), triton.cdiv(T * E, BLOCK_N))](
             h, dh, weight, demb, B, H, T * E, *dh.stride(), *weight.stride(), **_tiles(precision, BLOCK_N)
         )
-        dwte = _segment_sums(idx.long(), (idx >= 0) & (idx < V), demb, None, V, T).to(wte.dtype)
+        dwte = _segment_sums(_valid_tokens(idx, V), demb, None, V, T).to(wte.dtype)
     return dwte, dweight, dbias
 
 
-def _segment_sums(keys: Tensor, valid: Tensor, x: Tensor, h: Tensor | None, R: int, T: int) -> Tensor:
+def _valid_tokens(idx: Tensor, V: int) -> Tensor:
+    """Tokens as int64, 0 where invalid, as in _load_tokens: the NaN of such a row must end up in some sum."""
+    tokens = idx.long()  # before the comparison, in which a V of 256 would wrap around to an uint8 0
+    return torch.where((tokens >= 0) & (tokens < V), tokens, 0)
+
+
+def _segment_sums(keys: Tensor, x: Tensor, h: Tensor | None, R: int, T: int) -> Tensor:
     """out[r] = sum over the occurrences b T + t with keys[b, t] = r of x's row, or of dpre's row b where h is given.
 
-    Sorting (stable, so in a fixed order) brings the rows of one sum together. Returns (R, D) fp32.
+    keys are in [0, R). Sorting (stable, so in a fixed order) brings the rows of one sum together. Returns (R, D) fp32.
     """
-    keys, order = torch.where(valid, keys, R).flatten().sort(stable=True)
+    keys, order = keys.flatten().sort(stable=True)
     starts = torch.searchsorted(keys, torch.arange(R + 1, device=keys.device))
     D = x.shape[1]
     parts = max(1, min(keys.numel() // SEGMENT_PART, MAX_PARTS, MAX_PART_NUMBERS // (R * D)))
@@ -461,19 +471,21 @@ def _segment_sums(keys: Tensor, valid: Tensor, x: Tensor, h: Tensor | None, R: i
 
 
 def shipped():
-    """The default sizes in both forms and every precision, and a vocabulary summed by sorting; see _aot."""
-    from ._aot import recorded
+    """Every form and precision, at the default sizes and at odd ones of which the compiler knows nothing; see _aot."""
+    from ._aot import DTYPES, recorded
 
-    dtypes = dict.fromkeys(INPUT_PRECISION, torch.float32) | {"bf16": torch.bfloat16}
-    runs = [(name, form, 27) for name in dtypes for form in ("table", "gather")]
-    for name, form, V in [*runs, ("fp32", "table", 300)]:
-        B, T, E, H = 65536, 3, 48, 512
+    forms = (("table", 27), ("table", 300), ("gather", 27))  # 300: summed by sorting
+    for (form, V), name, odd in itertools.product(forms, DTYPES, (False, True)):
+        B, T, E, H = (65537, 3, 17, 65) if odd else (65536, 3, 48, 512)
+        stride = 2 if odd else 1
         precision = name if name in INPUT_PRECISION else "fp32"
-        idx = torch.empty((B, T), dtype=torch.int64, device="meta")
-        wte, weight, bias, h = (
-            torch.empty(shape, dtype=dtypes[name], device="meta") for shape in ((V, E), (H, T * E), (H,), (B, H))
+        idx = torch.empty((B, T), dtype=torch.uint8 if odd else torch.int64, device="meta")
+        wte, bias, h = (torch.empty(shape, dtype=DTYPES[name], device="meta") for shape in ((V, E), (H,), (B, H)))
+        weight, dh = (
+            torch.empty((rows, stride * columns), dtype=DTYPES[name], device="meta")[:, ::stride]
+            for rows, columns in ((H, T * E), (B, H))
         )
         with recorded(name) as launches:
             embed_linear_tanh_fwd(idx, wte, weight, bias, form, precision)
-            embed_linear_tanh_bwd(h, h, idx, wte, weight, form, precision, True, True)
+            embed_linear_tanh_bwd(dh, h, idx, wte, weight, form, precision, True, True)
         yield from launches

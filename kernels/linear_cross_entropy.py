@@ -12,6 +12,8 @@ rows, each adding to tiles of the result that no other program touches. No atomi
 A target outside [0, V) makes the loss and the gradients NaN. No time has been measured on a GPU yet.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -72,6 +74,12 @@ def _g_tile(
 
 
 @triton.jit
+def _base(highest):
+    """What to subtract before exponentials: the maximum, but 0 while all logits were -inf, for inf - inf is NaN."""
+    return tl.where(highest == float("-inf"), 0.0, highest)
+
+
+@triton.jit
 def _store_loss(lse_ptr, loss_ptr, targets_ptr, rows, in_rows, highest, total, target_logit, B, V):
     """What the backward pass needs of a row, and the row's loss."""
     targets = tl.load(targets_ptr + rows, mask=in_rows, other=0).to(tl.int64)
@@ -104,7 +112,8 @@ def linear_cross_entropy_fwd_kernel(
             INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
         )  # fmt: skip
         new_highest = tl.maximum(highest, tl.max(logits, axis=1))
-        total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(logits - new_highest[:, None]), axis=1)
+        base = _base(new_highest)
+        total = total * tl.exp(highest - base) + tl.sum(tl.exp(logits - base[:, None]), axis=1)
         highest = new_highest
         target_logit += tl.sum(tl.where(cols[None, :] == targets[:, None], logits, 0.0), axis=1)
     if SINGLE_PART:
@@ -129,7 +138,8 @@ def combine_parts_kernel(parts_ptr, targets_ptr, lse_ptr, loss_ptr, B, V, num_pa
         part_total = tl.load(parts_ptr + B + rows, mask=in_rows, other=1.0)
         target_logit += tl.load(parts_ptr + 2 * B + rows, mask=in_rows, other=0.0)
         new_highest = tl.maximum(highest, part_highest)
-        total = total * tl.exp(highest - new_highest) + part_total * tl.exp(part_highest - new_highest)
+        base = _base(new_highest)
+        total = total * tl.exp(highest - base) + part_total * tl.exp(part_highest - base)
         highest = new_highest
         parts_ptr += 3 * B
     _store_loss(lse_ptr, loss_ptr, targets_ptr, rows, in_rows, highest, total, target_logit, B, V)
@@ -258,7 +268,7 @@ def linear_cross_entropy_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dh or None if it is not needed, dweight and dbias or None both), each of its input's dtype."""
     (B, H), V = h.shape, weight.shape[0]
-    if B == 0 or H == 0:
+    if B == 0:
         zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (h, weight, bias)]
         return (zeros[0] if need_h else None), *((zeros[1], zeros[2]) if need_weight else (None, None))
     h, bias, targets = h.contiguous(), bias.contiguous(), targets.contiguous()
@@ -287,15 +297,16 @@ def linear_cross_entropy_bwd(
 
 
 def shipped():
-    """The default sizes in every precision, and a large vocabulary, cut into parts; see _aot."""
-    from ._aot import recorded
+    """Every precision, sizes as in embed_linear_tanh, and a large vocabulary, cut into parts; see _aot."""
+    from ._aot import DTYPES, recorded
 
-    dtypes = dict.fromkeys(INPUT_PRECISION, torch.float32) | {"bf16": torch.bfloat16}
-    for name, B, V in [*((name, 65536, 27) for name in dtypes), ("fp32", 1024, 100_000)]:
-        H = 512
+    cases = [*itertools.product(DTYPES, ((65536, 27, 512), (65537, 27, 65))), ("fp32", (1024, 100_000, 512))]
+    for name, (B, V, H) in cases:
+        stride = 1 if H % 16 == 0 else 2
         precision = name if name in INPUT_PRECISION else "fp32"
-        h, weight, bias = (torch.empty(shape, dtype=dtypes[name], device="meta") for shape in ((B, H), (V, H), (V,)))
-        targets = torch.empty((B,), dtype=torch.int64, device="meta")
+        h, bias = (torch.empty(shape, dtype=DTYPES[name], device="meta") for shape in ((B, H), (V,)))
+        weight = torch.empty((V, stride * H), dtype=DTYPES[name], device="meta")[:, ::stride]
+        targets = torch.empty((B,), dtype=torch.int64 if stride == 1 else torch.uint8, device="meta")
         dloss = torch.empty((), dtype=torch.float32, device="meta")
         with recorded(name) as launches:
             _, lse = linear_cross_entropy_fwd(h, weight, bias, targets, precision)

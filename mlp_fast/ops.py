@@ -37,7 +37,8 @@ def embed_linear_tanh(
         weight: (H, T*E), any strides.
         bias: (H,).
         form: `gather` multiplies gathered rows; `table` multiplies every row of wte once and gathers products;
-            `auto` takes the table while V < B. The same function, but for the order of additions.
+            `auto` takes the table while V < B. The same function, but for the order of additions, and that the table
+            form reads every row of wte: one that is not finite makes gradients NaN even if no token names it.
         precision: of fp32 products on CUDA: `fp32`, `tf32x3` (about as accurate, on tensor cores), `tf32`.
             16-bit inputs are multiplied on tensor cores. Sums are always fp32.
 
@@ -46,7 +47,8 @@ def embed_linear_tanh(
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or name is not as above; on the CPU also a token out of range.
-            On CUDA such a token would cost a synchronisation to report: it reads nothing and makes its row NaN.
+            On CUDA such a token would cost a synchronisation to report: it reads nothing and makes its row NaN, and
+            with it the gradients.
 
     Example::
 
@@ -107,7 +109,8 @@ def adamw_(
         betas, eps, weight_decay: as in torch.optim.AdamW.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or layout is not as above, or a number is out of its range.
+        TypeError, ValueError: a dtype, shape, device or layout is not as above, or a number is out of its range; of
+            step and lr only on the CPU, where reading them costs no synchronisation.
 
     Example::
 
@@ -262,6 +265,12 @@ def _check_adamw(
         raise ValueError(f"betas must be in [0, 1), not {beta1} and {beta2}")
     if not (eps >= 0 and weight_decay >= 0):
         raise ValueError(f"eps and weight_decay must not be negative: {eps} and {weight_decay}")
+
+
+def _check_scalars(step: Tensor, lr: Tensor) -> None:
+    """On the CPU, where it costs no synchronisation."""
+    if step.device.type == "cpu" and not (step.item() >= 1 and lr.item() >= 0):
+        raise ValueError(f"step counts from 1 and lr must not be negative: {step.item():g} and {lr.item():g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -489,15 +498,16 @@ def _adamw_(
     lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     _check_adamw(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay)
+    _check_scalars(step, lr)
     if params and _use_kernels(params[0]):
         for i, (p, m, v) in enumerate(zip(params, exp_avgs, exp_avg_sqs, strict=True)):
-            if not (_is_dense(p) and p.stride() == m.stride() == v.stride()):
+            if not (_is_dense(p) and _layout(p) == _layout(m) == _layout(v)):
                 raise ValueError(
                     f"params, exp_avgs and exp_avg_sqs must have one dense layout each, but the strides at index {i} "
                     f"are {p.stride()}, {m.stride()}, {v.stride()}"
                 )
         grads = [
-            g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads, strict=True)
+            g if _layout(g) == _layout(p) else torch.empty_like(p).copy_(g) for p, g in zip(params, grads, strict=True)
         ]
         with torch.cuda.device_of(params[0]):
             _kernels("adamw").adamw(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay)
@@ -521,11 +531,16 @@ def _(
 def _is_dense(t: Tensor) -> bool:
     """Whether the tensor's numbers fill a stretch of memory without gaps or overlaps, in any order of dimensions."""
     expected = 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size > 1 and stride != expected:
+    for stride, size in sorted(_layout(t)):
+        if stride != expected:
             return False
         expected *= size
     return True
+
+
+def _layout(t: Tensor) -> list[tuple[int, int]]:
+    """The strides and sizes that say where a tensor's numbers lie: a dimension of one may have any stride."""
+    return [pair for pair in zip(t.stride(), t.shape, strict=True) if pair[1] > 1] if t.numel() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -167,6 +167,24 @@ def test_exports() -> None:
     torch.testing.assert_close(program.module()(other), model()(other))
 
 
+def test_the_loss_exports() -> None:
+    class Loss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model()
+
+        def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+            return self.model.loss(idx, targets)
+
+    x, B = inputs(), torch.export.Dim("B", min=2)
+    program = torch.export.export(Loss(), (x["idx"], x["targets"]), dynamic_shapes=({0: B}, {0: B}))
+    assert any("mlp_fast.linear_cross_entropy" in str(node.target) for node in program.graph.nodes)
+    other = inputs(B=9)
+    torch.testing.assert_close(
+        program.module()(other["idx"], other["targets"]), model().loss(other["idx"], other["targets"])
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     x, fused = inputs(), model()
@@ -251,6 +269,9 @@ def test_loss_errors(changes: dict[str, Any], error: type[Exception], message: s
         ({"step": torch.tensor(1.0, device="meta")}, ValueError, "must be on one device"),
         ({"betas": (0.9, 1.0)}, ValueError, "betas must be in"),
         ({"eps": -1.0}, ValueError, "must not be negative"),
+        ({"step": torch.tensor(0)}, ValueError, "step counts from 1 and lr must not be negative: 0 and 0.1"),
+        ({"lr": torch.tensor(-0.5)}, ValueError, "must not be negative: 1 and -0.5"),
+        ({"lr": torch.tensor(float("nan"))}, ValueError, "must not be negative: 1 and nan"),
     ],
 )
 def test_adamw_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:

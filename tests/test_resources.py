@@ -36,6 +36,11 @@ def test_every_shipped_kernel_is_clean(tmp_path: Path) -> None:
     assert {k["precision"] for k in products} == {"fp32", "tf32x3", "tf32", "bf16"}
     assert all((k["tensor_core"] > 0) == (k["precision"] != "fp32") for k in products)
     assert all(k["fma"] >= 128 for k in products if k["precision"] == "fp32")
+    # What the operators promise: sums in a fixed order. The grid barrier shows that an atomic would be seen.
+    operators = [k for k in kernels if k["module"] in ("embed_linear_tanh", "linear_cross_entropy", "adamw", "_sum")]
+    assert len({k["kernel"] for k in operators}) >= 14
+    assert not any(k["atomics"] for k in operators)
+    assert all(k["atomics"] for k in kernels if k["module"] == "persistent_step")
 
 
 def test_each_fault_is_found() -> None:
@@ -50,6 +55,18 @@ def test_each_fault_is_found() -> None:
     ):
         assert any(constants in line and fault in line for line in faults), result.stderr
     assert not any("M=32 N=32 K=16" in line for line in faults)
+
+
+def test_modules_are_named_shortly() -> None:
+    result = run("--modules", "adamw", "--sm", "80")
+    assert result.returncode == 0, result.stderr
+    assert "adamw_kernel" in result.stdout
+    for name, reason in (("adam", "there is no such module"), ("no.such", "no such module"), ("_math", "no shipped()")):
+        result = run("--modules", name)
+        assert result.returncode == 2
+        assert f"--modules {name}: " in result.stderr
+        assert reason in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_it_needs_a_compiling_process() -> None:
@@ -85,6 +102,6 @@ def test_occupancy_follows_the_limits() -> None:
 
 
 def test_shared_memory_up_to_the_limit_is_allowed() -> None:
-    fine = Resources("k", "fp32", "", 90, 4, 32, 0, resources.MAX_SHARED, 1, 0, 1.0)
+    fine = Resources("m", "k", "fp32", "", 90, 4, 32, 0, resources.MAX_SHARED, 1, 0, 0, 1.0)
     assert fine.faults() == []
-    assert Resources("k", "tf32", "", 90, 4, 32, 0, resources.MAX_SHARED + 1, 1, 9, 1.0).faults() != []
+    assert Resources("m", "k", "tf32", "", 90, 4, 32, 0, resources.MAX_SHARED + 1, 1, 9, 0, 1.0).faults() != []

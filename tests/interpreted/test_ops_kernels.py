@@ -125,6 +125,13 @@ def test_embed_index_dtypes(dtype: torch.dtype, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["table", "gather"])
+@pytest.mark.parametrize("V", [255, 256, 257, 300])
+def test_embed_bytes_of_a_vocabulary_as_large_as_their_range(V: int, form: str) -> None:
+    idx = torch.cat([randint(min(V, 256), 20, 2), torch.tensor([[0, min(V, 256) - 1]], device=DEVICE)])
+    check_embed(idx.to(torch.uint8), *model(2, V, 3, 5), form)
+
+
+@pytest.mark.parametrize("form", ["table", "gather"])
 @pytest.mark.parametrize("V", [27, 80])
 def test_embed_one_repeated_token(V: int, form: str) -> None:
     check_embed(torch.full((300, 2), V - 1, device=DEVICE), *model(2, V, 6, 20), form)
@@ -177,6 +184,19 @@ def test_embed_tiny_and_saturated(scale: float, form: str) -> None:
     if scale < 1:
         large = truth.abs() > scale / 2
         assert ((h - truth) / truth).abs()[large].max() < 2e-6
+        # dwte is as tiny as the weights, far below the 1e-6 of the rule: relative to its largest number, then.
+        inputs, dout = (wte, weight * scale, bias * scale), randn(40, 20, seed=4)
+        got, torchs, exact = (
+            gradients(f, parameters, dout)[1].double()
+            for f, parameters in (
+                (lambda *p: ops.embed_linear_tanh(idx, *p, form=form), inputs),
+                (eager_hidden(idx), inputs),
+                (eager_hidden(idx), [t.double() for t in inputs]),
+            )
+        )
+        size = exact.abs().max()
+        assert size < 1e-4
+        assert (got - exact).abs().max() / size <= 2 * (torchs - exact).abs().max() / size + 1e-6
 
 
 def test_embed_gradients_only_where_needed() -> None:
@@ -215,22 +235,33 @@ def test_embed_invalid_tokens_make_nan_rows(form: str) -> None:
         h = embed_linear_tanh_fwd(idx, *parameters, form, "fp32")
         assert h.isnan().all(dim=1).tolist() == [False, True, True, True, False]
         torch.testing.assert_close(h[[0, 4]], eager_hidden(idx[[0, 4]])(*parameters))
-        embed_linear_tanh_bwd(torch.ones_like(h), h, idx, *parameters[:2], form, "fp32", True, True)
+        dwte, dweight, dbias = embed_linear_tanh_bwd(
+            torch.ones_like(h), h, idx, *parameters[:2], form, "fp32", True, True
+        )
+        assert dweight.isnan().all()
+        assert dbias.isnan().all()
+        assert dwte.isnan().any()
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     B=st.integers(0, 50),
     T=st.integers(1, 8),
-    V=st.integers(1, 90),
+    V=st.integers(1, 300),
     E=st.integers(1, 20),
     H=st.integers(1, 40),
     form=st.sampled_from(["auto", "table", "gather"]),
     precision=st.sampled_from(["fp32"] if DEVICE == "cuda" else ["fp32", "tf32x3", "tf32"]),
+    index=st.sampled_from([torch.uint8, torch.int32, torch.int64]),
+    transposed=st.booleans(),
 )
-def test_embed_any_sizes(B: int, T: int, V: int, E: int, H: int, form: str, precision: str) -> None:
+def test_embed_any_sizes(
+    B: int, T: int, V: int, E: int, H: int, form: str, precision: str, index: torch.dtype, transposed: bool
+) -> None:
     """In the interpreter every precision computes in fp32, so the rule is the same."""
-    check_embed(randint(V, B, T), *model(T, V, E, H), form, precision=precision)
+    idx = randint(min(V, 256) if index == torch.uint8 else V, B, T, dtype=index)
+    wte, weight, bias = model(T, V, E, H)
+    check_embed(idx, wte, weight.t().contiguous().t() if transposed else weight, bias, form, precision=precision)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -297,6 +328,25 @@ def test_loss_target_dtypes(dtype: torch.dtype) -> None:
     check_loss(randn(20, 8), *head(40, 8), randint(40, 20, dtype=dtype))
 
 
+@pytest.mark.parametrize("min_programs", [1, 128])
+def test_loss_with_classes_ruled_out(min_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias of -inf, also for all classes of a block: no gradient, and nothing else is disturbed."""
+    monkeypatch.setattr(kernels("linear_cross_entropy"), "MIN_PROGRAMS", min_programs)
+    weight, bias = head(70, 8)
+    for first, last in ((0, 32), (30, 70), (5, 6)):
+        ruled_out = bias.clone()
+        ruled_out[first:last] = float("-inf")
+        allowed = torch.tensor([v for v in range(70) if not first <= v < last], device=DEVICE)
+        targets = allowed[randint(len(allowed), 40)]
+        check_loss(randn(40, 8), weight, ruled_out, targets)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, which takes the logarithm of 0 with NumPy
+def test_loss_with_all_classes_ruled_out_is_nan() -> None:
+    weight, bias = head(70, 8)
+    assert ops.linear_cross_entropy(randn(3, 8), weight, torch.full_like(bias, float("-inf")), randint(70, 3)).isnan()
+
+
 @pytest.mark.parametrize("scale", [1e-4, 300.0])
 def test_loss_of_flat_and_peaked_distributions(scale: float) -> None:
     weight, bias = head(50, 16)
@@ -347,9 +397,16 @@ def test_loss_invalid_targets_make_nan() -> None:
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(B=st.integers(1, 70), V=st.integers(1, 90), H=st.integers(1, 40))
-def test_loss_any_sizes(B: int, V: int, H: int) -> None:
-    check_loss(randn(B, H), *head(V, H), randint(V, B))
+@given(
+    B=st.integers(1, 70),
+    V=st.integers(1, 300),
+    H=st.integers(1, 40),
+    index=st.sampled_from([torch.uint8, torch.int32, torch.int64]),
+    transposed=st.booleans(),
+)
+def test_loss_any_sizes(B: int, V: int, H: int, index: torch.dtype, transposed: bool) -> None:
+    (weight, bias), targets = head(V, H), randint(min(V, 256) if index == torch.uint8 else V, B, dtype=index)
+    check_loss(randn(B, H), weight.t().contiguous().t() if transposed else weight, bias, targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -427,6 +484,8 @@ def test_adamw_sizes_and_layouts() -> None:
     check_adamw(
         [randn(), randn(1), randn(0), randn(1023), randn(1025), randn(7, 9).t(), randn(2, 3, 5).transpose(0, 2)]
     )
+    # A dimension of one, or no number at all, lies densely whatever its strides.
+    check_adamw([randn(9).as_strided((9, 1), (1, 7)), randn(4, 5)[:0, ::2], randn(1, 5).t()])
 
 
 def test_adamw_takes_any_number_of_tensors() -> None:
@@ -501,6 +560,17 @@ def test_model_equals_eager() -> None:
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
     for a, b in zip(eager.parameters(), fused.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_opcheck_of_the_kernels() -> None:
+    """As in test_ops_cpu.py, but what runs here are the kernels: no hidden mutation, no aliasing, the fakes agree."""
+    check, operators = torch.library.opcheck, torch.ops.mlp_fast
+    embed = (randint(11, 5, 2), *(t.requires_grad_() for t in model(2, 11, 3, 4)))
+    for form in ("table", "gather"):
+        check(operators.embed_linear_tanh.default, (*embed, form))
+    check(operators.linear_cross_entropy.default, (randn(5, 4).requires_grad_(), *head(7, 4), randint(7, 5)))
+    tensors = [[randn(3, seed=i).abs(), randn(2, 2, seed=i).abs()] for i in range(4)]
+    check(operators.adamw_.default, (*tensors, *torch.ones(2, device=DEVICE).unbind(), 0.9, 0.999, 1e-8, 0.01))
 
 
 def test_same_bits_every_run() -> None:
