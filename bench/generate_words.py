@@ -3,9 +3,10 @@
     python -m bench.generate_words DIR [--tokens 10000000]
 
 Words belong to classes, and the class of a word is drawn given that of the word before, so that there is something to
-learn; within a class the words follow Zipf's law. Of 17,000 words every one is frequent enough for `--min-count 4`, and
-two words in a hundred are invented on the spot, hardly ever twice: they become <unk>, as the rare words of real text
-do. Equal arguments give equal bytes.
+learn; within a class the words follow Zipf's law. In ten million tokens each of the 17,000 words is frequent enough for
+`--min-count 4`, and with the full stop, the newline and <unk> they make a vocabulary of 17,003. Two words in a hundred
+are invented on the spot, hardly ever twice: they become <unk>, as the rare words of real text do. Equal arguments give
+equal bytes.
 """
 
 import argparse

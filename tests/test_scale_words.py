@@ -214,6 +214,51 @@ def test_an_entry_of_the_cache_is_made_once_and_again_when_it_must_be(
     assert not list(cache.glob(".*")), "something was left behind"
 
 
+BUILDING = """
+import sys, time
+from pathlib import Path
+from mlp_fast import corpus
+
+data, together, number = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+corpus.STREAMED_ABOVE = dict.fromkeys(corpus.STREAMED_ABOVE, -1)
+write = corpus._write
+
+def slow_write(*arguments):
+    (together / f"built by {number}").touch()
+    time.sleep(1)  # the other comes meanwhile
+    return write(*arguments)
+
+corpus._write = slow_write
+(together / f"ready {number}").touch()
+while len(list(together.glob("ready *"))) < 2:
+    time.sleep(0.01)
+loaded = corpus.load(data, "word")
+print(loaded.fingerprint, loaded.train.tolist())
+"""
+
+
+def test_two_processes_that_want_one_entry_make_it_once(tmp_path: Path, cache: Path) -> None:
+    data = folder(tmp_path / "c", b"one two three\n" * 9, b"one\n", b"two\n")
+    (tmp_path / "together").mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUILDING, data, str(tmp_path / "together"), number],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in "12"
+    ]
+    told = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    expected = corpus.load(data, "word")
+    assert told == [(f"{expected.fingerprint} {expected.train.tolist()}\n", "")] * 2
+    assert len(list((tmp_path / "together").glob("built by *"))) == 1
+    (entry,) = (path for path in cache.iterdir() if path.suffix != ".lock")
+    assert sorted(path.name for path in entry.iterdir()) == sorted([token_cache.DESCRIPTION, *SPLITS])
+    assert [path.name for path in cache.glob("*.lock")] == [f"{entry.name}.lock"]
+
+
 def test_a_failed_build_leaves_nothing_and_an_unwritable_cache_is_named(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +342,14 @@ def test_generated_text_is_made_of_its_words_and_repeats_itself_exactly(tmp_path
     assert np.mean([word not in known for word in words]) == pytest.approx(generate_words.RARE * 0.86, rel=0.25)
 
 
+def test_what_the_page_says_of_the_generated_vocabulary_is_its_size() -> None:
+    """That it is so in ten million tokens is seen by the long test below."""
+    words = generate_words.VOCABULARY
+    page = " ".join((Path(__file__).parent.parent / "docs" / "scale.md").read_text().split())
+    assert f"Its vocabulary is of {words + 3:,}: the {words:,} words that are frequent enough" in page
+    assert f'"bengio2003": Shape(V={words + 3},' in page
+
+
 def test_the_papers_model_trains_on_words_and_is_saved_sampled_and_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,4 +399,5 @@ def test_ten_million_words_train_within_4_gib(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
     loaded = corpus.load(str(tmp_path / "words"), "word", 4)
     assert len(loaded.train) >= 10_000_000
-    assert 16_000 < len(loaded.vocabulary) < 18_000
+    known = {generate_words.spelled(rank) for rank in range(generate_words.VOCABULARY)}
+    assert set(loaded.vocabulary.as_json()) == known | {".", "\n", UNKNOWN}
