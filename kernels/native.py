@@ -13,7 +13,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from torch import Tensor
 
 FORMS = ("auto", "table", "gather")  # FORM_* of train_step.c
 RESPONSE_TIME = 0.04  # seconds that one call of C may take where a single step allows it
+# Multiply-adds of one call of C that is not timed, so that it is cut in the same places on every run: sums over batches
+# of contexts, and what is bound by reading the weights once for every token drawn.
+CALL_PRODUCTS, CALL_DRAWS = 2**31, 2**27
 MAX_VOCAB = 2**31 - 1  # tokens are int32
 ALIGNMENT = 64
 TOKEN_TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -85,7 +88,7 @@ def _load_from(folder: Path) -> ctypes.CDLL | str:
     names = ["_train_step" + suffix for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
-        return "its C library was not built; install a C compiler (gcc or clang), then this package again"
+        return "its C library was not built; install a C compiler (gcc 11 or later, or clang), then this package again"
     try:
         library = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
@@ -150,8 +153,10 @@ def _check_number(name: str, value: float) -> float:
     return float(value)
 
 
-def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> Tensor:
-    """The tensor, contiguous; None in `shape` stands for any size."""
+def _check_tensor(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...], *, copy: bool = True
+) -> Tensor:
+    """The tensor, contiguous; None in `shape` stands for any size. Without `copy` it must be contiguous already."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor (got {type(tensor).__name__})")
     if tensor.dtype not in dtypes:
@@ -162,6 +167,8 @@ def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], sh
     if len(sizes) != len(shape) or any(want not in (None, got) for want, got in zip(shape, sizes, strict=True)):
         wanted = tuple("any" if size is None else size for size in shape)
         raise ValueError(f"{name} must have shape {wanted} (got {sizes})")
+    if not (copy or tensor.is_contiguous()):
+        raise ValueError(f"{name} must be contiguous (got strides {tensor.stride()})")
     return tensor.detach().contiguous()
 
 
@@ -183,6 +190,9 @@ class Pairs:
         targets: (N,), int32, below V.
         weights: (N,), float64.
         V: the vocabulary that they were checked against.
+
+    Raises:
+        TypeError, ValueError: they are not so.
     """
 
     contexts: Tensor
@@ -190,6 +200,18 @@ class Pairs:
     targets: Tensor
     weights: Tensor
     V: int
+
+    def __post_init__(self) -> None:
+        _check_count("V", self.V, most=MAX_VOCAB)
+        _check_tensor("the pairs' contexts", self.contexts, TOKEN_TYPES, (None, None), copy=False)
+        _check_tensor("the pairs' begins", self.begins, (torch.int64,), (len(self.contexts) + 1,), copy=False)
+        _check_tensor("the pairs' targets", self.targets, (torch.int32,), (None,), copy=False)
+        _check_tensor("the pairs' weights", self.weights, (torch.float64,), (len(self.targets),), copy=False)
+        _check_tokens("the pairs' contexts", self.contexts, self.V)
+        _check_tokens("the pairs' targets", self.targets, self.V)
+        ends = (int(self.begins[0]), int(self.begins[-1]))
+        if ends != (0, len(self.targets)) or bool((self.begins.diff() < 1).any()):
+            raise ValueError(f"the pairs' begins must rise from 0 to {len(self.targets)}")
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -220,7 +242,7 @@ class NativeModel:
         floats = self._library.mlp_packed_floats(ctypes.byref(self._shape))
         self._packed = [torch.zeros(floats) for _ in range(3)]
         self._step = ctypes.c_int64(0)
-        self._steps_per_call = 1
+        self._pace = (0, 0, 1)  # batch size, threads, steps per call
         self._memory: dict[str, Tensor] = {}
 
     @property
@@ -285,7 +307,7 @@ class NativeModel:
 
         Element j of step s is window (s * batch_size + j) mod (n - T) of the tape; its learning rate is
         learning_rate * (1 + cos(pi s / num_steps)) / 2. Signals are handled every RESPONSE_TIME seconds or so, but not
-        in the middle of a step.
+        in the middle of a step: a step of the largest models takes longer.
         """
         _check_count("batch_size", batch_size, most=2**31 - 1)
         _check_count("steps", steps, least=0)
@@ -300,9 +322,9 @@ class NativeModel:
         threads = torch.get_num_threads()
         memory = self._workspace("train", batch_size, threads)
         losses = torch.empty(steps, dtype=torch.float64)
-        done = 0
+        done, per_call = 0, self._pace[2] if self._pace[:2] == (batch_size, threads) else 1
         while done < steps:
-            count = min(self._steps_per_call, steps - done)
+            count = min(per_call, steps - done)
             start = time.perf_counter()
             self._library.mlp_train(
                 self._isa,
@@ -322,7 +344,8 @@ class NativeModel:
             )
             done += count
             per_step = (time.perf_counter() - start) / count
-            self._steps_per_call = max(1, min(2 * self._steps_per_call, int(RESPONSE_TIME / per_step)))
+            per_call = max(1, min(2 * per_call, int(RESPONSE_TIME / per_step)))
+            self._pace = (batch_size, threads, per_call)
         return losses
 
     def logits(self, contexts: Tensor) -> Tensor:
@@ -330,17 +353,17 @@ class NativeModel:
         contexts = _check_tensor("contexts", contexts, TOKEN_TYPES, (None, self.T))
         _check_tokens("contexts", contexts, self.V)
         logits = torch.empty(len(contexts), self.V)
-        if len(contexts):
-            threads = torch.get_num_threads()
+        threads = torch.get_num_threads()
+        for first, count in self._calls(len(contexts)):
             self._library.mlp_logits(
                 self._isa,
                 ctypes.byref(self._shape),
                 self._packed[0].data_ptr(),
-                self._forward_workspace(len(contexts), threads),
-                ctypes.byref(_windows(contexts, stride=self.T, count=len(contexts), has_target=False)),
+                self._forward_workspace(count, threads),
+                ctypes.byref(_windows(contexts[first:], stride=self.T, count=count, has_target=False)),
                 threads,
                 self._form,
-                logits.data_ptr(),
+                logits[first:].data_ptr(),
             )
         return logits
 
@@ -368,42 +391,53 @@ class NativeModel:
                 f"pairs of {pairs.contexts.shape[1]} tokens below {pairs.V} were made for another model than this one "
                 f"with T={self.T} and V={self.V}"
             )
-        if not len(pairs.targets):
-            return 0.0
-        count, threads = len(pairs.contexts), torch.get_num_threads()
-        return self._library.mlp_loss_sum(
-            self._isa,
-            ctypes.byref(self._shape),
-            self._packed[0].data_ptr(),
-            self._forward_workspace(count, threads),
-            ctypes.byref(_windows(pairs.contexts, stride=self.T, count=count, has_target=False)),
-            pairs.begins.data_ptr(),
-            pairs.targets.data_ptr(),
-            pairs.weights.data_ptr(),
-            threads,
-            self._form,
-        )
+        threads, total = torch.get_num_threads(), 0.0
+        for first, count in self._calls(len(pairs.contexts)):
+            total += self._library.mlp_loss_sum(
+                self._isa,
+                ctypes.byref(self._shape),
+                self._packed[0].data_ptr(),
+                self._forward_workspace(count, threads),
+                ctypes.byref(_windows(pairs.contexts[first:], stride=self.T, count=count, has_target=False)),
+                pairs.begins[first:].data_ptr(),
+                pairs.targets.data_ptr(),
+                pairs.weights.data_ptr(),
+                threads,
+                self._form,
+            )
+        return total
 
     def sample(self, context: Sequence[int], count: int, seed: int) -> list[int]:
         """Draws `count` tokens after a context of T, one xorshift64* uniform each, the generator starting at `seed`."""
         _check_count("count", count, least=0)
         _check_count("seed", seed, most=2**64 - 1)
-        window = _check_tensor("the context", torch.tensor(context, dtype=torch.int64), (torch.int64,), (self.T,))
-        _check_tokens("the context", window, self.V)
+        if len(context) != self.T:
+            raise ValueError(f"the context must have {self.T} tokens (got {len(context)})")
+        window = torch.tensor([_check_count("a token of the context", x, 0, self.V - 1) for x in context])
         state, logits = ctypes.c_uint64(seed), torch.empty(self.V)
         drawn = torch.empty(count, dtype=torch.int64)
-        self._library.mlp_sample(
-            self._isa,
-            ctypes.byref(self._shape),
-            self._packed[0].data_ptr(),
-            self._forward_workspace(1, 1),
-            window.data_ptr(),
-            ctypes.byref(state),
-            count,
-            logits.data_ptr(),
-            drawn.data_ptr(),
-        )
+        per_call = max(1, CALL_DRAWS // (self.H * (self.T * self.E + self.V)))
+        for first in range(0, count, per_call):
+            self._library.mlp_sample(
+                self._isa,
+                ctypes.byref(self._shape),
+                self._packed[0].data_ptr(),
+                self._forward_workspace(1, 1),
+                window.data_ptr(),
+                ctypes.byref(state),
+                min(per_call, count - first),
+                logits.data_ptr(),
+                drawn[first:].data_ptr(),
+            )
         return drawn.tolist()
+
+    def _calls(self, contexts: int) -> Iterator[tuple[int, int]]:
+        """Cuts a number of contexts into calls of C: the first of each, and how many."""
+        rows = 2**20
+        while rows > 1 and self.H * (min(rows, self.V) * self.T * self.E + rows * self.V) > CALL_PRODUCTS:
+            rows //= 2
+        for first in range(0, contexts, rows):
+            yield first, min(rows, contexts - first)
 
     def _forward_workspace(self, count: int, threads: int) -> int:
         return self._workspace("forward", self._library.mlp_forward_rows(count), threads)

@@ -1,5 +1,6 @@
 """The C kernel against torch in float64, on every instruction set, form and number of threads."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -213,6 +214,28 @@ def test_many_contexts_take_several_passes() -> None:
     assert model.logits(rows[:0, :-1]).shape == (0, 50)
 
 
+def test_no_call_of_c_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between calls signals are answered; cutting the work into calls changes nothing."""
+    for sizes in ((27, 3, 48, 512), (256, 8, 64, 4096), (27, 3, 48, 65536), (65536, 3, 48, 512)):
+        V, T, E, H = sizes
+        calls = list(native.NativeModel(*sizes)._calls(3 * 10**6))
+        assert [first for first, _ in calls] == [i * calls[0][1] for i in range(len(calls))]
+        assert sum(count for _, count in calls) == 3 * 10**6
+        for _, count in calls[:-1]:
+            products = H * (min(count, V) * T * E + count * V)
+            assert native.CALL_PRODUCTS // 4 < products <= native.CALL_PRODUCTS
+    case = Case(V=50, T=2, E=8, H=40, B=1, n=500)
+    model, rows = case.model(form="gather"), case.tape().unfold(0, 3, 1)
+    pairs = model.pairs(rows, torch.ones(len(rows), dtype=torch.float64))
+    logits, loss, drawn = model.logits(rows[:, :-1]), model.loss_sum(pairs), model.sample([1, 2], 50, 7)
+    monkeypatch.setattr(native, "CALL_PRODUCTS", 40 * (2 * 8 + 50) * 16)
+    monkeypatch.setattr(native, "CALL_DRAWS", 40 * (2 * 8 + 50) * 3)
+    assert len(list(model._calls(len(pairs.contexts)))) > 20
+    assert torch.equal(model.logits(rows[:, :-1]), logits)
+    assert model.loss_sum(pairs) == pytest.approx(loss, rel=1e-12)
+    assert model.sample([1, 2], 50, 7) == drawn
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 64])
 @pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[7]], ids=["default", "odd", "chunks"])
 def test_same_threads_same_bits(case: Case, count: int) -> None:
@@ -270,6 +293,26 @@ def test_tanh_and_exp(isa: str) -> None:
     assert native.exp(torch.tensor([math.nan]), isa).isnan()
 
 
+@pytest.mark.parametrize(("rate", "decay"), [(1e-2, 100.0), (1e-2, 200.0), (1.0, 1.0)])
+def test_decay_factors_of_zero_and_less(rate: float, decay: float) -> None:
+    """Absurd, but finite in eager mode: what is padding must stay so."""
+    case = Case(V=27, T=2, E=5, H=20, B=8, n=60)
+    model, parameters = case.model(), [torch.nn.Parameter(t) for t in case.state().parameters.values()]
+    wte, w1, b1, w2, b2 = parameters
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+    rows, expected = case.tape().unfold(0, 3, 1), []
+    for step in range(3):
+        batch = rows[(8 * step + torch.arange(8)) % len(rows)]
+        optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / 10**6))
+        loss = F.cross_entropy(torch.tanh(wte[batch[:, :-1]].flatten(1) @ w1.t() + b1) @ w2.t() + b2, batch[:, -1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert model.train(8, 3, 10**6, rate, decay).tolist() == pytest.approx(expected, rel=1e-5)
+    assert model.logits(rows[:, :-1]).isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_numbers_spread_and_do_not_hang(bad: float) -> None:
     for case in (CASES[0], CASES[4]):
@@ -318,10 +361,12 @@ def test_memory_is_linear_in_parameters_and_hidden_values() -> None:
         (65536, 3, 48, 512, 128),
         (65536, 8, 64, 64, 4096),
         (27, 8, 64, 4096, 128),
+        (65536, 3, 512, 512, 32768),
+        (27, 1024, 8, 64, 4096),
     ]:
         shape = native._Shape(V, T, E, H)
-        numbers = V * (E + H + 1) + H * (T * E + 1) + B * H
         for count in (1, 2, 16):
+            numbers = V * (count * E + H + 1) + H * (T * E + 1) + B * (H + 2 * T)
             floats = library.mlp_workspace_bytes(native.ctypes.byref(shape), B, count) / 4
             assert floats < 4 * numbers + 4e6, (V, T, E, H, B, count)
 
@@ -332,6 +377,9 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
 
     def pairs_of(T: int, V: int) -> native.Pairs:
         return native.NativeModel(V, T, 3, 7).pairs(torch.zeros(4, T + 1, dtype=torch.int64), weights)
+
+    def changed(model: native.NativeModel, **parts: torch.Tensor) -> None:
+        model.loss_sum(dataclasses.replace(model.pairs(rows * 0, weights), **parts))
 
     def loaded(index: int, tensor: Any, part: int = 0, step: Any = 1) -> Any:
         def call(model: native.NativeModel) -> None:
@@ -378,8 +426,22 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
         "weights dtype": (TypeError, "weights", lambda m: m.loss_sum(m.pairs(rows, weights.float()))),
         "pairs of another length": (ValueError, "T=2", lambda m: m.loss_sum(pairs_of(3, 5))),
         "pairs of another vocabulary": (ValueError, "V=5", lambda m: m.loss_sum(pairs_of(2, 6))),
+        "targets": (ValueError, "targets", lambda m: changed(m, targets=torch.full((4,), 2**30, dtype=torch.int32))),
+        "targets dtype": (TypeError, "targets", lambda m: changed(m, targets=torch.zeros(4, dtype=torch.int64))),
+        "pair contexts": (ValueError, "contexts", lambda m: changed(m, contexts=torch.full((1, 2), 2**40))),
+        "pair contexts cut": (ValueError, "contig", lambda m: changed(m, contexts=torch.zeros(2, 1, dtype=int).t())),
+        "too few contexts": (ValueError, "begins", lambda m: changed(m, contexts=torch.zeros(0, 2, dtype=int))),
+        "begins": (ValueError, "rise from 0 to 4", lambda m: changed(m, begins=torch.tensor([0, 5]))),
+        "begins that fall": (
+            ValueError,
+            "rise",
+            lambda m: changed(m, contexts=torch.zeros(3, 2, dtype=int), begins=torch.tensor([0, 3, 2, 4])),
+        ),
+        "pair weights": (ValueError, "weights", lambda m: changed(m, weights=weights[:2])),
         "sample context": (ValueError, "context", lambda m: m.sample([1], 3, 1)),
         "sample token": (ValueError, "0..4", lambda m: m.sample([1, 7], 3, 1)),
+        "sample token past int64": (ValueError, "0..4", lambda m: m.sample([1, 2**70], 3, 1)),
+        "sample token a float": (TypeError, "token", lambda m: m.sample([1, 0.5], 3, 1)),
         "sample count": (ValueError, "count", lambda m: m.sample([1, 2], -3, 1)),
         "sample seed": (ValueError, "seed", lambda m: m.sample([1, 2], 3, 0)),
     }
@@ -429,7 +491,7 @@ def test_other_threads_run_meanwhile() -> None:
     before = counted[0]
     start = time.perf_counter()
     native._library()  # the calls below are long ones: a held GIL would stop the counter for their whole length
-    model._steps_per_call = 10**6
+    model._pace = (case.B, torch.get_num_threads(), 10**6)
     case.train(model, 300)
     seconds, ticks = time.perf_counter() - start, counted[0] - before
     done.set()

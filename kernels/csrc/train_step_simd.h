@@ -190,12 +190,17 @@ static void F(transpose)(const float *from, int64_t n, float *to, int64_t ld) {
 #else
 #define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
 #endif
-#define STAGE(s)                                                       \
-    UNROLL for (int i = 0; i < W; i++) if (!(i & (s))) {               \
-        vec low = __builtin_shufflevector(x[i], x[i + (s)], LIST(LOW, s));   \
-        vec high = __builtin_shufflevector(x[i], x[i + (s)], LIST(HIGH, s)); \
-        x[i] = low;                                                    \
-        x[i + (s)] = high;                                             \
+#if defined(__clang__)
+#define SHUFFLE(a, b, f, s) __builtin_shufflevector(a, b, LIST(f, s))
+#else /* gcc has clang's name only since version 12 */
+#define SHUFFLE(a, b, f, s) __builtin_shuffle(a, b, (ivec){LIST(f, s)})
+#endif
+#define STAGE(s)                                                  \
+    UNROLL for (int i = 0; i < W; i++) if (!(i & (s))) {          \
+        vec low = SHUFFLE(x[i], x[i + (s)], LOW, s);              \
+        vec high = SHUFFLE(x[i], x[i + (s)], HIGH, s);            \
+        x[i] = low;                                               \
+        x[i + (s)] = high;                                        \
     }
 #if W >= 16
             STAGE(8)
@@ -206,6 +211,7 @@ static void F(transpose)(const float *from, int64_t n, float *to, int64_t ld) {
             STAGE(2)
             STAGE(1)
 #undef STAGE
+#undef SHUFFLE
 #undef LIST
 #undef LOW
 #undef HIGH
@@ -472,7 +478,11 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
                     vec db2 = F(sum_rows)(ws->logits + v, n, Vp);
                     F(store)(ws->db2 + v, first > 0 ? F(load)(ws->db2 + v) + db2 : db2);
                 }
-                if (first + n == B) F(adamw)(b, ws->p.b2, ws->m.b2, ws->v.b2, ws->db2, Vp);
+                if (first + n == B) {
+                    F(adamw)(b, ws->p.b2, ws->m.b2, ws->v.b2, ws->db2, Vp);
+                    /* A decay factor of 0 or less, which is allowed, makes them NaN or +inf. */
+                    for (int64_t v = V; v < Vp; v++) ws->p.b2[v] = -INFINITY;
+                }
             }
             if (cut) wait_for_all(&ws->sync, threads);
         }
