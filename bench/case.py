@@ -6,9 +6,11 @@ from typing import Any
 
 from bench import floor
 from mlp_fast.config import Config
-from mlp_fast.timing import Spread, rest, seconds
+from mlp_fast.timing import NotEquivalent, Spread, rest, seconds
 
 SCHEDULE = 100_000  # steps of the schedule: more than any case does
+# Of losses in nats and of probabilities in float32: the reference's own forms differ by 1e-6 in a run of 50,000 steps.
+TOLERANCE = 1e-5
 
 Entry = dict[str, Any]
 # Times rounds: (work, what comes before each round off the clock, number of rounds) -> seconds of every round.
@@ -17,6 +19,18 @@ Timer = Callable[[Callable[[], object], Callable[[], None], int], list[float]]
 
 class Skipped(Exception):
     """A case cannot run here; the message says why."""
+
+
+def require(name: str, what: str, error: float) -> None:
+    """NotEquivalent where something that `name` computed is off by more than TOLERANCE, or is not a number."""
+    if not error <= TOLERANCE:
+        raise NotEquivalent(f"{name} is not equivalent: {what} is off by {error:.1e} (at most {TOLERANCE:.1e} may be)")
+
+
+def failure(error: Exception) -> str:
+    """An error as the reason why something was not measured: its kind and the first line of its message."""
+    message = str(error).strip().partition("\n")[0]
+    return f"failed: {type(error).__name__}" + (f": {message}" if message else "")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from bench.case import failure
 from mlp_fast import machine
 from mlp_fast.command import run_main
 from mlp_fast.timing import seconds
@@ -48,6 +49,8 @@ def measure_all(device: torch.device, *, quick: bool = False) -> Probes:
             results[name] = probe()
         except Unavailable as reason:
             results[name] = str(reason)
+        except Exception as error:  # of a compiler or a device: what is measured with the other probes still counts
+            results[name] = failure(error)
     return results
 
 

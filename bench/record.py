@@ -10,14 +10,15 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import numerics, tables
-from bench.case import Plan, Skipped, plain_timer
+from bench.case import Plan, Skipped, failure, plain_timer
 from bench.recording import Recording, default_path
 from bench.suite import GROUPS, cases, usual
 from mlp_fast import backends, compare, profile, train
@@ -41,8 +42,8 @@ def record(plan: Plan, groups: Sequence[str], path: Path, *, budget: float | Non
         budget: seconds, of which cases may use four fifths: none is begun after that, and what is left out is noted
             as skipped.
     """
-    recording = Recording.begin(torch.device(plan.device), dry=plan.dry)
     start = time.perf_counter()
+    recording = Recording.begin(torch.device(plan.device), dry=plan.dry)
     for group in groups:
         for case in cases(group, plan):
             if budget is not None and time.perf_counter() - start >= 0.8 * budget:
@@ -55,11 +56,39 @@ def record(plan: Plan, groups: Sequence[str], path: Path, *, budget: float | Non
                 outcome = f"skipped: {reason}"
             except NotEquivalent as reason:
                 outcome = f"no number: {reason}"
+            except Exception as error:  # of a compiler or a device; the other cases have numbers all the same
+                outcome = failure(error)
+                traceback.print_exc()
             else:
                 outcome = f"{entry['ms']['median']:.4f} ms per {entry['per']}"
             recording.save(path)
             print(f"{group:10} {case.id:36} {outcome}  [{time.perf_counter() - begun:.1f} s]", flush=True)
+        recording.save(path)
     return recording
+
+
+def record_extras(
+    recording: Recording, extras: Mapping[str, Callable[[], Any]], path: Path, start: float, budget: float | None = None
+) -> None:
+    """Adds further results by name, and writes the recording after each; notes what is left out or fails.
+
+    Args:
+        recording: of the cases.
+        extras: what makes each result.
+        path: of the recording.
+        start: when its first case was begun, by time.perf_counter().
+        budget: seconds from then on; no result is begun after them.
+    """
+    for name, extra in extras.items():
+        if budget is not None and time.perf_counter() - start >= budget:
+            recording.skipped.append(("extra", name, f"the budget of {budget:g} s was spent"))
+        else:
+            try:
+                recording.extra[name] = extra()
+            except Exception as error:
+                recording.refused.append(("extra", name, failure(error)))
+                traceback.print_exc()
+        recording.save(path)
 
 
 def comparison(plan: Plan) -> dict[str, Any]:
@@ -135,7 +164,7 @@ def _command(main: Any, arguments: list[str]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 1 where a backend was refused."""
+    """The command; returns its exit code: 1 where something was refused or failed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.record", description="Measure everything into one recording."
     )
@@ -158,17 +187,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     recording = record(plan, groups, path, budget=arguments.budget)
     if not arguments.groups:
-        extras: list[tuple[str, Callable[[], Any]]] = [
-            ("profile", lambda: profiles(plan, arguments.trace)),
-            ("compare", lambda: comparison(plan)),
-            ("losses", lambda: losses(plan)),
-        ]
+        extras: dict[str, Callable[[], Any]] = {
+            "profile": lambda: profiles(plan, arguments.trace),
+            "compare": lambda: comparison(plan),
+            "losses": lambda: losses(plan),
+        }
         if plan.device == "cpu":
-            extras.append(("numerics", lambda: arithmetic(plan)))
-        for name, extra in extras:
-            if arguments.budget is None or time.perf_counter() - start < arguments.budget:
-                recording.extra[name] = extra()
-    recording.save(path)
+            extras["numerics"] = lambda: arithmetic(plan)
+        record_extras(recording, extras, path, start, arguments.budget)
     print(f"\n{tables.whole(recording)}\n\nrecorded in {path}")
     return 1 if recording.refused else 0
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from bench import probes
-from bench.case import Case, Entry, Skipped, Timer
+from bench.case import Case, Entry, Skipped, Timer, failure
 from mlp_fast import machine
 from mlp_fast.errors import UserError
+from mlp_fast.files import write_atomically
 from mlp_fast.timing import NotEquivalent
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,7 +29,8 @@ class Recording:
         dry: made by a dry run: its times mean nothing, and the report refuses it.
         probes: what the machine can do; measured when first asked for.
         entries: by group and id, as suite.Case.entry() makes them.
-        skipped, refused: (group, id, reason): could not run here; computed something else.
+        skipped, refused: (group, id, reason): could not run here; computed something else, or broke off with an error.
+            Of further results the group is "extra".
         extra: further results by name: those of EXTRA.
     """
 
@@ -46,7 +48,7 @@ class Recording:
         return cls(machine.facts(device), dry, probes.measure_all(device, quick=dry))
 
     def add(self, case: Case, timer: Timer) -> Entry:
-        """Runs a case and keeps its entry; Skipped and NotEquivalent are noted and raised."""
+        """Runs a case and keeps its entry; why there is none is noted, and raised."""
         try:
             entry = case.entry(timer, self.probes)
         except Skipped as reason:
@@ -54,6 +56,9 @@ class Recording:
             raise
         except NotEquivalent as reason:
             self.refused.append((case.group, case.id, str(reason)))
+            raise
+        except Exception as error:
+            self.refused.append((case.group, case.id, failure(error)))
             raise
         self.entries.append(entry)
         return entry
@@ -67,7 +72,7 @@ class Recording:
         return next((entry for entry in self.group(group) if entry["id"] == id), None)
 
     def save(self, path: Path) -> None:
-        """Writes the file, with its folder."""
+        """Writes the file, with its folder; a process that is ended meanwhile leaves the last one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "schema": SCHEMA,
@@ -79,7 +84,7 @@ class Recording:
             "refused": self.refused,
             **self.extra,
         }
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def default_path(device: torch.device) -> Path:
