@@ -220,7 +220,8 @@ class Trainer:
                 self._save()
             self.world.meet()  # rank 0 may take longer to write than a step may wait
             if self.step == self.config.last_step:
-                self._require_finite()
+                with self.world.agreed():  # rank 0 alone has looked at the whole state, to save it
+                    self._require_finite()
                 return
             self._advance(self._next_stop())
 

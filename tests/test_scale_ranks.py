@@ -95,7 +95,7 @@ def test_four_processes_compute_the_steps_of_one(tmp_path: Path) -> None:
 TRAIN = ["--backend", "eager", "--preset", "tiny", "--eval-every", "1000"]
 
 
-def test_a_signal_to_one_process_ends_all_saved_and_one_process_goes_on(tmp_path: Path) -> None:
+def test_a_signal_to_one_process_ends_all_saved_and_other_numbers_of_processes_go_on(tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     settings = [*TRAIN, "--num-steps", "30000", "--out", str(out)]
     processes = started(2, "-m", "mlp_fast.train", *settings, "--log-json", str(log))
@@ -110,11 +110,15 @@ def test_a_signal_to_one_process_ends_all_saved_and_one_process_goes_on(tmp_path
     (saved,) = out.glob("step-*.safetensors")
     steps = int(saved.stem.removeprefix("step-"))
     assert steps > 0
-    # One process goes on for a while, and ends where a run of one process alone ends.
-    end = str(steps + 50)
-    resumed = train.train(resumed_config(out, steps + 50))
-    straight = train.train(parsed([*TRAIN, "--num-steps", "30000", "--stop-after", end, "--quiet"]))
-    assert resumed.test_loss == pytest.approx(straight.test_loss, abs=1e-5)
+    # One process goes on for a while, then two again, who end where a run of one process alone ends.
+    train.train(resumed_config(out, steps + 25))
+    end = ["--stop-after", str(steps + 50)]
+    processes = started(2, "-m", "mlp_fast.train", "--resume", str(out), *end)
+    (output, _), (silence, _) = (process.communicate(timeout=100) for process in processes)
+    assert silence == ""
+    straight = train.train(parsed([*TRAIN, "--num-steps", "30000", *end, "--quiet"]))
+    (test_loss,) = re.findall(r"^test_loss (\S+)$", output, re.MULTILINE)
+    assert float(test_loss) == pytest.approx(straight.test_loss, abs=1e-5)
     # An evaluation is split over the processes too.
     processes = started(2, "-m", "mlp_fast.evaluate", str(out))
     (output, _), (silence, _) = (process.communicate(timeout=100) for process in processes)
@@ -204,6 +208,32 @@ def test_the_others_wait_for_a_slow_evaluation_and_a_slow_save(tmp_path: Path) -
     told = [process.communicate(timeout=100)[1] for process in processes]
     assert [(process.returncode, errors) for process, errors in zip(processes, told, strict=True)] == [(0, "")] * 2
     assert len(list(tmp_path.glob("step-*.safetensors"))) == 2
+
+
+SPOILT = """
+import sys
+from mlp_fast import train
+from mlp_fast.backends.eager import Eager
+from mlp_fast.command import run_main
+
+def state(backend, method=Eager.state):
+    state = method(backend)
+    if state.step == 3:
+        state.parameters["mlp.0.bias"].fill_(float("inf"))
+    return state
+
+Eager.state = state
+run_main(lambda: train.main(sys.argv[1:]))
+"""
+
+
+def test_a_last_state_that_cannot_be_saved_ends_all_and_is_told_once(tmp_path: Path) -> None:
+    """Rank 0 alone sees it, after losses that were finite."""
+    processes = started(2, "-c", SPOILT, *TRAIN, "--num-steps", "3", "--out", str(tmp_path), "--quiet")
+    told = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [4, 2]
+    assert re.search(r"^mlp_fast: the loss is not finite from step 3 on", told[0], re.MULTILINE)
+    assert told[1] == ""
 
 
 PLACES = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
