@@ -75,6 +75,11 @@ def file_name(step: int) -> str:
     return f"step-{step:08d}.safetensors"
 
 
+def is_file_name(name: str) -> bool:
+    """Whether checkpoint files have such names."""
+    return _FILE.fullmatch(name) is not None
+
+
 def files_in(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, the newest last. OSError where it cannot be read."""
     steps = {entry.name: match for entry in os.scandir(folder) if (match := _FILE.fullmatch(entry.name))}

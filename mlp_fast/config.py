@@ -150,6 +150,8 @@ def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
         raise UserError(f"{flag(field.name)} must be at least {least} (got {value})")
     if most is not None and value > most:
         raise UserError(f"{flag(field.name)} must be at most {most} (got {value})")
+    if value == "":
+        raise UserError(f"{flag(field.name)} is empty; give it a value, or leave it out")
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{flag(field.name)} contains a NUL character; remove it")
 

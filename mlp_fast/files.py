@@ -1,11 +1,12 @@
 """Files: what stands at a path, and writing that is whole or not at all."""
 
 import os
+import re
 from pathlib import Path
 
 from mlp_fast.errors import UserError
 
-TEMPORARY = ".tmp"  # how the names of unfinished files end; they begin with a dot
+UNFINISHED = re.compile(r"\.(.+)\.\d+\.tmp")  # the name of a file that write_atomically has not finished, and its own
 
 
 def shown(path: Path | str) -> str:
@@ -38,7 +39,7 @@ def check_writable(path: Path, option: str) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file as a whole: a temporary file beside it, flushed to the disk, then renamed; OSError if not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)

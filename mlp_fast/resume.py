@@ -24,6 +24,7 @@ def resumed_config(given: Mapping[str, Any]) -> Config:
     Raises:
         UserError: there is no good checkpoint, or an option contradicts what defines its run.
     """
+    Config(resume=given["resume"])  # an empty name would be the current folder
     path = checkpoint.locate(Path(given["resume"]))
     settings = {"out": str(path.parent)} | {name: value for name, value in given.items() if name in FIELDS}
     saved = checkpoint.load(path).config

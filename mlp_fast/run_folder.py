@@ -8,13 +8,14 @@ import contextlib
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from mlp_fast import checkpoint
 from mlp_fast.checkpoint import Checkpoint
 from mlp_fast.errors import UserError
-from mlp_fast.files import TEMPORARY, sync_folder, write_atomically
+from mlp_fast.files import UNFINISHED, sync_folder, write_atomically
 from mlp_fast.lock import FolderLock
 
 INDEX = "run.json"
@@ -26,7 +27,7 @@ class RunFolder:
     """A folder that this process alone saves into, from the constructor to close().
 
     Args:
-        path: made if it is missing. What an earlier process left half written is removed.
+        path: made if it is missing.
         keep: how many of the newest checkpoints are kept, beside the best.
 
     Raises:
@@ -42,15 +43,13 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise _not_writable(path, error) from None
         try:
-            for temporary in path.glob(f".*{TEMPORARY}"):
-                temporary.unlink()
             self._probe()
         except OSError as error:
             self.close()
             raise _not_writable(path, error) from None
 
     def begin(self, start: Path | None) -> list[Path]:
-        """Takes over the checkpoints that are there.
+        """Takes over the checkpoints that are there, and removes what an earlier process left half written.
 
         Args:
             start: the file of this folder that the run goes on from; None for a run that starts here.
@@ -80,6 +79,7 @@ class RunFolder:
                 f"{self.path} holds newer checkpoints than {start.name}, up to {self.newest.name}; "
                 f"go on from there by --resume {self.path}, or give --out another folder"
             )
+        self._remove_unfinished()
         return [file.rename(file.with_name(file.name + DAMAGED)) for file in damaged]
 
     @property
@@ -129,12 +129,19 @@ class RunFolder:
 
     def _probe(self) -> None:
         """OSError where a file cannot be written, or a name in the folder not be made durable."""
-        probe = self.path / f".probe{TEMPORARY}"
-        probe.write_bytes(b"\0")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=self.path, buffering=0) as probe:
+            probe.write(b"\0")
         sync_folder(self.path)
         with contextlib.suppress(PermissionError):  # may be passed through, but not opened
             sync_folder(self.path.absolute().parent)  # the folder itself may be new
+
+    def _remove_unfinished(self) -> None:
+        """Removes exactly what write_atomically may have left here; nothing else is ours to remove."""
+        for entry in os.scandir(self.path):
+            name = UNFINISHED.fullmatch(entry.name)
+            if name and (name[1] == INDEX or checkpoint.is_file_name(name[1])) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError):  # in the way of nothing
+                    os.unlink(entry)
 
     def _write_index(self) -> None:
         index = {"index_version": INDEX_VERSION, "best": self.best, "checkpoints": self.entries}

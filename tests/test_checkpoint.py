@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from processes import SIZES, make_corpus
 from safetensors import safe_open
 
-from mlp_fast import backends, checkpoint, evaluate, sample, train
+from mlp_fast import backends, checkpoint, evaluate, files, sample, train
 from mlp_fast.checkpoint import Checkpoint, Damaged
 from mlp_fast.config import PER_COMMAND, Config
 from mlp_fast.corpus import load
@@ -363,13 +363,50 @@ def test_a_folder_is_whole_without_its_index(run: Path, tmp_path: Path, index: b
         assert opened.best == json.loads((run / INDEX).read_text())["best"]
 
 
-def test_what_a_killed_run_left_half_written_is_removed(run: Path, tmp_path: Path) -> None:
-    folder = copy_of(run, tmp_path / "run")
-    half = folder / ".step-00000040.safetensors.tmp"
-    half.write_bytes(b"half")
-    with RunFolder(folder, keep=3):
-        assert not half.exists()
+def test_what_a_killed_run_left_half_written_is_removed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, folder = os.replace, copy_of(run, tmp_path / "run")
+    names = {"a": folder / checkpoint.file_name(40), "b": folder / INDEX}
+
+    def kill(source: str, target: str) -> None:
+        shutil.copy(source, f"{source}.copy")  # what a process that dies here would leave
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", kill)
+    for name in names.values():
+        with pytest.raises(KeyboardInterrupt):
+            files.write_atomically(name, b"half")
+    monkeypatch.setattr(os, "replace", replace)
+    half = [path.rename(path.with_suffix("")) for path in folder.glob(".*.copy")]
+    assert len(half) == len(names)
+    foreign = [".mywork.tmp", ".mywork.12.tmp", ".step-1.safetensors.12.tmp", ".run.json.tmp", "run.json.12.tmp"]
+    for name in foreign:
+        (folder / name).write_text("precious")
+    (folder / ".run.json.13.tmp").mkdir()
+    with RunFolder(folder, keep=3) as opened:
+        opened.begin(folder / "step-00000030.safetensors")
+    assert [path for path in half if path.exists()] == []
+    assert [(folder / name).read_text() for name in foreign] == ["precious"] * len(foreign)
     assert steps_in(folder) == steps_in(run)
+
+
+def test_a_refused_run_removes_nothing(run: Path, corpus_folder: str, tmp_path: Path) -> None:
+    folder = copy_of(run, tmp_path / "run")
+    half = folder / ".step-00000040.safetensors.12.tmp"
+    half.touch()
+    with pytest.raises(UserError, match="holds a run already"):
+        train.main(options(corpus_folder, "--out", str(folder)))
+    assert half.exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--resume"])
+def test_an_empty_name_is_not_the_current_folder(
+    option: str, run: Path, corpus_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy_of(run, tmp_path / "run") if option == "--resume" else tmp_path)
+    with pytest.raises(UserError, match=f"{option} is empty"):
+        train.main(options(corpus_folder, f"{option}="))
 
 
 def test_a_fresh_run_never_touches_another_ones_folder(run: Path, corpus_folder: str) -> None:

@@ -17,7 +17,6 @@ from processes import SIZES, finish, start, wait_for
 from mlp_fast import checkpoint, run_folder, train
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
-from mlp_fast.files import TEMPORARY
 from mlp_fast.interrupt import Interrupt, Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,7 +105,7 @@ def test_a_second_signal_ends_it_at_once(signum: signal.Signals, tmp_path: Path,
     assert [path.name for path in checkpoint.files_in(out)] == ["step-00000020.safetensors"]
     assert finish([f"--resume={out}", "--stop-after=30"], output)[0] == 0
     assert checkpoint.load(out).state.step == 30
-    assert not list(out.glob(f".*{TEMPORARY}"))
+    assert not list(out.glob(".*.tmp"))
 
 
 def preparing_takes_long() -> None:
