@@ -21,7 +21,7 @@ CHINESE = [page for page in ALL if page.path.stem.endswith(".zh-CN")]
 # Commands whose options the documents may name.
 COMMANDS = [
     *(f"mlp_fast.{name}" for name in ("train", "evaluate", "sample", "compare", "profile", "visualize", "corpus")),
-    *(f"bench.{name}" for name in ("probes", "record", "report", "resources", "numerics")),
+    *(f"bench.{name}" for name in ("probes", "record", "report", "resources", "numerics", "rungs")),
 ]
 
 CODE_WIDTH = 80  # characters: what a phone shows in landscape at a readable size
