@@ -33,15 +33,19 @@ def litmus_kernel(  # type: ignore[no-untyped-def]
     """Counts in wrong_ptr the numbers that were not those of the round."""
     p = tl.program_id(0)
     lanes = tl.arange(0, LANES)
+    wrong = tl.zeros(
+        (LANES,), tl.int32
+    )  # counted in registers: an atomic in the loop would itself refresh the L1 cache
     for i in range(rounds):
         tl.store(data_ptr + p * LANES + lanes, i * G + p + lanes)
         if BARRIER:
             grid_barrier(counter_ptr, error_ptr, (2 * i + 1) * G)
         for q in range(G):
             seen = tl.load(data_ptr + q * LANES + lanes)
-            tl.atomic_add(wrong_ptr, tl.sum((seen != i * G + q + lanes).to(tl.int32), axis=0))
+            wrong += (seen != i * G + q + lanes).to(tl.int32)
         if BARRIER:  # nobody writes the next round's numbers before all have read this round's
             grid_barrier(counter_ptr, error_ptr, (2 * i + 2) * G)
+    tl.atomic_add(wrong_ptr, tl.sum(wrong, axis=0))
 
 
 def wrong_numbers(programs: int, rounds: int, device: torch.device, barrier: bool = True) -> int:

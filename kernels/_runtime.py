@@ -9,6 +9,9 @@ import sys
 #   tf32    one TF32 tensor-core product, 10 bits of mantissa
 INPUT_PRECISION = {"fp32": "ieee", "tf32x3": "tf32x3", "tf32": "tf32"}
 
+# Left to itself, ptxas gives some kernels half the registers, and spills, to fit a second program on an SM.
+MAX_REGISTERS = 255
+
 
 def input_precision(precision: str) -> str:
     """Returns tl.dot's `input_precision` for a precision's name.

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._math import dot, tanh
-from ._runtime import INPUT_PRECISION, input_precision
+from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision
 from ._sum import MAX_PART_NUMBERS, MAX_PARTS, parts_of, sum_parts
 
 FORMS = ("auto", "gather", "table")
@@ -341,6 +341,7 @@ def _tiles(precision: str, columns: int) -> dict[str, object]:
         "BLOCK_K": BLOCK_K,
         "num_warps": 4,
         "num_stages": 2,
+        "maxnreg": MAX_REGISTERS,
     }
 
 

@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._math import tanh
-from ._runtime import INPUT_PRECISION, input_precision, interpreting
+from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision, interpreting
 
 MULTIPLIER: tl.constexpr = tl.constexpr(0x2545F4914F6CDD1D)
-OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}  # see train_step.MAX_REGISTERS
+OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": MAX_REGISTERS}
 MAX_PROGRAMS = 4096  # of one loss launch; each takes several blocks of rows where there are more
 
 
@@ -83,7 +83,7 @@ def logits_of_rows(contexts_ptr, stride, row, in_range, model, C: tl.constexpr):
         unit = h0 + tl.arange(0, C.BLOCK_H)
         pre = tl.full((C.BLOCK_R, C.BLOCK_H), 0.0, tl.float32)
         for t in range(C.T):
-            token = tl.load(contexts_ptr + row * stride + t, mask=in_range, other=0)
+            token = tl.load(contexts_ptr + row.to(tl.int64) * stride + t, mask=in_range, other=0)
             known = in_range & (token >= 0) & (token < C.V)
             for e0 in range(0, C.E, C.BLOCK_E):
                 e = e0 + tl.arange(0, C.BLOCK_E)
@@ -143,7 +143,7 @@ def mean_loss_kernel(windows_ptr, counts_ptr, partial_ptr, finished_ptr, mean_pt
         in_range = row < rows
         logits = logits_of_rows(windows_ptr, C.T + 1, row, in_range, model, C)
         logits = tl.where(v[None, :] < C.V, logits, float("-inf"))
-        target = tl.load(windows_ptr + row * (C.T + 1) + C.T, mask=in_range, other=0)
+        target = tl.load(windows_ptr + row.to(tl.int64) * (C.T + 1) + C.T, mask=in_range, other=0)
         count = tl.load(counts_ptr + row, mask=in_range, other=0.0)
         shifted = logits - tl.max(logits, axis=1)[:, None]
         own = tl.sum(tl.where(v[None, :] == target[:, None], shifted, 0.0), axis=1)

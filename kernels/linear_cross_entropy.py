@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._math import dot
-from ._runtime import INPUT_PRECISION, input_precision, interpreting
+from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision, interpreting
 from ._sum import parts_of, sum_parts
 
 # Tiles of logits: rows, tokens, hidden units a step; and the hidden units of a gradient tile. More would spill.
@@ -228,6 +228,7 @@ def _tiles(precision: str) -> dict[str, object]:
         "BLOCK_K": BLOCK_K,
         "num_warps": 4,
         "num_stages": 1,
+        "maxnreg": MAX_REGISTERS,
     }
 
 

@@ -30,14 +30,13 @@ from torch import Tensor
 
 from . import train_step
 from ._barrier import BarrierTimeout, grid_barrier
-from ._runtime import interpreting
+from ._runtime import MAX_REGISTERS, interpreting
 from .adamw import adamw_update
 from .train_step import (
     BETA1,
     BETA2,
     DEFAULT_PROGRAMS,
     EPS,
-    MAX_REGISTERS,
     StepConfig,
     TrainStep,
     backward_phase,
@@ -227,8 +226,9 @@ def default_config(
 ) -> StepConfig:  # fmt: skip
     """train_step.default_config() for a device, resident where its machine code then spills no register.
 
-    That is so for one tile per program, about 3,000 numbers of W1 in it, V to 32, and on sm_80 and sm_90: on sm_100
-    the same code takes more registers than there are. The interpreter, which runs programs one after another, gets one.
+    That is so for one tile per program, V to 32, T to 3 and E to 64, with deterministic sums, on sm_80 and sm_90: on
+    sm_100 the same code takes more registers than there are. The interpreter, which runs programs one after another,
+    gets one.
 
     Args:
         capability: the device's compute capability, 90 for sm_90.
@@ -236,7 +236,7 @@ def default_config(
     """
     config = train_step.default_config(B, V, T, E, H, precision=precision, deterministic=deterministic)
     config = replace(config, G=1 if interpreting() else min(config.G, processors))
-    fits = config.VP <= 32 and T * RESIDENT_UNITS * config.EP <= 3072 and H <= RESIDENT_UNITS * DEFAULT_PROGRAMS
+    fits = config.VP <= 32 and T <= 3 and config.EP <= 64 and deterministic and H <= RESIDENT_UNITS * DEFAULT_PROGRAMS
     config = replace(config, resident=fits and config.TILES == config.G and capability < 100)
     if interpreting():
         return config

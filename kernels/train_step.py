@@ -50,12 +50,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._math import tanh
-from ._runtime import INPUT_PRECISION, input_precision, interpreting
+from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision, interpreting
 from .adamw import adamw_update
 
 MAX_B, MAX_V, MAX_T, MAX_E, MAX_H = 8192, 256, 16, 256, 4096
-# Left to itself, ptxas halves the registers of some configurations, and spills, to fit a second program on an SM.
-MAX_REGISTERS = 255
 DEFAULT_PROGRAMS = 64  # at most; the default sizes take 32
 MAX_PROGRAMS = 128  # so that the fixed-point sums below cannot overflow: 2^7 programs
 
@@ -637,6 +635,14 @@ def check_sizes(B: int, V: int, T: int, E: int, H: int) -> None:
             raise ValueError(f"the step kernels take {name} from 1 to {most} (got {size}); triton-op takes any")
 
 
+def check_tape(tokens: int) -> None:
+    """Raises ValueError, naming triton-op, where windows of so long a tape have numbers past 32 bits."""
+    if tokens > 2**31 - 2 * MAX_B:
+        raise ValueError(
+            f"the step kernels take tapes of up to {2**31 - 2 * MAX_B} tokens (got {tokens}); triton-op any"
+        )
+
+
 def default_config(
     B: int, V: int, T: int, E: int, H: int, *, precision: str = "fp32", deterministic: bool = True
 ) -> StepConfig:
@@ -684,6 +690,7 @@ class TrainStep:
         check_sizes(C.B, C.V, C.T, C.E, C.H)
         if not 1 <= C.G <= MAX_PROGRAMS:
             raise ValueError(f"the number of programs must lie in 1..{MAX_PROGRAMS} (got {C.G})")
+        check_tape(len(tape))
         if len(tape) <= C.T:
             raise ValueError(f"the tape has {len(tape)} tokens: too few for one window of {C.T} and its target")
         self.config = C
@@ -758,12 +765,20 @@ class TrainStep:
 
 
 def shipped_launches(launcher, config_of):
-    """Two recorded steps of a launcher: the default model in every precision, and the largest of everything."""
+    """Two recorded steps of a launcher: the default model in every precision, with fast sums, in a batch that has the
+    softmax by rows, and the largest of everything.
+    """
     from ._aot import recorded
 
-    default, largest = (128, 27, 3, 48, 512), (MAX_B, MAX_V, MAX_T, MAX_E, MAX_H)
-    for sizes, precision in [*((default, precision) for precision in INPUT_PRECISION), (largest, "fp32")]:
-        config = config_of(*sizes, precision=precision)
+    default, many, largest = (128, 27, 3, 48, 512), (1024, 27, 3, 48, 512), (MAX_B, MAX_V, MAX_T, MAX_E, MAX_H)
+    cases = [(default, precision, True) for precision in INPUT_PRECISION]
+    for sizes, precision, deterministic in [
+        *cases,
+        (default, "fp32", False),
+        (many, "fp32", True),
+        (largest, "fp32", True),
+    ]:
+        config = config_of(*sizes, precision=precision, deterministic=deterministic)
         tape = torch.empty(10_007, dtype=torch.int32, device="meta")
         kernels = launcher(config, tape, torch.empty(1000, 3, device="meta"))
         with recorded(precision) as launches:

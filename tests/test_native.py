@@ -429,7 +429,7 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
         "targets": (ValueError, "targets", lambda m: changed(m, targets=torch.full((4,), 2**30, dtype=torch.int32))),
         "targets dtype": (TypeError, "targets", lambda m: changed(m, targets=torch.zeros(4, dtype=torch.int64))),
         "pair contexts": (ValueError, "contexts", lambda m: changed(m, contexts=torch.full((1, 2), 2**40))),
-        "pair contexts cut": (ValueError, "contig", lambda m: changed(m, contexts=torch.zeros(2, 1, dtype=int).t())),
+        "pair contexts cut": (ValueError, "contig", lambda m: changed(m, contexts=torch.zeros(2, 2, dtype=int).t())),
         "too few contexts": (ValueError, "begins", lambda m: changed(m, contexts=torch.zeros(0, 2, dtype=int))),
         "begins": (ValueError, "rise from 0 to 4", lambda m: changed(m, begins=torch.tensor([0, 5]))),
         "begins that fall": (

@@ -71,7 +71,12 @@ def obstacle(name: str, config: Config, shape: Shape | None = None, tape: Tape |
         return f"it needs the training tape on the GPU, and {size:,.0f} GiB are too large; use eager or compile"
     if config.direct and not cls.direct:
         return "it computes no direct connections; leave out --direct"
-    return cls.unavailable(device) or (cls.rejects(config, shape, device) if shape is not None else None)
+    reason = cls.unavailable(device)
+    if reason is None and shape is not None:
+        reason = cls.rejects(config, shape, device)
+    if reason is None and tape is not None:
+        reason = cls.rejects_tape(tape)
+    return reason
 
 
 def check(config: Config) -> None:

@@ -56,6 +56,11 @@ class Backend(ABC):
         """Why the backend does not take these settings or sizes, or None where it does."""
         return None
 
+    @classmethod
+    def rejects_tape(cls, tape: Tape) -> str | None:
+        """Why the backend does not take this tape, or None where it does."""
+        return None
+
     def prepare(self) -> None:
         """Compiles and warms up, leaving the state as it was; training time is counted after it."""
         state = self.state()

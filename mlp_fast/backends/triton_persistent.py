@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mlp_fast.backends.triton_step import _StepKernels, kernel_settings
+from mlp_fast.errors import UserError
 
 if TYPE_CHECKING:
     from mlp_fast.kernels.persistent_step import PersistentStep
@@ -16,7 +17,7 @@ class TritonPersistent(_StepKernels):
     """One cooperative launch per call of advance(), a grid barrier between the phases of a step.
 
     Raises:
-        BarrierTimeout: from synchronize(), where the programs waited for each other in vain; the state is void then.
+        UserError: from synchronize(), where the programs waited for each other in vain; the state is void then.
     """
 
     name = "triton-persistent"
@@ -35,8 +36,13 @@ class TritonPersistent(_StepKernels):
         self.kernels.run(steps)
 
     def synchronize(self) -> None:
+        from mlp_fast.kernels._barrier import BarrierTimeout
+
         super().synchronize()
-        self.kernels.wait()
+        try:
+            self.kernels.wait()
+        except BarrierTimeout as error:
+            raise UserError(f"--backend {self.name}: {error}; go on from a checkpoint (--resume)") from None
 
 
 def device_settings(device: torch.device) -> dict[str, int]:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mlp_fast.kernels.evaluation import Weights
     from mlp_fast.kernels.train_step import TrainStep
 
+# A graph of a thousand steps is replayed in hundredths of a second; one of many more would take seconds to capture.
+MAX_GRAPH_STEPS = 1000
+
 
 def kernels_missing(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on the device here, or None where they can."""
@@ -58,6 +61,16 @@ class _StepKernels(Backend):
             return "its kernels have the table form only; --form gather is for triton-op and compile-step"
         try:
             check_sizes(config.batch_size, shape.V, shape.T, shape.E, shape.H)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    @classmethod
+    def rejects_tape(cls, tape: Tape) -> str | None:
+        from mlp_fast.kernels.train_step import check_tape
+
+        try:
+            check_tape(len(tape.tokens))
         except ValueError as error:
             return str(error)
         return None
@@ -142,7 +155,7 @@ def kernel_settings(config: Config, shape: Shape) -> dict[str, Any]:
 
 
 class TritonStep(_StepKernels):
-    """Two graphs are captured: of an evaluation interval, and of one step for what is left over of it."""
+    """Two graphs are captured: of an evaluation interval, or MAX_GRAPH_STEPS of it, and of one step for the rest."""
 
     name = "triton-step"
     summary = "the whole step as a few kernels, many steps in one CUDA graph"
@@ -161,7 +174,7 @@ class TritonStep(_StepKernels):
         self._graphs = []
         super().prepare()
         if self.device.type == "cuda":
-            interval = min(self.config.eval_every, self.config.num_steps)
+            interval = min(self.config.eval_every, self.config.num_steps, MAX_GRAPH_STEPS)
             self._graphs = [self._captured(steps) for steps in sorted({interval, 1}, reverse=True)]
 
     def _captured(self, steps: int) -> StepGraph:

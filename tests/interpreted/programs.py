@@ -84,8 +84,9 @@ def _work(rank: int, ended: Tensor, tasks: Any, answers: Any) -> None:
     while (task := tasks.get()) is not None:
         kernels, steps, experiment = task
         try:
-            with Sabotage(rank, ended, kernels, experiment):
+            with Sabotage(rank, ended, kernels, experiment) as watched:
                 kernels._launch(steps, first_program=rank, programs=1)
+            watched.check_rounds(steps)
             answers.put(None)
         except Exception:
             answers.put(traceback.format_exc())
@@ -102,12 +103,13 @@ class Sabotage:
         self.rank, self.ended = rank, ended
         self.rounds = 0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "Sabotage":
         self.genuine: dict[str, Callable[..., Any]] = {name: getattr(self.module, name) for name in PHASES}
         self.pass_barrier = self.module.grid_barrier
         for name in PHASES:
             setattr(self.module, name, self._watched(name))
         self.module.grid_barrier = self._barrier
+        return self
 
     def __exit__(self, *exception: object) -> None:
         for name, function in self.genuine.items():
@@ -133,8 +135,17 @@ class Sabotage:
         while time.monotonic() < end and self.ended[:-1].min().item() < goal:
             time.sleep(0.001)
 
-    def _barrier(self, *_: Any) -> None:
-        if self.last not in (self.experiment.removed, self.experiment.moved):
+    @property
+    def _intact(self) -> bool:
+        return self.experiment.removed is None and self.experiment.moved is None
+
+    def _barrier(self, *arguments: Any) -> None:
+        if self._intact:
+            # The kernel counts for itself, and a barrier whose count lags behind would let everyone through.
+            self.rounds += 1
+            assert int(arguments[2].handle.data.item()) == self._arrivals(), "the kernel waits for another count"
+            self.pass_barrier(*arguments)
+        elif self.last not in (self.experiment.removed, self.experiment.moved):
             self._pass()
 
     def _pass(self) -> None:
@@ -144,4 +155,13 @@ class Sabotage:
 
         self.rounds += 1
         words = (_implicit_cvt(self.kernels.counter), _implicit_cvt(self.kernels.error))
-        self.pass_barrier(*words, tl.full((), self.rounds * self.kernels.config.G, tl.int32))
+        self.pass_barrier(*words, tl.full((), self._arrivals(), tl.int32))
+
+    def _arrivals(self) -> int:
+        """What the counter shows once all programs have come to the barrier of this round."""
+        return self.module.wrapped(self.kernels._arrivals + self.rounds * self.kernels.config.G)
+
+    def check_rounds(self, steps: int) -> None:
+        """After a launch whose barriers were left alone: there were as many as the step has."""
+        expected = steps * (3 if self.kernels.config.rows else 2)
+        assert not self._intact or self.rounds == expected, f"{self.rounds} barriers, not {expected}"

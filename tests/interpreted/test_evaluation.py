@@ -56,9 +56,8 @@ def test_logits_follow_float64(sizes: tuple[int, int, int, int], rows: int) -> N
 def test_small_tiles_give_the_same_logits_and_losses() -> None:
     weights, truth = model(29, 2, 37, 40)
     rows = drawn_windows(29, 2, 50)
-    torch.testing.assert_close(
-        evaluation.logits(weights, rows[:, :-1]).double(), truth(rows[:, :-1]), rtol=0, atol=2e-6
-    )
+    logits = evaluation.logits(weights, rows[:, :-1].to(DEVICE)).cpu()
+    torch.testing.assert_close(logits.double(), truth(rows[:, :-1]), rtol=0, atol=2e-6)
     check_mean_loss(weights, truth, rows)
 
 

@@ -13,6 +13,8 @@ from programs import Experiment, Programs
 from steps import DEVICE, Problem, Reference, problem
 from torch import Tensor
 
+from mlp_fast import backends
+from mlp_fast.errors import UserError
 from mlp_fast.kernels import _barrier, train_step
 from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.kernels.persistent_step import BarrierTimeout, PersistentStep, default_config, wrapped
@@ -65,9 +67,15 @@ def test_one_program_does_what_the_step_kernels_do_to_the_bit(rows: bool) -> Non
     assert same_bits(step, persistent, 5)
 
 
-@pytest.mark.parametrize("resident", [False, True], ids=["through L2", "resident"])
 @pytest.mark.parametrize(
-    ("sizes", "steps"), [((128, 27, 3, 48, 512), 2), ((19, 29, 2, 13, 37), 8), ((1, 1, 1, 1, 1), 3)]
+    ("sizes", "steps", "resident"),
+    [
+        ((128, 27, 3, 48, 512), 2, False),
+        ((128, 27, 3, 48, 512), 2, True),
+        ((19, 29, 2, 13, 37), 8, False),
+        ((19, 29, 2, 13, 37), 50, True),
+        ((1, 1, 1, 1, 1), 3, True),
+    ],
 )
 def test_steps_follow_float64(sizes: tuple[int, int, int, int, int], steps: int, resident: bool) -> None:
     task = problem(*sizes, n=50)
@@ -83,8 +91,12 @@ def test_the_default_model_is_resident_where_it_fits() -> None:
     default = (128, 27, 3, 48, 512)
     assert all(default_config(*default, precision=p).resident for p in ("fp32", "tf32x3", "tf32"))
     assert not default_config(*default, capability=100).resident
-    assert not default_config(*default[:-1], 4096, processors=20).resident
-    for sizes in [(128, 33, 3, 48, 512), (128, 27, 4, 48, 512), (128, 27, 3, 65, 512), (128, 27, 3, 48, 1025)]:
+    assert not default_config(*default, processors=20).resident or interpreting()  # which has one program at any rate
+    assert not default_config(*default, deterministic=False).resident
+    for sizes in [
+        (128, 33, 3, 48, 512), (128, 27, 4, 48, 512), (128, 27, 12, 16, 512), (128, 27, 3, 65, 512),
+        (128, 27, 1, 128, 512), (128, 27, 3, 48, 1025),
+    ]:  # fmt: skip
         assert not default_config(*sizes).resident
 
 
@@ -117,12 +129,19 @@ def programs() -> Iterator[Programs]:
     started.close()
 
 
-def concurrently(programs: Programs, experiment: Experiment, rows: bool, resident: bool, steps: int) -> bool:
-    """Whether the programs, run at the same time, end with the bits of the step kernels."""
+def concurrently(
+    programs: Programs, experiment: Experiment, rows: bool, resident: bool, steps: int, arrivals: int = 0
+) -> bool:
+    """Whether the programs, run at the same time, end with the bits of the step kernels.
+
+    `arrivals` is what the barrier's counter shows before.
+    """
     task = problem(*SIZES, n=40)
     C = config(task, rows=rows, resident=resident, G=PROGRAMS, BLOCK_H=16, BLOCK_B=16)
     assert not rows or C.B > (PROGRAMS - 1) * C.BLOCK_R, "a program without rows would never be late"
     step, persistent = loaded(TrainStep, task, C), loaded(PersistentStep, task, C)
+    persistent._arrivals = arrivals
+    persistent.counter.fill_(arrivals)
     step.run(steps)
     programs.run(persistent, steps, experiment)
     return same_bits(step, persistent, steps)
@@ -130,7 +149,8 @@ def concurrently(programs: Programs, experiment: Experiment, rows: bool, residen
 
 @interpreted
 @pytest.mark.parametrize(
-    ("rows", "resident", "longest"), [(False, False, 0.0), (False, True, 0.05), (True, False, 0.05)]
+    ("rows", "resident", "longest"),
+    [(False, False, 0.0), (False, True, 0.05), (True, False, 0.05), (True, True, 0.05)],
 )
 def test_concurrent_programs_agree_with_the_step_kernels_to_the_bit(
     programs: Programs, rows: bool, resident: bool, longest: float
@@ -148,6 +168,8 @@ def test_concurrent_programs_agree_with_the_step_kernels_to_the_bit(
         (True, False, "forward_phase"),
         (True, False, "softmax_phase"),
         (True, False, "backward_phase"),
+        (True, True, "softmax_phase"),
+        (True, True, "resident_backward"),
     ],
 )
 def test_a_barrier_taken_out_or_moved_is_noticed(
@@ -174,8 +196,8 @@ def test_a_program_that_never_comes_is_an_error_not_a_hang(monkeypatch: pytest.M
 
 
 @interpreted
-def test_the_counter_may_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_barrier, "INTERPRETED_LOOKS", 20)
+def test_the_counter_may_wrap(programs: Programs) -> None:
+    """Between two launches and within one, with programs that do wait for each other."""
     task = problem(*SIZES, n=40)
     kernels = loaded(PersistentStep, task, config(task, G=1, BLOCK_H=64))
     kernels._arrivals = 2**31 - 3
@@ -183,3 +205,25 @@ def test_the_counter_may_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.run(3)
     kernels.wait()
     assert kernels.counter.item() == kernels._arrivals == wrapped(2**31 + 3) < 0
+    late = Experiment(late="all", longest=0.05)
+    assert concurrently(programs, late, rows=False, resident=False, steps=2, arrivals=2**31 - 1 - 2 * PROGRAMS)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(interpreting(), reason="no CUDA device was found")
+def test_the_spin_on_the_gpu_ends_too() -> None:
+    """One of two programs is launched: its inline PTX gives up after TIMEOUT_NS, and says so."""
+    task = problem(*SIZES, n=40)
+    kernels = loaded(PersistentStep, task, config(task, G=2, BLOCK_H=32))
+    kernels._launch(1, first_program=0, programs=1)
+    with pytest.raises(BarrierTimeout, match="void"):
+        kernels.wait()
+
+
+def test_a_time_out_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = problem(*SIZES, n=40)
+    config = replace(task.config, backend="triton-persistent", interpret=interpreting())
+    backend = backends.create(config, task.shape, task.tape, task.state)
+    backend.kernels.error.fill_(1)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"--backend triton-persistent: .* void; go on from a checkpoint"):
+        backend.synchronize()

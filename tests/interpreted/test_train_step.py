@@ -15,6 +15,7 @@ from mlp_fast.backends.eager import Eager
 from mlp_fast.backends.triton_persistent import TritonPersistent
 from mlp_fast.backends.triton_step import TritonStep
 from mlp_fast.config import Config
+from mlp_fast.errors import UserError
 from mlp_fast.kernels import train_step
 from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.kernels.train_step import StepConfig, TrainStep
@@ -376,3 +377,14 @@ def test_a_thousand_steps_give_the_same_bits_again(cls: type[TritonStep] | type[
         backend.synchronize()
         runs.append([losses.cpu(), *(tensor for plane in planes(backend.state()) for tensor in plane)])
     assert all(map(torch.equal, *runs))
+
+
+def test_a_tape_past_the_numbers_of_its_windows_names_triton_op() -> None:
+    task = problem(4, 3, 2, 4, 16, n=40)
+    long = Tape(torch.zeros(1, dtype=torch.uint8).expand(2**31), 2)
+    for backend in ("triton-step", "triton-persistent"):
+        config = replace(task.config, backend=backend, interpret=interpreting())
+        assert backends.obstacle(backend, config, task.shape, task.tape) is None
+        assert "2147483648" in str(backends.obstacle(backend, config, task.shape, long))
+        with pytest.raises(UserError, match=r"tapes of up to 2147467264 tokens .*; triton-op any"):
+            backends.create(config, task.shape, long, task.state)
