@@ -202,6 +202,17 @@ def test_files_in_the_prose_exist() -> None:
             assert made_by_a_recording or (ROOT / path).exists(), f"{page.name}: {path}"
 
 
+def test_constants_in_the_prose_exist() -> None:
+    sources = [
+        ROOT / "run",
+        *(path for folder in ("mlp_fast", "kernels", "bench") for path in ROOT.glob(f"{folder}/**/*.py")),
+    ]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    for page in ALL:
+        for name in re.findall(r"`([A-Z][A-Z_]{3,})[`=]", page.prose):
+            assert re.search(rf"\b{name}\b", code), f"{page.name}: {name}"
+
+
 def test_tests_in_the_prose_exist() -> None:
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("**/test_*.py"))
     for page in ALL:
