@@ -32,16 +32,16 @@ def draw_losses(path: str, evaluations: Sequence["Evaluation"], title: str, floo
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     steps = [e.step for e in evaluations]
     axes.plot(steps, [e.train_loss for e in evaluations], label="train")
     axes.plot(steps, [e.val_loss for e in evaluations], label="val")
     if floor is not None:
         axes.axhline(floor, color="grey", linestyle="--", label="floor (entropy of the source on val)")
-    axes.set(title=textwrap.fill(title, 80), xlabel="step", ylabel="mean cross-entropy (nats per character)")
+    axes.set(title=textwrap.fill(title, 60), xlabel="step", ylabel="mean cross-entropy (nats per character)")
     axes.legend()
     axes.grid(alpha=0.3)
     try:
-        figure.savefig(path)
+        figure.savefig(path, dpi=130)
     finally:
         plt.close(figure)

@@ -140,16 +140,16 @@ def summary(operations: Sequence[Operation]) -> str:
 def draw_embeddings(path: Path, embeddings: Tensor, vocabulary: Vocabulary) -> None:
     """Draws the first two principal components of embeddings (V, E), each point labelled with its token."""
     coordinates, share = principal_components(embeddings)
-    figure, axes = _figure(8, 6)
+    figure, axes = _figure(6.4, 5.4)
     axes.scatter(*coordinates.t().tolist(), s=12 if len(coordinates) <= SHOWN_LABELS else 2)
     if len(coordinates) <= SHOWN_LABELS:
         for token, point in enumerate(coordinates.tolist()):
             label = _label(vocabulary, token)
             axes.annotate(label, point, xytext=(4, 4), textcoords="offset points", parse_math=False)
     axes.set(
-        title=f"Token embeddings ({len(embeddings)} tokens, {embeddings.shape[1]} dimensions) in two dimensions",
-        xlabel=f"first principal component ({share[0]:.0%} of the variance), embedding units",
-        ylabel=f"second ({share[1]:.0%}), embedding units",
+        title=f"Embeddings of {len(embeddings)} tokens: {embeddings.shape[1]} dimensions in two",
+        xlabel=f"first principal component ({share[0]:.0%} of the variance; embedding units)",
+        ylabel=f"second ({share[1]:.0%}; embedding units)",
     )
     axes.grid(alpha=0.3)
     _save(figure, path)
@@ -160,7 +160,7 @@ def draw_probabilities(path: Path, probabilities: Tensor, context: Sequence[int]
     shown = list(range(len(probabilities)))
     if len(shown) > SHOWN_BARS:
         shown = probabilities.topk(SHOWN_BARS).indices.tolist()
-    figure, axes = _figure(8, 4)
+    figure, axes = _figure(6.4, 4)
     axes.bar(range(len(shown)), probabilities[shown].tolist())
     labels = [_label(vocabulary, token) for token in shown]
     rotation = 90 if max(len(label) for label in labels) > 3 else 0
@@ -182,7 +182,7 @@ def draw_graph(path: Path, operations: Sequence[Operation]) -> None:
         for depth, row in enumerate(rows)
         for i, operation in enumerate(row)
     }
-    figure, axes = _figure(4 + 2.5 * max(len(row) for row in rows), 1 + 0.8 * len(rows))
+    figure, axes = _figure(max(5.0, 0.6 + 2.6 * max(len(row) for row in rows)), 1 + 0.8 * len(rows))
     for operation in operations:
         for parent in operation.inputs:
             (x0, y0), (x1, y1) = places[parent], places[operation.name]
@@ -245,7 +245,7 @@ def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     try:
-        figure.savefig(path)
+        figure.savefig(path, dpi=130)
     finally:
         plt.close(figure)
 
