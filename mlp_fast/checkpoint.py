@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,8 +183,8 @@ def _checkpoint(facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
     if type(step) is not int or not 0 <= step <= config.num_steps:
         raise ValueError(f"step {step!r} is not one of the run's")
     losses = dict(facts["losses"])
-    if not all(type(value) in (int, float) for value in losses.values()):
-        raise ValueError("the losses are not numbers")
+    if not all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in losses.values()):
+        raise ValueError("the losses are not finite numbers")
     sizes = Shape(len(vocabulary), config.context_length, config.embedding_size, config.hidden_size, config.direct)
     groups = {kind: {name: f"{kind}.{name}" for name in sizes.parameters} for kind in _MOMENTS}
     groups = {"parameters": {name: name for name in sizes.parameters}} | groups
@@ -215,7 +216,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise Damaged(f"{path} is not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            # Copies: what is mapped would keep the space of a deleted file for as long as the state lives.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"{path} is damaged or not a checkpoint ({' '.join(str(error).split())})") from None
     except OSError as error:

@@ -1,5 +1,6 @@
 """One run at a time in a folder: an advisory lock that ends with the process that holds it, however it ends."""
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -23,7 +24,8 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self._path = folder / LOCK
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._handle, 0)
@@ -37,6 +39,13 @@ class FolderLock:
         except OSError:
             self.close()
             raise
+
+    @property
+    def held(self) -> bool:
+        """Whether the folder has the locked file still: both may have been removed, and made anew by another run."""
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self._handle), os.stat(self._path))
+        return False
 
     def close(self) -> None:
         """Gives the lock back."""

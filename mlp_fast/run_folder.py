@@ -5,6 +5,8 @@ themselves, but for the test loss: a folder whose index is lost or behind is sti
 """
 
 import contextlib
+import errno
+import itertools
 import json
 import math
 import os
@@ -20,7 +22,6 @@ from mlp_fast.lock import FolderLock
 
 INDEX = "run.json"
 INDEX_VERSION = 1
-DAMAGED = ".damaged"
 
 
 class RunFolder:
@@ -55,7 +56,7 @@ class RunFolder:
             start: the file of this folder that the run goes on from; None for a run that starts here.
 
         Returns:
-            Damaged files, now set aside under another name.
+            Damaged files, now set aside under another name, each its own.
 
         Raises:
             UserError: the folder holds another run, or newer checkpoints than `start`.
@@ -80,42 +81,50 @@ class RunFolder:
                 f"go on from there by --resume {self.path}, or give --out another folder"
             )
         self._remove_unfinished()
-        return [file.rename(file.with_name(file.name + DAMAGED)) for file in damaged]
+        return [file.rename(_aside(file)) for file in damaged]
 
     @property
     def newest(self) -> Path | None:
-        """The newest checkpoint."""
-        return self.path / next(reversed(self.entries)) if self.entries else None
+        """The newest checkpoint that is still there."""
+        there = (self.path / name for name in reversed(self.entries) if os.path.exists(self.path / name))
+        return next(there, None) if self._lock.held else None
 
     @property
     def best(self) -> str | None:
-        """The name of the file with the smallest val_loss, the earliest of equals."""
-        judged = {name: entry["val_loss"] for name, entry in self.entries.items() if "val_loss" in entry}
-        finite = {name: loss for name, loss in judged.items() if math.isfinite(loss)}
-        return min(finite, key=lambda name: finite[name]) if finite else None
+        """The name of the file with the smallest val_loss, the earliest of equals.
+
+        A file that was saved between two evaluations carries the loss of an earlier step and is left out.
+        """
+        judged = {
+            name: entry["val_loss"]
+            for name, entry in self.entries.items()
+            if entry.get("evaluated_at") == entry["step"] and math.isfinite(entry.get("val_loss", math.nan))
+        }
+        return min(judged, key=lambda name: judged[name]) if judged else None
 
     def save(self, saved: Checkpoint) -> Path:
         """Writes a checkpoint, then the index, then removes what is no longer kept: in this order, each on the disk
         before the next. OSError where that fails; what was there before then stays.
         """
+        self._check_held()
         path = self.path / checkpoint.file_name(saved.state.step)
         checkpoint.save(path, saved)
         self.entries.pop(path.name, None)
         self.entries[path.name] = {"step": saved.state.step, **saved.losses}
         kept = {*list(self.entries)[-self.keep :], self.best}
-        dropped = [name for name in self.entries if name not in kept]
-        self.entries = {name: entry for name, entry in self.entries.items() if name in kept}
-        self._write_index()
-        for name in dropped:
+        self._write_index({name: entry for name, entry in self.entries.items() if name in kept})
+        for name in [name for name in self.entries if name not in kept]:
             (self.path / name).unlink(missing_ok=True)
+            del self.entries[name]  # not before: where the index or this fails, the next save tries again
         return path
 
     def note(self, step: int, **facts: float) -> None:
         """Adds to the index what became known of a step's checkpoint later. OSError where that fails."""
         entry = self.entries.get(checkpoint.file_name(step))
         if entry is not None:
+            self._check_held()
             entry |= facts
-            self._write_index()
+            self._write_index(self.entries)
 
     def close(self) -> None:
         """Lets other runs have the folder."""
@@ -143,16 +152,29 @@ class RunFolder:
                 with contextlib.suppress(OSError):  # in the way of nothing
                     os.unlink(entry)
 
-    def _write_index(self) -> None:
-        index = {"index_version": INDEX_VERSION, "best": self.best, "checkpoints": self.entries}
+    def _check_held(self) -> None:
+        """OSError where another run may have the folder's name by now."""
+        if not self._lock.held:
+            raise FileNotFoundError(errno.ENOENT, "the folder was removed")
+
+    def _write_index(self, entries: dict[str, dict[str, Any]]) -> None:
+        index = {"index_version": INDEX_VERSION, "best": self.best, "checkpoints": entries}
         write_atomically(self.path / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
     def _read_index(self) -> dict[str, dict[str, Any]]:
         """The entries of the index; none where it is missing or damaged, since the files speak for themselves."""
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        with contextlib.suppress(
+            OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError
+        ):
             entries = json.loads((self.path / INDEX).read_bytes())["checkpoints"]
             return {name: {str(key): float(value) for key, value in entry.items()} for name, entry in entries.items()}
         return {}
+
+
+def _aside(file: Path) -> Path:
+    """A name for a damaged file that no other has."""
+    names = (file.with_name(f"{file.name}.damaged-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _not_writable(path: Path, error: OSError | ValueError) -> UserError:

@@ -171,7 +171,7 @@ class Trainer:
             return f"{done}; nothing is saved, for want of --out"
         newest = self.folder.newest
         if newest is None:
-            return f"{done}; nothing is saved yet"
+            return f"{done}; " + ("what was saved is gone" if self.folder.entries else "nothing is saved yet")
         return f"{done}; saved: {newest}; go on with: {resume_command(self.config, str(self.folder.path))}"
 
     def floor(self, split: str) -> float | None:
@@ -368,12 +368,7 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
             corpus = load(config.data, config.tokens, config.min_count)
             checked_shape(config, corpus)  # before a folder is made or a file is opened
             folder = stack.enter_context(RunFolder(Path(config.out), config.keep)) if config.out is not None else None
-            start = _start(config, folder)
-            if start is not None and corpus.fingerprint != start.fingerprint:
-                raise UserError(
-                    f"--data {config.data} is not the corpus that the run in {config.resume} was trained on; "
-                    "give --data the name or place of that one"
-                )
+            start = _start(config, corpus, folder)
             log = stack.enter_context(contextlib.closing(RunLog(config, start.state.step if start else 0)))
             trainer = Trainer(config, corpus, log, folder, start, interrupt)
         try:
@@ -388,7 +383,7 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
     return result
 
 
-def _start(config: Config, folder: RunFolder | None) -> Checkpoint | None:
+def _start(config: Config, corpus: Corpus, folder: RunFolder | None) -> Checkpoint | None:
     """The checkpoint that the run goes on from, if any; and the folder made ready for what follows."""
     path = start = None
     if config.resume is not None:
@@ -398,6 +393,11 @@ def _start(config: Config, folder: RunFolder | None) -> Checkpoint | None:
         if config.last_step < start.state.step:
             raise UserError(
                 f"--stop-after {config.last_step}: {config.resume} has done {start.state.step} steps already"
+            )
+        if corpus.fingerprint != start.fingerprint:
+            raise UserError(
+                f"--data {config.data} is not the corpus that the run in {config.resume} was trained on; "
+                "give --data the name or place of that one"
             )
     if folder is not None:
         in_place = path is not None and same_folder(folder.path, path.parent)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from processes import SIZES, make_corpus
 from safetensors import safe_open
 
-from mlp_fast import backends, checkpoint, evaluate, files, sample, train
+from mlp_fast import backends, checkpoint, evaluate, files, run_folder, sample, train
 from mlp_fast.checkpoint import Checkpoint, Damaged
 from mlp_fast.config import PER_COMMAND, Config
 from mlp_fast.corpus import load
@@ -37,13 +37,14 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def run(corpus_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 30 steps with checkpoints of steps 10, 20 and 30; not to be changed."""
+    """A finished run of 30 steps with checkpoints of steps 10, 20 (the best) and 30; not to be changed."""
     out = tmp_path_factory.mktemp("run")
-    train.main([*options(corpus_folder), "--out", str(out), "--checkpoint-every", "10"])
+    train.main([*options(corpus_folder), "--out", str(out), "--checkpoint-every", "10", "--eval-every", "5"])
     return out
 
 
 def options(corpus_folder: str, *more: str) -> list[str]:
+    """30 steps, evaluated at 0, 7, 14, 21, 28 and 29."""
     return [*SIZES, "--quiet", "--data", corpus_folder, "--num-steps", "30", "--eval-every", "7", *more]
 
 
@@ -249,7 +250,7 @@ def test_a_damaged_file_is_refused_and_a_good_one_offered(
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 40) | st.floats() | st.text(max_size=3),
+    st.none() | st.booleans() | st.integers(-2, 40) | st.just(10**400) | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
@@ -274,9 +275,10 @@ def test_a_forged_document_is_read_or_refused(run: Path, tmp_path: Path, data: A
         checkpoint.read(path).model()
 
 
-def test_what_a_forged_document_says_stays_in_its_line(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", [{"config": {"one\ntwo": None}}, {"losses": {"val_loss": 10**400}}])
+def test_nonsense_that_sums_right_is_one_line(run: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
     tensors, metadata = checkpoint._read(run / "step-00000010.safetensors")
-    document = json.dumps(json.loads(metadata["mlp_fast"]) | {"config": {"one\ntwo": None}})
+    document = json.dumps(json.loads(metadata["mlp_fast"]) | wrong)
     path = tmp_path / "forged"
     path.write_bytes(
         safetensors.torch.save(tensors, {"mlp_fast": document, "sha256": checkpoint._checksum(document, tensors)})
@@ -298,7 +300,8 @@ def test_random_bytes_are_refused(tmp_path: Path, header: bytes, length: int | N
 def at_step(saved: Checkpoint, step: int, val_loss: float) -> Checkpoint:
     state = saved.state.clone()
     state.step = step
-    return Checkpoint(state, saved.config, saved.vocabulary, saved.fingerprint, {"val_loss": val_loss})
+    losses = {"evaluated_at": step, "val_loss": val_loss}
+    return Checkpoint(state, saved.config, saved.vocabulary, saved.fingerprint, losses)
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -320,7 +323,81 @@ def test_the_newest_and_the_best_are_kept(run: Path, tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [6, 7]
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["best"] == "step-00000006.safetensors"
-    assert index["checkpoints"]["step-00000007.safetensors"] == {"step": 7, "val_loss": 0.7, "test_loss": 0.75}
+    assert index["checkpoints"]["step-00000007.safetensors"] == {
+        "step": 7,
+        "evaluated_at": 7,
+        "val_loss": 0.7,
+        "test_loss": 0.75,
+    }
+
+
+def best_of(folder: Path) -> str | None:
+    return json.loads((folder / INDEX).read_text())["best"]
+
+
+def test_only_its_own_loss_makes_a_checkpoint_the_best(corpus_folder: str, tmp_path: Path) -> None:
+    """Evaluations at 0, 7, 14, 21, 28 and 29; the loss falls all the time."""
+    train.main(options(corpus_folder, f"--out={tmp_path / 'between'}", "--checkpoint-every=5", "--stop-after=20"))
+    assert best_of(tmp_path / "between") is None
+    train.main(options(corpus_folder, f"--out={tmp_path / 'some'}", "--checkpoint-every=4", "--keep=1"))
+    assert best_of(tmp_path / "some") == "step-00000028.safetensors"
+    assert steps_in(tmp_path / "some") == [28, 30]
+    train.main(options(corpus_folder, f"--out={tmp_path / 'at'}", "--checkpoint-every=7", "--stop-after=25"))
+    assert best_of(tmp_path / "at") == "step-00000021.safetensors"
+
+
+def test_what_is_not_kept_goes_even_after_an_index_that_failed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, write = checkpoint.load(run), files.write_atomically
+
+    def failing(path: Path, content: bytes) -> None:
+        raise OSError("the disk is full")
+
+    with RunFolder(tmp_path, keep=1) as folder:
+        folder.save(at_step(saved, 1, 3.0))
+        monkeypatch.setattr(run_folder, "write_atomically", failing)
+        with pytest.raises(OSError, match="full"):
+            folder.save(at_step(saved, 2, 2.0))
+        assert steps_in(tmp_path) == [1, 2], "the index names step 1 still"
+        monkeypatch.setattr(run_folder, "write_atomically", write)
+        folder.save(at_step(saved, 3, 1.0))
+    assert steps_in(tmp_path) == [3]
+    assert list(json.loads((tmp_path / INDEX).read_text())["checkpoints"]) == ["step-00000003.safetensors"]
+
+
+def test_a_folder_made_anew_belongs_to_whoever_made_it(run: Path, tmp_path: Path) -> None:
+    saved, path = checkpoint.load(run), tmp_path / "run"
+    with RunFolder(path, keep=3) as folder:
+        folder.save(at_step(saved, 1, 3.0))
+        path.rename(tmp_path / "away")
+        path.mkdir()
+        with pytest.raises(FileNotFoundError):
+            folder.save(at_step(saved, 2, 2.0))
+        with RunFolder(path, keep=3) as other:
+            other.save(at_step(saved, 1, 2.5))
+            before = {p.name: p.read_bytes() for p in path.iterdir()}
+            with pytest.raises(FileNotFoundError):
+                folder.save(at_step(saved, 2, 2.0))
+            with pytest.raises(FileNotFoundError):
+                folder.note(1, test_loss=1.0)
+            assert folder.newest is None
+            assert other.newest == path / checkpoint.file_name(1)
+        assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+def test_a_checkpoint_that_someone_removed_is_not_named(run: Path, tmp_path: Path) -> None:
+    folder = copy_of(run, tmp_path / "run")
+    with RunFolder(folder, keep=3) as opened:
+        opened.begin(folder / "step-00000030.safetensors")
+        (folder / "step-00000030.safetensors").unlink()
+        assert opened.newest == folder / "step-00000020.safetensors"
+
+
+def test_a_loaded_checkpoint_does_not_hold_its_file(run: Path) -> None:
+    loaded = checkpoint.load(run)
+    assert loaded.state.step == 30
+    assert str(run) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_checkpoint_goes_after_its_successor_is_durable(
@@ -351,7 +428,10 @@ def test_a_checkpoint_goes_after_its_successor_is_durable(
     ]
 
 
-@pytest.mark.parametrize("index", [None, b"", b"{}", b'{"checkpoints": 3}', b"[" * 100_000])
+BIG = b'{"checkpoints": {"step-00000030.safetensors": {"val_loss": 1%s}}}' % (b"0" * 400)  # no float holds it
+
+
+@pytest.mark.parametrize("index", [None, b"", b"{}", b'{"checkpoints": 3}', b"[" * 100_000, BIG])
 def test_a_folder_is_whole_without_its_index(run: Path, tmp_path: Path, index: bytes | None) -> None:
     folder = copy_of(run, tmp_path / "run")
     (folder / INDEX).unlink()
@@ -360,7 +440,7 @@ def test_a_folder_is_whole_without_its_index(run: Path, tmp_path: Path, index: b
     with RunFolder(folder, keep=3) as opened:
         assert opened.begin(folder / "step-00000030.safetensors") == []
         assert list(opened.entries) == [p.name for p in checkpoint.files_in(run)]
-        assert opened.best == json.loads((run / INDEX).read_text())["best"]
+        assert opened.best == best_of(run) == "step-00000020.safetensors"
 
 
 def test_what_a_killed_run_left_half_written_is_removed(
@@ -522,11 +602,33 @@ def test_an_older_checkpoint_never_overwrites_newer_ones(run: Path) -> None:
 
 def test_damaged_checkpoints_are_set_aside(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copy_of(run, tmp_path / "run")
-    damage(folder / "step-00000030.safetensors")
-    train.main(["--resume", str(folder / "step-00000020.safetensors"), "--quiet"])
-    assert "set aside" in capsys.readouterr().err
-    assert (folder / "step-00000030.safetensors.damaged").exists()
-    assert_same(checkpoint.load(folder).state, checkpoint.load(run).state)
+    last = folder / "step-00000030.safetensors"
+    for number in (1, 2):
+        damage(last)
+        damaged = last.read_bytes()
+        train.main(["--resume", str(folder / "step-00000020.safetensors"), "--quiet"])
+        assert f"set aside: {last}.damaged-{number}\n" in capsys.readouterr().err
+        assert Path(f"{last}.damaged-{number}").read_bytes() == damaged
+        assert_same(checkpoint.load(folder).state, checkpoint.load(run).state)
+    assert len(list(folder.glob("*.damaged*"))) == 2
+
+
+def test_a_refused_run_sets_nothing_aside(run: Path, tmp_path: Path) -> None:
+    """Neither one on another corpus, nor one beside a checkpoint of a newer version, which is no damaged one."""
+    other = Path(make_corpus(tmp_path / "other"))
+    (other / "val.txt").write_text("nora\n" * 20)
+    folder = copy_of(run, tmp_path / "run")
+    damage(folder / "step-00000010.safetensors")
+    with pytest.raises(UserError, match="is not the corpus"):
+        train.main(["--resume", str(folder), "--data", str(other)])
+    tensors, metadata = checkpoint._read(folder / "step-00000020.safetensors")
+    document = json.dumps(json.loads(metadata["mlp_fast"]) | {"format_version": checkpoint.FORMAT_VERSION + 1})
+    newer = {"mlp_fast": document, "sha256": checkpoint._checksum(document, tensors)}
+    (folder / "step-00000020.safetensors").write_bytes(safetensors.torch.save(tensors, newer))
+    with pytest.raises(UserError, match="is newer than"):
+        train.main(["--resume", str(folder)])
+    assert steps_in(folder) == [10, 20, 30]
+    assert not list(folder.glob("*.damaged*"))
 
 
 def test_a_finished_run_only_tells_its_end_again(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

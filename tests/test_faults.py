@@ -7,6 +7,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -176,9 +177,38 @@ def test_a_run_survives_the_loss_of_its_folder(
     assert train.main(settings) == 3
     printed = capsys.readouterr()
     assert "test_loss" in printed.out
-    assert "could not save the checkpoint of step 20 (No such file or directory)" in printed.err
+    assert "could not save the checkpoint of step 20 (the folder was removed)" in printed.err
     assert "finished, but could not save" in printed.err
     assert not out.exists(), "it may have been a mount point: it is not made anew"
+
+
+@pytest.mark.parametrize("end", ["signal", "nan"])
+def test_a_run_that_ends_after_its_folder_offers_nothing_of_it(
+    end: str, tmp_path: Path, corpus_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    advance = Eager.advance
+
+    def vanishing(self: Eager, steps: int) -> torch.Tensor:
+        losses = advance(self, steps)
+        if self.step == 15:
+            shutil.rmtree(out)
+            if end == "nan":
+                losses[-1] = torch.nan
+            else:
+                os.kill(os.getpid(), signal.SIGINT)
+        return losses
+
+    monkeypatch.setattr(Eager, "advance", vanishing)
+    monkeypatch.setattr(train, "RESPONSE_TIME", {"cpu": 0.0})
+    settings = options(corpus_folder, f"--out={out}", "--checkpoint-every=10")
+    if end == "nan":
+        with pytest.raises(train.NonFiniteLoss, match="seen at step 21; there is no checkpoint;"):
+            train.main(settings)
+    else:
+        assert train.main(settings) == 130
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == "mlp_fast: stopped by SIGINT after 15 of 30 steps; what was saved is gone"
 
 
 def test_a_log_that_cannot_be_written_ends_no_run(
