@@ -38,7 +38,7 @@ def draw_losses(path: str, evaluations: Sequence["Evaluation"], title: str, floo
     axes.plot(steps, [e.val_loss for e in evaluations], label="val")
     if floor is not None:
         axes.axhline(floor, color="grey", linestyle="--", label="floor (entropy of the source on val)")
-    axes.set(title=textwrap.fill(title, 60), xlabel="step", ylabel="mean cross-entropy (nats per character)")
+    axes.set(title=textwrap.fill(title, 60), xlabel="step", ylabel="mean cross-entropy (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3)
     try:
