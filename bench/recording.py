@@ -11,7 +11,7 @@ import torch
 
 from bench import probes
 from bench.case import Case, Entry, Skipped, Timer, failure
-from mlp_fast import machine
+from mlp_fast import backends, machine
 from mlp_fast.errors import UserError
 from mlp_fast.files import write_atomically
 from mlp_fast.timing import NotEquivalent
@@ -70,6 +70,15 @@ class Recording:
     def entry(self, group: str, id: str) -> Entry | None:
         """The entry of that name, or None."""
         return next((entry for entry in self.group(group) if entry["id"] == id), None)
+
+    def fastest(self) -> str:
+        """The backend whose step takes the least time in float32, by the step group; "" where none was timed."""
+        times = {
+            entry["backend"]: entry["ms"]["median"]
+            for entry in self.group("step")
+            if entry["precision"] == "fp32" and entry["backend"] in backends.REGISTRY
+        }
+        return min(times, key=times.__getitem__, default="")
 
     def save(self, path: Path) -> None:
         """Writes the file, with its folder; a process that is ended meanwhile leaves the last one."""

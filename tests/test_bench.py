@@ -355,6 +355,20 @@ def entry_of(group: str, id: str, median: float, spread: float = 0.1, **more: An
     return {"group": group, "id": id, "per": "step", "ms": ms, "rivals": {}, **more}
 
 
+def test_the_fastest_backend_is_that_of_the_least_median_in_float32() -> None:
+    record_ = Recording(FACTS)
+    assert record_.fastest() == ""
+    record_.entries = [
+        entry_of("step", "a", 0.03, backend="triton-step", precision="fp32"),
+        entry_of("step", "b", 0.02, spread=0.5, backend="triton-persistent", precision="fp32"),
+        entry_of("step", "c", 0.01, backend="triton-step", precision="tf32"),
+        entry_of("step", "d", 0.01, backend="reference-loop", precision="fp32"),  # nothing to train with
+        entry_of("sweep", "e", 0.01, backend="native", precision="fp32"),
+        entry_of("step", "f", 0.025, spread=0.9, backend="triton-op", precision="fp32"),
+    ]
+    assert record_.fastest() == "triton-persistent"
+
+
 def test_the_plain_runner_records_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "deep" / "recording.json"
     assert record.main(["--dry-run", "--groups", "rng,sampling", "--device", "cpu", "--out", str(file)]) == 0
