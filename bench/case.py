@@ -21,10 +21,10 @@ class Skipped(Exception):
     """A case cannot run here; the message says why."""
 
 
-def require(name: str, what: str, error: float) -> None:
-    """NotEquivalent where something that `name` computed is off by more than TOLERANCE, or is not a number."""
-    if not error <= TOLERANCE:
-        raise NotEquivalent(f"{name} is not equivalent: {what} is off by {error:.1e} (at most {TOLERANCE:.1e} may be)")
+def require(name: str, what: str, error: float, limit: float = TOLERANCE) -> None:
+    """NotEquivalent where something that `name` computed is off by more than the limit, or is not a number."""
+    if not error <= limit:
+        raise NotEquivalent(f"{name} is not equivalent: {what} is off by {error:.1e} (at most {limit:.1e} may be)")
 
 
 def failure(error: Exception) -> str:

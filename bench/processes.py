@@ -1,24 +1,40 @@
 """Whole processes as cases: imports, a help text, one step, and training runs from start to end."""
 
 import dataclasses
+import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
 from bench import floor
-from bench.case import Case, Entry, Plan, Skipped, Timer
+from bench.case import Case, Entry, Plan, Skipped, Timer, require
 from bench.steps import REFERENCE
 from mlp_fast.timing import Spread, seconds
 
+# The test loss after so many steps at the default settings on the embedded corpus, as bench.reference_loop prints it.
+# Its own rounding takes it 6e-6 from float64 in 5,000 steps; other orders of addition end 2e-5 from it after 50,000.
+TEST_LOSS = {20: 2.921876, 40: 2.766121, 5000: 2.425677, 50000: 2.388702}
+RUN_TOLERANCE = 5e-5
+
 
 def _process_case(
-    group: str, id: str, commands: Mapping[str, Sequence[str]], per: str, rounds: int, **facts: Any
+    group: str, id: str, commands: Mapping[str, Sequence[str]], per: str, rounds: int, steps: int | None = None
 ) -> Case:
-    """A Python process from its start to its end; the first of `commands` is the case, the others are its rivals."""
+    """A Python process from its start to its end; the first of `commands` is the case, the others are its rivals.
+
+    With `steps` all of them train so many, and end with the test loss that they must.
+    """
+
+    def process(name: str) -> None:
+        printed = _python(commands[name])
+        if steps is not None:
+            losses = re.findall(r"^test_loss (\S+)", printed, re.MULTILINE)
+            loss = float(losses[-1]) if losses else math.nan
+            require(name, f"the test loss after {steps:,} steps", abs(loss - TEST_LOSS[steps]), RUN_TOLERANCE)
 
     def run(timer: Timer, probes: floor.Probes) -> Entry:
         name, *others = commands
@@ -26,13 +42,13 @@ def _process_case(
 
         def before() -> None:
             for other in others:
-                samples[other].append(1e3 * seconds(partial(_python, commands[other])))
+                samples[other].append(1e3 * seconds(partial(process, other)))
 
-        times = timer(lambda: _python(commands[name]), before, rounds)
+        times = timer(lambda: process(name), before, rounds)
         spread = Spread.of([1e3 * t for t in times])
         rivals = {other: Spread.of(samples[other]) for other in others if samples[other]}
         return {
-            **facts,
+            **({} if steps is None else {"steps": steps}),
             "command": "python " + " ".join(commands[name]),
             "threads": torch.get_num_threads(),
             "per": per,
@@ -45,12 +61,14 @@ def _process_case(
     return Case(group, id, run)
 
 
-def _python(arguments: Sequence[str]) -> None:
-    result = subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def _python(arguments: Sequence[str]) -> str:
+    """What a Python process prints."""
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     if result.returncode:
         raise Skipped(
             f"python {' '.join(arguments)} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
         )
+    return result.stdout
 
 
 def start_up_cases(plan: Plan) -> Iterator[Case]:
@@ -70,7 +88,7 @@ def start_up_cases(plan: Plan) -> Iterator[Case]:
 
 def run_cases(plan: Plan) -> Iterator[Case]:
     """Training runs from the start of the process to its end, beside the reference loop on the CPU."""
-    train = ("-m", "mlp_fast.train", "--device", plan.device, "--quiet", "--num-steps")
+    train = ("-m", "mlp_fast.train", "--device", plan.device, "--num-steps")
     short, long = ("20", "40") if plan.dry else ("5000", "50000")
     reference: dict[str, Sequence[str]] = {}
     if plan.device == "cpu":

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bench import floor, generate_words
-from bench.case import Case, Entry, Plan, Skipped, Timer, spread_ms
+from bench.case import Case, Entry, Plan, Skipped, Timer, require, spread_ms
 from bench.steps import Setting, step_case
 from mlp_fast import backends, distributed, machine, token_cache, train
 from mlp_fast.command import run_main
@@ -40,8 +41,23 @@ def word_corpus(tokens: int) -> Path:
     return folder
 
 
-def trained(options: Sequence[str], processes: int = 1) -> tuple[float, int]:
-    """Milliseconds a step of a training run, and the memory of its largest process at its highest, in bytes."""
+@dataclass(frozen=True)
+class Trained:
+    """What a training run tells.
+
+    Attributes:
+        milliseconds: a step.
+        peak: the memory of its largest process at its highest, in bytes.
+        test_loss: at the end.
+    """
+
+    milliseconds: float
+    peak: int
+    test_loss: float
+
+
+def trained(options: Sequence[str], processes: int = 1) -> Trained:
+    """Trains in processes of their own."""
     launcher = []
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -55,7 +71,7 @@ def trained(options: Sequence[str], processes: int = 1) -> tuple[float, int]:
         events = [json.loads(line) for line in log.read_text().splitlines()]
         peaks = [int(file.read_text()) for file in Path(folder).glob("peak-*")]
     times = [event["ms_per_step"] for event in events if event["event"] == "eval"]
-    return times[-1], max(peaks)
+    return Trained(times[-1], max(peaks), next(event["loss"] for event in events if event["event"] == "test"))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,7 +95,10 @@ def training_case(
     words: int | None = None,
     processes: int = 1,
 ) -> Case:
-    """Training processes of one backend, with those of eager in between; on so many generated words, if given."""
+    """Training processes of one backend, with those of eager in between; on so many generated words, if given.
+
+    Both must end with the same test loss.
+    """
 
     def run(timer: Timer, probes: floor.Probes) -> Entry:
         shape = Shape(
@@ -89,29 +108,28 @@ def training_case(
         if reason is not None:
             raise Skipped(reason)
         options = [*settings, "--data", "embedded" if words is None else str(word_corpus(words))]
-        times: list[float] = []
-        eager: list[float] = []
-        memory: list[int] = []
+        runs: list[Trained] = []
+        eager: list[Trained] = []
 
         def work() -> None:
-            milliseconds, peak = trained([*options, "--backend", config.backend], processes)
-            times.append(milliseconds)
-            memory.append(peak)
+            runs.append(trained([*options, "--backend", config.backend], processes))
 
         def before() -> None:
             if config.backend != BASELINE or processes > 1:
-                eager.append(trained([*options, "--backend", BASELINE])[0])
+                eager.append(trained([*options, "--backend", BASELINE]))
 
         timer(work, before, 1 if plan.dry else 3)
-        if plan.device == "cpu" and max(memory) > MEMORY_LIMIT:
-            raise NotEquivalent(f"it took {max(memory) / 2**30:.1f} GiB, more than {MEMORY_LIMIT / 2**30:g}")
+        for mine, theirs in zip(runs, eager, strict=False):
+            require(config.backend, "the test loss", abs(mine.test_loss - theirs.test_loss))
+        peak = max(one.peak for one in runs)
+        if plan.device == "cpu" and peak > MEMORY_LIMIT:
+            raise NotEquivalent(f"it took {peak / 2**30:.1f} GiB, more than {MEMORY_LIMIT / 2**30:g}")
+        times = [one.milliseconds for one in runs]
         spread = Spread.of(times)
         rivals = {}
         if eager:
-            rivals[BASELINE] = {
-                **spread_of(eager),
-                "ratio": Spread.of(eager).median / spread.median,
-            }
+            other = [one.milliseconds for one in eager]
+            rivals[BASELINE] = {**spread_of(other), "ratio": Spread.of(other).median / spread.median}
         return {
             "backend": config.backend,
             "processes": processes,
@@ -120,7 +138,7 @@ def training_case(
             "per": "step",
             "ms": spread_of(times)["ms"],
             "samples_per_second": 1e3 * config.batch_size / spread.median,
-            "peak_bytes": max(memory),
+            "peak_bytes": peak,
             "rivals": rivals,
         }
 

@@ -13,7 +13,20 @@ import torch
 from fake_backends import Slow, Wrong, register
 from torch import Tensor
 
-from bench import floor, inference, operators, probes, record, recording, steps, suite, tables
+from bench import (
+    floor,
+    inference,
+    operators,
+    probes,
+    processes,
+    record,
+    recording,
+    reference_loop,
+    scale,
+    steps,
+    suite,
+    tables,
+)
 from bench.case import Case, Entry, Plan, Skipped, plain_timer
 from bench.recording import Recording
 from mlp_fast.backends.eager import Eager
@@ -312,6 +325,48 @@ def test_a_sample_that_rounding_took_across_a_border_is_right() -> None:
     moved = drawn(0.01)  # as logits that are off by as much would
     assert moved != drawn(0)
     assert 0 < inference.sample_error(moved, prompt, 50, model, 3) <= 0.01
+
+
+def test_the_loop_on_python_lists_ends_with_the_loss_that_runs_are_held_to(capsys: pytest.CaptureFixture[str]) -> None:
+    reference_loop.main(["--quiet", "--num-steps", "20"])
+    assert capsys.readouterr().out == f"test_loss {processes.TEST_LOSS[20]:.6f}\n"
+
+
+def test_a_run_is_measured_from_start_to_end() -> None:
+    case = next(case for case in suite.cases("run", DRY) if case.id == "40 steps")
+    entry = case.entry(plain_timer, {})
+    assert entry["command"] == "python -m mlp_fast.train --device cpu --num-steps 40"
+    assert entry["steps"] == 40
+    assert entry["ms"]["median"] > 100
+
+
+@pytest.mark.parametrize("wrong", ["mlp_fast.train", "bench.reference_loop"])
+@pytest.mark.parametrize("printed", ["test_loss 2.921936\n", "test_loss nan\n", ""])
+def test_a_run_that_ends_with_another_loss_gets_no_number(
+    monkeypatch: pytest.MonkeyPatch, wrong: str, printed: str
+) -> None:
+    outputs = {"mlp_fast.train": "step 0\ntest_loss 2.921836\n", "bench.reference_loop": "test_loss 2.921876\n"}
+    monkeypatch.setattr(processes, "_python", lambda command: outputs[command[1]])
+    case = next(case for case in suite.cases("run", DRY) if case.id == "20 steps")
+    assert set(case.entry(plain_timer, {})["rivals"]) == {"reference-loop"}
+    outputs[wrong] = printed
+    with pytest.raises(NotEquivalent, match="the test loss after 20 steps is off by"):
+        case.entry(plain_timer, {})
+
+
+def test_larger_training_that_ends_with_another_loss_than_eagers_gets_no_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = {"eager-raw": scale.Trained(2.0, 1000, 3.000005), "eager": scale.Trained(6.0, 2000, 3.0)}
+    monkeypatch.setattr(scale, "trained", lambda options, processes=1: runs[options[-1]])
+    case = scale.training_case("eager-raw", DRY, [], DRY.config(backend="eager-raw"), 27)
+    entry = case.entry(plain_timer, {})
+    assert entry["ms"]["median"] == pytest.approx(2)
+    assert entry["rivals"]["eager"]["ratio"] == pytest.approx(3)
+    assert entry["peak_bytes"] == 1000
+    runs["eager-raw"] = dataclasses.replace(runs["eager-raw"], test_loss=3.00002)
+    with pytest.raises(NotEquivalent, match=r"the test loss is off by 2\.0e-05"):
+        case.entry(plain_timer, {})
 
 
 def test_a_wrong_operator_gets_no_number() -> None:
