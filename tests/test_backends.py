@@ -8,8 +8,10 @@ from torch._dynamo.utils import counters
 
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
+from mlp_fast.backends.compiled import CompileStep
 from mlp_fast.config import Config
 from mlp_fast.corpus import Corpus
+from mlp_fast.kernels import native
 from mlp_fast.log import RunLog
 from mlp_fast.models import Shape
 from mlp_fast.state import TrainState
@@ -118,11 +120,15 @@ def test_losses_and_logits_of_given_windows_are_the_baselines(name: str) -> None
     assert other.sample([0, 1], 30, 42) == baseline.sample([0, 1], 30, 42)
 
 
-def test_auto_takes_the_first_that_is_available_and_fits() -> None:
-    config = Config()
-    name = backends.resolve(config, DEFAULT)
-    assert name in backends.REGISTRY
-    assert backends.obstacle(name, config, DEFAULT) is None
+def test_auto_on_a_cpu_is_the_fastest_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(device="cpu")
+    monkeypatch.setattr(native, "unavailable", lambda: None)
+    monkeypatch.setattr(CompileStep, "unavailable", classmethod(lambda cls, device: None))
+    assert backends.resolve(config, DEFAULT) == "native"
+    monkeypatch.setattr(native, "unavailable", lambda: "no C compiler was found")
+    assert backends.resolve(config, DEFAULT) == "compile-step"
+    monkeypatch.setattr(CompileStep, "unavailable", classmethod(lambda cls, device: "no C++ compiler was found"))
+    assert backends.resolve(config, DEFAULT) == "eager"
 
 
 def test_the_listing_names_every_backend_with_its_state() -> None:
