@@ -1,5 +1,6 @@
 """Files: what stands at a path, and writing that is whole or not at all."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -30,11 +31,23 @@ def check_writable(path: Path, option: str) -> None:
     """UserError, naming the option, where a file cannot be written; none is left behind that was not there."""
     try:
         existed = path.exists()
-        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666))  # a FIFO must not wait
+        os.close(open_to_append(path))
         if not existed:
             path.unlink()
     except OSError as error:
         raise UserError(f"{option} {shown(path)}: cannot write it ({error.strerror})") from None
+
+
+def open_to_append(path: Path) -> int:
+    """A handle that writes at the end of a file, made if it is missing; a FIFO that nobody reads is an OSError."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)  # would wait for a reader
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "nobody reads from it") from None
+        raise
+    os.set_blocking(handle, True)  # a reader that is slow is waited for
+    return handle
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError, discard_stdout, report
+from mlp_fast.files import open_to_append
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class RunLog:
             try:
                 self._json = _opened(Path(config.log_json), append=config.resume is not None)
             except OSError as error:
-                raise UserError(f"--log-json {config.log_json}: cannot write it ({error.strerror})") from None
+                raise UserError(f"--log-json {config.log_json}: cannot write it ({error.strerror or error})") from None
         self._bar = tqdm(
             total=config.last_step,
             initial=first_step,
@@ -160,12 +162,18 @@ class RunLog:
 
 
 def _opened(path: Path, *, append: bool) -> IO[str]:
-    """The file of the JSON log. Half a line that a killed run left at its end is removed."""
-    if append:
-        with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
-            place = file.seek(0, os.SEEK_END)
-            while place and file.seek(place - 1) >= 0 and file.read(1) != b"\n":
-                place -= 1
-            file.truncate(place)
+    """The file of the JSON log; a regular one is emptied, or rid of the half line that a killed run left at its end."""
     # A file name may hold bytes that are not UTF-8; Python's escape of them is JSON's own.
-    return path.open("a" if append else "w", encoding="utf-8", errors="backslashreplace")
+    log = open(open_to_append(path), "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(log.fileno()).st_mode):
+        os.ftruncate(log.fileno(), _whole_lines(path) if append else 0)
+    return log
+
+
+def _whole_lines(path: Path) -> int:
+    """How many bytes of a file its whole lines have."""
+    with path.open("rb") as file:
+        place = file.seek(0, os.SEEK_END)
+        while place and file.seek(place - 1) >= 0 and file.read(1) != b"\n":
+            place -= 1
+    return place

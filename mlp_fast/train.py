@@ -365,7 +365,7 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
                 raise UserError("--checkpoint-every needs a folder to save into; add --out DIR")
             if config.plot is not None:
                 check_plot(config.plot)
-            corpus = load(config.data, config.tokens, config.min_count)
+            corpus = _corpus(config)
             checked_shape(config, corpus)  # before a folder is made or a file is opened
             folder = stack.enter_context(RunFolder(Path(config.out), config.keep)) if config.out is not None else None
             start = _start(config, corpus, folder)
@@ -381,6 +381,16 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
             stop.report += f" {trainer.stopped()}"
             raise
     return result
+
+
+def _corpus(config: Config) -> Corpus:
+    """The run's corpus; where a resumed run's cannot be had, the error says what else may be done."""
+    try:
+        return load(config.data, config.tokens, config.min_count)
+    except UserError as error:
+        if config.resume is None:
+            raise
+        raise UserError(f"{error}; if the corpus of {config.resume} lies elsewhere, say where by --data") from None
 
 
 def _start(config: Config, corpus: Corpus, folder: RunFolder | None) -> Checkpoint | None:

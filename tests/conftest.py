@@ -21,7 +21,9 @@ COUNTS = pytest.StashKey[Counter[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the full form of the fault and fuzz suites")
-    parser.addoption("--record", action="store_true", help="write what these suites tried into docs/reliability.md")
+    parser.addoption(
+        "--record", action="store_true", help="with --long: write what they tried into docs/reliability.md"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[COUNTS] = Counter()
+    part = config.getoption("keyword") or config.getoption("markexpr")
+    if config.getoption("--record") and (part or not config.getoption("--long")):
+        raise pytest.UsageError("--record is of the whole: it needs --long, and neither -k nor -m")
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:

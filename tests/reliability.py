@@ -1,6 +1,6 @@
 """What the fault and fuzz suites have tried, as the table in docs/reliability.md.
 
-./run test --long --record     runs everything and writes the table anew
+./run test --long --record     runs everything and writes the table anew; --record alone is refused
 """
 
 from collections.abc import Mapping

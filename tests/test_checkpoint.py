@@ -569,6 +569,7 @@ def evaluations(log: Path) -> list[tuple[int, float, float]]:
 
 def test_the_log_goes_on_where_it_ended(corpus_folder: str, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    whole.write_text('{"event": "eval", "step": 1, "train_loss": 1, "val_loss": 1}\n' * 99)  # of an earlier run
     train.main(options(corpus_folder, "--log-json", str(whole)))
     train.main(options(corpus_folder, "--log-json", str(parts), "--stop-after=14", "--out", str(tmp_path / "run")))
     with parts.open("a") as file:
@@ -659,6 +660,21 @@ def test_options_that_agree_or_may_change_are_taken(run: Path, tmp_path: Path, c
     folder = copy_of(run, tmp_path / "run")
     more = ["--hidden-size=5", "--backend=eager-raw", f"--data={moved}", "--eval-every=3", "--keep=2", "--quiet"]
     assert train.main(["--resume", str(folder), *more]) == 0
+
+
+def test_a_corpus_that_is_not_where_it_was_may_be_named_anew(
+    run: Path, corpus_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(corpus_folder).parent)
+    out = tmp_path / "run"
+    train.main([*options(Path(corpus_folder).name), f"--out={out}", "--stop-after=9"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no such file or folder; if the corpus of .*run lies elsewhere, .*--data"):
+        train.main([f"--resume={out}"])
+    train.main([f"--resume={out}", f"--data={corpus_folder}", "--quiet"])
+    assert_same(checkpoint.load(out).state, checkpoint.load(run).state)
+    with pytest.raises(UserError, match=r"no such file or folder$"):
+        train.main([*options("none"), f"--out={tmp_path / 'new'}"])
 
 
 def test_another_corpus_is_refused(run: Path, tmp_path: Path) -> None:

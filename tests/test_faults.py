@@ -221,6 +221,21 @@ def test_a_log_that_cannot_be_written_ends_no_run(
     assert checkpoint.load(tmp_path / "run").state.step == 30
 
 
+def test_a_log_may_be_a_pipe_that_somebody_reads(tmp_path: Path, corpus_folder: str) -> None:
+    fifo, out, output = tmp_path / "fifo", tmp_path / "run", tmp_path / "output"
+    os.mkfifo(fifo)
+    new, resumed = options(corpus_folder, f"--out={out}", "--stop-after=9"), [f"--resume={out}"]
+    code, printed = finish([*new, f"--log-json={fifo}"], output)
+    assert (code, printed) == (2, f"mlp_fast: --log-json {fifo}: cannot write it (nobody reads from it)\n")
+    for settings, steps in ((new, [0, 7]), (resumed, [14, 21, 28, 29])):
+        with open(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)) as reader:  # the pipe holds what the run writes
+            code, printed = finish([*settings, f"--log-json={fifo}"], output)
+            assert code == 0, printed
+            events = [json.loads(line) for line in reader]
+        assert [event["step"] for event in events if event["event"] == "eval"] == steps
+        assert events[-1]["event"] == "test"
+
+
 def test_a_plot_that_cannot_be_written_ends_no_run(
     corpus_folder: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -371,6 +386,14 @@ def test_the_counts_are_written_between_their_marks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks the marks"):
         reliability.record({"kills": 1}, document)
     assert document.read_text() == "no marks"
+
+
+@pytest.mark.parametrize("part", [[], ["--long", "-k", "bytes"], ["--long", "-m", "not long"]])
+def test_counts_of_a_part_are_not_recorded(part: list[str]) -> None:
+    command = [sys.executable, "-m", "pytest", "--record", "--collect-only", str(Path(__file__)), *part]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--record is of the whole" in done.stderr
 
 
 def test_every_test_that_the_document_names_exists() -> None:
