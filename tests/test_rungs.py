@@ -41,11 +41,17 @@ def test_an_unknown_rung_is_one_clear_line() -> None:
         rungs.main(["auto"])
 
 
+def rows_below(heading: str) -> list[list[str]]:
+    """The table of a section of docs/kernels.md: the first three cells of its rows."""
+    text = KERNELS.read_text(encoding="utf-8").split(f"## {heading}")[1].split("\n## ")[0].split("<!-- bench")[0]
+    found = re.findall(r"^\|.*\|$", text, re.MULTILINE)[2:]
+    return [[cell.strip() for cell in row.split("|")[1:4]] for row in found]
+
+
 def test_the_model_of_the_step_kernels_adds_up() -> None:
     sizes = {"B": 128, "V": 27, "T": 3, "E": 48, "H": 512, "G": 32}
-    text = KERNELS.read_text(encoding="utf-8").split("## Operations and bytes")[1].split("## ")[0]
-    rows = [[cell.strip() for cell in row.split("|")[1:4]] for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)]
-    phases = {name: (work, float(kib.replace(",", ""))) for name, work, kib in rows[2:]}
+    rows = rows_below("Operations and bytes")
+    phases = {name: (work, float(kib.replace(",", ""))) for name, work, kib in rows}
     total_work, total_kib = phases.pop("sum")
     products = 0.0
     for name, (work, _) in phases.items():
@@ -58,3 +64,23 @@ def test_the_model_of_the_step_kernels_adds_up() -> None:
     assert sum(kib for _, kib in phases.values()) == total_kib
     # Every load and store, counted; the model leaves out tokens, and rows of wte that a program reads again.
     assert total_kib * 1024 < rungs.count("triton-step").bytes < 1.15 * total_kib * 1024
+
+
+@pytest.mark.parametrize(("column", "fma", "tf32", "clock"), [(1, 64, 512, 1.41e3), (2, 128, 1024, 1.75e3)])
+def test_the_model_of_a_step_s_time_follows_from_its_assumptions(
+    column: int, fma: int, tf32: int, clock: float
+) -> None:
+    G, padded, kib, kept = 32, 22e6, 11_585 * 1024, 1.7e6
+    expected = {
+        "multiply-adds, fp32": padded / (G * fma * clock),
+        "multiply-adds, tf32x3": 3 * padded / (G * tf32 * clock),
+        "bytes, through L2": kib / (G * 64 * clock),
+        "bytes, resident": (kib - kept) / (G * 64 * clock),
+        "two waits": 2 * 1.3,
+    }
+    shown = {row[0]: float(row[column]) for row in rows_below("The model of a step's time")}
+    for name, microseconds in expected.items():
+        assert shown[name] == pytest.approx(microseconds, abs=0.051), name
+    for precision in ("fp32", "tf32x3"):
+        parts = (f"multiply-adds, {precision}", "bytes, resident", "two waits")
+        assert shown[f"sum, {precision}, resident"] == pytest.approx(sum(shown[part] for part in parts), abs=0.01)
