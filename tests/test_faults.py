@@ -22,6 +22,7 @@ from processes import SIZES, finish, start
 from mlp_fast import checkpoint, train
 from mlp_fast.backends.eager import Eager
 from mlp_fast.run_folder import INDEX
+from mlp_fast.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -333,6 +334,34 @@ def poison_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return losses
 
     monkeypatch.setattr(Eager, "advance", poisoned)
+
+
+@pytest.mark.parametrize("kind", ["parameters", "exp_avg", "exp_avg_sq"])
+def test_a_state_with_any_number_not_finite_is_not_saved(
+    kind: str, tmp_path: Path, corpus_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = Eager.state
+
+    def poisoned(self: Eager) -> TrainState:
+        result = state(self)
+        if self.step == 30:
+            next(iter(getattr(result, kind).values())).flatten()[-1] = torch.inf
+        return result
+
+    monkeypatch.setattr(Eager, "state", poisoned)
+    with pytest.raises(train.NonFiniteLoss, match="seen at step 30; there is no checkpoint"):
+        train.main(options(corpus_folder, f"--out={tmp_path / 'run'}", "--quiet"))
+    assert "could not save the checkpoint of step 30 (it is not finite" in capsys.readouterr().err
+    assert checkpoint.files_in(tmp_path / "run") == []
+
+
+def test_a_good_state_is_saved_without_its_bad_loss(
+    tmp_path: Path, corpus_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Eager, "mean_loss", lambda self, windows: torch.nan)
+    out = tmp_path / "run"
+    assert train.main(options(corpus_folder, f"--out={out}", "--quiet", "--on-nan=continue")) == 0
+    assert checkpoint.load(out).losses == {}
 
 
 @pytest.mark.parametrize("backend", ["eager-raw", "eager", "native"])

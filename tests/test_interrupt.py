@@ -9,15 +9,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_backends import Clocked, register
 from processes import SIZES, finish, start, wait_for
 
 from mlp_fast import checkpoint, run_folder, train
 from mlp_fast.backends.eager import Eager
-from mlp_fast.config import Config
+from mlp_fast.config import Config, Parser, add_config_arguments
 from mlp_fast.interrupt import Interrupt, Interrupted
+from mlp_fast.resume import resume_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,6 +67,35 @@ def test_a_signal_ends_a_run_saved_and_resumable(signum: signal.Signals, tmp_pat
     assert resumed.step == whole.step
     for name, tensor in whole.parameters.items():
         assert torch.equal(tensor, resumed.parameters[name])
+
+
+def test_the_command_that_goes_on_asks_for_the_same() -> None:
+    config = Config(stop_after=9, log_json="a log", plot="curve.png", quiet=True, out="elsewhere", seed=7, keep=4)
+    command = shlex.split(resume_command(config, "a run"))
+    assert command[:3] == ["python", "-m", "mlp_fast.train"]
+    parser = Parser()
+    add_config_arguments(parser)
+    asked = {"resume": "a run", "stop_after": 9, "log_json": "a log", "plot": "curve.png", "quiet": True}
+    assert parser.given(command[3:]) == asked
+    assert shlex.split(resume_command(Config(seed=7), "run"))[3:] == ["--resume", "run"]
+
+
+def test_a_signal_waits_for_50_milliseconds_of_steps(corpus_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = []
+
+    class Noting(Clocked):
+        step_time = 0.002
+
+        def advance(self, steps: int) -> torch.Tensor:
+            pieces.append(steps)
+            return super().advance(steps)
+
+    register(monkeypatch, Noting)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: Clocked.now))
+    options = ("--backend=clocked", "--num-steps=300", "--eval-every=300", "--hidden-size=2", "--batch-size=8")
+    train.main([*options, "--quiet", f"--data={corpus_folder}"])
+    assert sum(pieces) == 300
+    assert 0.03 < max(pieces) * Noting.step_time <= 0.05 + 1e-9
 
 
 def test_without_a_folder_it_says_that_nothing_is_saved(tmp_path: Path, corpus_folder: str) -> None:
