@@ -19,6 +19,7 @@ import torch
 
 from bench import numerics, tables
 from bench.case import Plan, Skipped, failure, plain_timer
+from bench.processes import require_loss
 from bench.recording import Recording, default_path
 from bench.suite import GROUPS, cases, usual
 from mlp_fast import backends, compare, profile, train
@@ -125,11 +126,14 @@ def losses(plan: Plan) -> dict[str, Any]:
         train.main(["--quiet", "--num-steps", steps, "--log-json", str(file), *_sizes(plan)])
         events = [json.loads(line) for line in file.read_text().splitlines()]
     config = next(event for event in events if event["event"] == "config")
+    test_loss = next(event["loss"] for event in events if event["event"] == "test")
+    if not plan.dry:
+        require_loss(config["chosen_backend"], config["num_steps"], test_loss)
     return {
         "backend": config["chosen_backend"],
         "num_steps": config["num_steps"],
         "floor": config["floor"],
-        "test_loss": next(event["loss"] for event in events if event["event"] == "test"),
+        "test_loss": test_loss,
         "evaluations": [
             {key: event[key] for key in ("step", "train_loss", "val_loss")}
             for event in events

@@ -352,6 +352,21 @@ def test_a_run_that_ends_with_another_loss_gets_no_number(
         case.entry(plain_timer, {})
 
 
+def test_the_losses_of_a_run_that_ends_with_another_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"event": "config", "chosen_backend": "native", "num_steps": 50_000, "floor": 2.35}
+    test = {"event": "test", "loss": processes.TEST_LOSS[50_000]}
+
+    def trained(arguments: list[str]) -> None:
+        file = Path(arguments[arguments.index("--log-json") + 1])
+        file.write_text(f"{json.dumps(config)}\n{json.dumps(test)}\n")
+
+    monkeypatch.setattr(record.train, "main", trained)
+    assert record.losses(Plan())["test_loss"] == processes.TEST_LOSS[50_000]
+    test["loss"] += 1e-4
+    with pytest.raises(NotEquivalent, match="native is not equivalent: the test loss after 50,000 steps"):
+        record.losses(Plan())
+
+
 def test_larger_training_that_ends_with_another_loss_than_eagers_gets_no_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
