@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -534,6 +534,16 @@ def uninterrupted(corpus_folder: str, out: Path, name: str) -> TrainState:
 QUICK = ("eager-raw", "eager", "native")
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many threads; more of them may sum in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", QUICK)
 def test_a_resumed_run_is_bit_identical(name: str, corpus_folder: str, tmp_path: Path) -> None:
     whole = uninterrupted(corpus_folder, tmp_path / "whole", available(name))
@@ -553,6 +563,29 @@ def test_a_run_goes_on_with_another_backend(first: str, second: str, corpus_fold
     assert_same(whole, parts, tolerance=1e-5)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("eager", "native", "eager-raw"),
+        ("native", "eager"),
+        pytest.param(("eager", "native", "compile-step"), marks=pytest.mark.long),
+        pytest.param(("compile-step", "native", "eager"), marks=pytest.mark.long),
+    ],
+)
+def test_losses_across_backends_agree_to_1e_5(names: tuple[str, ...], tmp_path: Path) -> None:
+    """300 steps at the default sizes, handed from one backend to the next, and in eager alone."""
+    common = ["--quiet", "--eval-every=50", "--num-steps=300"]
+    train.main([*common, "--backend=eager", f"--log-json={tmp_path / 'whole'}"])
+    run, log = tmp_path / "run", f"--log-json={tmp_path / 'parts'}"
+    for place, name in enumerate(names):
+        begin = [f"--resume={run}", "--quiet"] if place else [*common, f"--out={run}"]
+        last = 300 * (place + 1) // len(names)
+        train.main([*begin, f"--backend={available(name)}", f"--stop-after={last}", log])
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert len(whole) == 2 * 7 + 1
+    assert parts == pytest.approx(whole, rel=0, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_checkpoints_change_no_number(name: str, corpus_folder: str, tmp_path: Path) -> None:
     whole = uninterrupted(corpus_folder, tmp_path / "whole", available(name))
@@ -560,6 +593,12 @@ def test_checkpoints_change_no_number(name: str, corpus_folder: str, tmp_path: P
         out = tmp_path / every
         train.main([*options(corpus_folder, "--out", str(out)), "--backend", name, "--checkpoint-every", every])
         assert_same(whole, checkpoint.load(out).state)
+
+
+def losses(log: Path) -> list[float]:
+    """All evaluations' losses, then the last test loss."""
+    test = [json.loads(line) for line in log.read_text().splitlines()][-1]["loss"]
+    return [loss for _, *both in evaluations(log) for loss in both] + [test]
 
 
 def evaluations(log: Path) -> list[tuple[int, float, float]]:
