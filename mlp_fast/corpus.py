@@ -257,8 +257,8 @@ def split_lines(text: bytes, seed: int = SPLIT_SEED) -> dict[str, Utf8]:
     """
     if not text.endswith(b"\n"):
         raise ValueError("a text to split must end in a newline")
+    parts = _dealt(_count_lines(text), seed)  # before the bounds: dealing takes more memory for a while
     bounds = _line_bounds(text)
-    parts = _dealt(len(bounds) - 1, seed)
     return {split: _joined(_gathered(text, bounds, parts[split])) for split in SPLITS}
 
 
@@ -285,14 +285,19 @@ def _too_few_lines(path: Path) -> UserError:
     return UserError(f"{shown(path)} has fewer than {len(SPLITS)} lines: too few for train, val and test")
 
 
+def _count_lines(text: bytes | mmap.mmap) -> int:
+    return sum(text[start : start + tokens.CHUNK].count(b"\n") for start in range(0, len(text), tokens.CHUNK))
+
+
 def _line_bounds(text: bytes | mmap.mmap) -> npt.NDArray[Any]:
     """bounds[i] : bounds[i + 1] is line i with its newline; shape (lines + 1,), as narrow as the text allows."""
-    dtype = np.uint32 if len(text) < 1 << 32 else np.int64
-    parts: list[npt.NDArray[Any]] = [np.zeros(1, dtype)]
+    bounds = np.zeros(_count_lines(text) + 1, np.uint32 if len(text) < 1 << 32 else np.int64)
+    line = 1
     for start in range(0, len(text), tokens.CHUNK):
         newlines = np.flatnonzero(np.frombuffer(text[start : start + tokens.CHUNK], np.uint8) == ord("\n"))
-        parts.append((newlines + (start + 1)).astype(dtype))
-    return np.concatenate(parts)
+        bounds[line : line + len(newlines)] = newlines + (start + 1)
+        line += len(newlines)
+    return bounds
 
 
 def _shuffled(n: int, rng: RNG) -> npt.NDArray[np.uint32]:
@@ -473,11 +478,11 @@ def _split_mapped(path: Path, kind: str, copy: Path) -> Iterator[dict[str, Sourc
             file.write(b"\n")  # the last line may land before another
         file.flush()
         text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    bounds = _line_bounds(text)
     try:
-        parts = _dealt(len(bounds) - 1)
+        parts = _dealt(_count_lines(text))
     except ValueError:
         raise _too_few_lines(path) from None
+    bounds = _line_bounds(text)
     yield {split: partial(_gathered, text, bounds, parts[split]) for split in SPLITS}
     copy.unlink()
 
