@@ -286,17 +286,23 @@ def _too_few_lines(path: Path) -> UserError:
 
 
 def _count_lines(text: bytes | mmap.mmap) -> int:
-    return sum(text[start : start + tokens.CHUNK].count(b"\n") for start in range(0, len(text), tokens.CHUNK))
+    return sum(int(np.count_nonzero(chunk)) for _, chunk in _newlines(text))
+
+
+def _newlines(text: bytes | mmap.mmap) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+    """Which bytes are newlines, in chunks: the place of each, and a mask."""
+    for start in range(0, len(text), tokens.CHUNK):
+        yield start, np.frombuffer(text[start : start + tokens.CHUNK], np.uint8) == ord("\n")
 
 
 def _line_bounds(text: bytes | mmap.mmap) -> npt.NDArray[Any]:
     """bounds[i] : bounds[i + 1] is line i with its newline; shape (lines + 1,), as narrow as the text allows."""
     bounds = np.zeros(_count_lines(text) + 1, np.uint32 if len(text) < 1 << 32 else np.int64)
     line = 1
-    for start in range(0, len(text), tokens.CHUNK):
-        newlines = np.flatnonzero(np.frombuffer(text[start : start + tokens.CHUNK], np.uint8) == ord("\n"))
-        bounds[line : line + len(newlines)] = newlines + (start + 1)
-        line += len(newlines)
+    for start, chunk in _newlines(text):
+        places = np.flatnonzero(chunk)
+        bounds[line : line + len(places)] = places + (start + 1)
+        line += len(places)
     return bounds
 
 
