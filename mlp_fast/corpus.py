@@ -62,7 +62,7 @@ STREAMED_ABOVE = {"char": 2**28, "byte": 2**28, "word": 2**24}
 CACHE_VERSION = 1  # of what token_cache keeps of a text
 
 _DRAWS = 1 << 18  # random numbers drawn at a time
-_LINES = 1 << 12  # lines gathered at a time: they and their indices stay in the cache
+_LINES = 1 << 10  # lines gathered at a time: they and their indices stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,7 +328,7 @@ def _gathered(text: bytes | mmap.mmap, bounds: npt.NDArray[Any], order: npt.NDAr
     source = np.frombuffer(text, np.uint8)
     for first in range(0, len(order), _LINES):
         lines = order[first : first + _LINES].astype(np.int64)
-        starts, ends = bounds[lines].astype(np.int64), bounds[lines + 1].astype(np.int64)
+        starts, ends = bounds.take(lines).astype(np.int64), bounds.take(lines + 1).astype(np.int64)
         stops = np.cumsum(ends - starts)
         size = int(stops[-1])
         if size > tokens.CHUNK:  # long lines: copying each is quicker than an index a byte, and smaller
@@ -340,7 +340,7 @@ def _gathered(text: bytes | mmap.mmap, bounds: npt.NDArray[Any], order: npt.NDAr
         index[stops[:-1]] = starts[1:] - ends[:-1] + 1
         np.cumsum(index, out=index)
         source[starts]  # brings the lines into the cache, many at a time; byte by byte they would be waited for in turn
-        yield source[index].tobytes()
+        yield source.take(index, mode="clip").tobytes()
 
 
 # --- assembling -------------------------------------------------------------------------------------------------------
