@@ -5,11 +5,12 @@
 #   tests         the tests of kernels and backends that run on CUDA
 #   sanitizer     compute-sanitizer on one step of each Triton backend
 #   record        probes, suites, comparison and profile -> recording.json, trace.json.gz
-#   train         the 50,000-step run of the backend that was recorded as the fastest -> train.jsonl, train.png
+#   train         the 50,000-step run of the backend that was recorded as the fastest, in fp32 and in tf32x3
+#                 -> train-fp32.jsonl, train-tf32x3.jsonl, train.png
 #
-# Seconds that the stages may take, of 600: build 20, environment 20, tests 70 + 50 + 70 + 30, sanitizer 3 * 50, so 410
-# before the record, which ends at 510; train 60. Each of the last two may need 10 more to be killed: 590. The record
-# gets what the others have left of theirs, 100 at the least.
+# Seconds that the stages may take, of 600: build 20, environment 20, tests 70 + 50 + 90 + 30, sanitizer 3 * 40, so 400
+# before the record, which ends at 490; train 2 * 35. Each of the last three may need 10 more to be killed: 590. The
+# record gets what the others have left of theirs, 90 at the least; what matters most comes first in it.
 #
 # OUTDIR (default: runs/gpu) ends with at most eight files. It installs nothing: the package is built into a temporary
 # folder, and what the machine lacks is left out with the reason. --dry-run walks every stage with tiny sizes, on the
@@ -176,9 +177,9 @@ else
         skip "tests of the operators" "hypothesis is not installed"
     fi
     tests "tests of the backends" 50 "triton or eager" "$root/tests/test_backends.py"
-    tests "tests of the step kernels" 70 "test" "$root/tests/interpreted/test_train_step.py" \
+    tests "tests of the step kernels" 90 "test" "$root/tests/interpreted/test_train_step.py" \
         "$root/tests/interpreted/test_persistent_step.py" "$root/tests/interpreted/test_evaluation.py"
-    tests "litmus test of the grid barrier" 30 numbers "$root/bench/test_barrier.py"
+    tests "litmus test of the grid barrier" 30 numbers "$site/bench/test_barrier.py"
 fi
 
 triton=$("$python" -c "
@@ -192,7 +193,7 @@ for backend in $triton; do
     if [ -n "$sanitizer" ] && [ $device = cuda ]; then
         # A plain step comes first: Triton compiles for it, not under the sanitizer, which makes all loading slow.
         # shellcheck disable=SC2086
-        stage "sanitizer $backend" 50 sh -c '"$@" && exec "$0" --tool memcheck --error-exitcode 1 "$@"' \
+        stage "sanitizer $backend" 40 sh -c '"$@" && exec "$0" --tool memcheck --error-exitcode 1 "$@"' \
             "$sanitizer" "$python" $one_step
     elif [ -n "$dry" ]; then
         # shellcheck disable=SC2086
@@ -203,7 +204,7 @@ for backend in $triton; do
 done
 if [ -z "$triton" ]; then skip sanitizer "no Triton backend is available here"; fi
 
-left=$((510 - ($(date +%s) - began)))
+left=$((490 - ($(date +%s) - began)))
 if [ $left -lt 60 ]; then left=60; fi # only if something above was not ended by its limit
 rm -f "$out/recording.json" # of an earlier call: it must not choose the backend below
 shown=400
@@ -224,9 +225,16 @@ fi
 plot=
 if has matplotlib; then plot="--plot $out/train.png"; else skip "plot of the run" "matplotlib is not installed"; fi
 shown=5
-# shellcheck disable=SC2086
-stage train 60 "$python" -m mlp_fast.train --backend $fastest --device $device --num-steps $steps --data $data $sizes \
-    --log-json "$out/train.jsonl" $plot
+for precision in fp32 tf32x3; do
+    case $fastest in
+    triton*) ;;
+    *) if [ $precision != fp32 ]; then continue; fi ;; # --dry-run without a GPU
+    esac
+    # shellcheck disable=SC2086
+    stage "train $precision" 35 "$python" -m mlp_fast.train --backend $fastest --device $device --num-steps $steps \
+        --precision $precision --data $data $sizes --log-json "$out/train-$precision.jsonl" $plot
+    plot=
+done
 
 say "== all: $(($(date +%s) - began)) s${failed:+; failed:$failed}"
 say "keep recording.json as bench/results/<device>/<date>.json, then run: python -m bench.report"

@@ -287,11 +287,13 @@ PLOTS: dict[str, Drawing] = {
 
 def against(old: Recording, new: Recording) -> tuple[list[str], list[str]]:
     """What got slower and what got faster, each beyond its spread: the new median lies outside the old rounds and the
-    old median outside the new rounds.
+    old median outside the new rounds. A single round has no spread, so nothing is said of it.
 
     Raises:
-        UserError: the recordings are of different devices.
+        UserError: the recordings are of different devices, or one is of a dry run.
     """
+    if old.dry or new.dry:
+        raise UserError("a recording of a dry run has no times to compare")
     if old.facts["device"] != new.facts["device"]:
         raise UserError(
             f"the recordings are of different devices, {old.facts['device']} and {new.facts['device']}; "
@@ -303,6 +305,8 @@ def against(old: Recording, new: Recording) -> tuple[list[str], list[str]]:
         if before is None or before["per"] != entry["per"]:
             continue
         then, now = before["ms"], entry["ms"]
+        if then["min"] == then["max"] or now["min"] == now["max"]:
+            continue
         line = (
             f"{entry['group']}: {entry['id']}: {then['median']:.4g} -> {now['median']:.4g} ms per {entry['per']} "
             f"({now['median'] / then['median']:.2f}x)"

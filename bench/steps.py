@@ -24,6 +24,7 @@ from mlp_fast.timing import BASELINE, Contender, Judge, NotEquivalent, Spread, m
 
 REFERENCE = "reference-loop"  # eager-raw on batches from Python lists, bench/reference_loop.py
 SWEPT_SIZES = (128, 256, 512, 1024, 2048, 4096)
+LARGEST_BATCH = 8192  # that the step kernels take
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ def step_case(
             "backend": name,
             **{"B": config.batch_size, "T": config.context_length, "E": config.embedding_size},
             **{"H": config.hidden_size, "V": WORKSHOP.shape.V, "precision": config.precision},
+            "compile_mode": config.compile_mode,
             "threads": setting.threads,
             "per": "step",
             "ms": dataclasses.asdict(spread),
@@ -230,7 +232,10 @@ def contenders(plan: Plan) -> list[str]:
     """Every backend, and on the CPU the reference's way of working."""
     slow = ("compile-raw", "compile") if plan.dry else ()  # to compile
     names = [name for name in backends.REGISTRY if name not in slow]
-    return [REFERENCE, *names] if plan.device == "cpu" else names
+    if plan.device == "cpu":
+        return [REFERENCE, *names]
+    # What a GPU is asked for first, in case the time does not suffice for all; Inductor takes minutes.
+    return sorted(names, key=lambda name: (name.startswith("compile"), not name.startswith("triton")))
 
 
 def step_cases(plan: Plan) -> Iterator[Case]:
@@ -242,6 +247,12 @@ def step_cases(plan: Plan) -> Iterator[Case]:
                 continue  # minutes of compilation
             id = f"{name}-{setting.config.batch_size}-{precision}"
             yield step_case("step", id, name, setting, rivals_of(name, plan), plan)
+    if plan.device == "cuda":
+        # torch.compile at its best, whichever of its modes that is.
+        for mode in ("reduce-overhead", "max-autotune"):
+            setting = Setting(plan.config(compile_mode=mode))
+            id = f"compile-{setting.config.batch_size}-fp32-{mode}"
+            yield step_case("step", id, "compile", setting, rivals_of("compile", plan), plan)
 
 
 def thread_cases(plan: Plan) -> Iterator[Case]:
@@ -256,11 +267,12 @@ def thread_cases(plan: Plan) -> Iterator[Case]:
 
 def sweep_cases(plan: Plan) -> Iterator[Case]:
     """A training step over swept sizes: B, H, T and V one at a time."""
-    fastest = "triton-persistent" if plan.device == "cuda" else "native"
-    names = [name for name in backends.REGISTRY if name != BASELINE] if plan.full else [fastest]
+    fastest = ["triton-persistent", "triton-step"] if plan.device == "cuda" else ["native"]
+    names = [name for name in backends.REGISTRY if name != BASELINE] if plan.full else fastest
     sizes = (16, 32) if plan.dry else SWEPT_SIZES
+    batches = (*sizes, LARGEST_BATCH) if plan.device == "cuda" and not plan.dry else sizes
     swept: list[tuple[str, list[Setting]]] = [
-        ("B", [Setting(plan.config(batch_size=size)) for size in sizes]),
+        ("B", [Setting(plan.config(batch_size=size)) for size in batches]),
         ("H", [Setting(plan.config(hidden_size=size)) for size in sizes]),
     ]
     if plan.full:

@@ -55,13 +55,13 @@ def rng_cases(plan: Plan) -> Iterator[Case]:
 GROUPS: dict[str, Callable[[Plan], Iterator[Case]]] = {
     "step": step_cases,
     "threads": thread_cases,
+    "sweep": sweep_cases,
     "kernels": kernel_cases,
     "evaluation": evaluation_cases,
     "sampling": sampling_cases,
     "rng": rng_cases,
     "start-up": start_up_cases,
     "run": run_cases,
-    "sweep": sweep_cases,
     "scale": scale_cases,
 }
 

@@ -45,6 +45,8 @@ def steps(recording: Recording) -> str:
 def label(entry: Entry) -> str:
     """A case of the step and threads groups in a few words: "native", "native, 1 thread", "triton-op, tf32"."""
     parts = [entry["backend"]]
+    if entry.get("compile_mode", "default") != "default":
+        parts.append(entry["compile_mode"])
     if entry["precision"] != "fp32":
         parts.append(entry["precision"])
     if entry["group"] == "threads":
@@ -56,7 +58,7 @@ def ladder(recording: Recording) -> str:
     """The backends in the order of the ladder: ms/step in float32 on all threads, and how far from the floor."""
     rows = [
         [
-            entry["backend"],
+            label(entry),
             _number(entry["ms"]["median"]),
             "1" if entry["backend"] == BASELINE else _ratio(entry, BASELINE),
             _number(entry.get("floor_ms")),
@@ -113,7 +115,7 @@ def swept(recording: Recording) -> dict[str, list[Entry]]:
 
 
 def sweep(recording: Recording) -> str:
-    """The swept sizes, a table each: ms/step of each backend and of eager."""
+    """The swept sizes, a table each: ms/step of each backend and of eager, and how far from the floor."""
     parts = []
     for letter, entries in swept(recording).items():
         rows = []
@@ -126,9 +128,10 @@ def sweep(recording: Recording) -> str:
                     _number(entry["ms"]["median"]),
                     "-" if eager is None else _number(eager["ms"]["median"]),
                     _ratio(entry, BASELINE),
+                    "-" if "x_floor" not in entry else f"{entry['x_floor']:.1f}",
                 ]
             )
-        header = [SWEPT[letter], "backend", "ms/step", "eager, ms/step", "x eager"]
+        header = [SWEPT[letter], "backend", "ms/step", "eager, ms/step", "x eager", "x floor"]
         parts.append(_table(header, rows, text_columns=2))
     return "\n\n".join(parts)
 
@@ -274,7 +277,7 @@ SMALL_FORWARD = "small-embed_linear_tanh-128-fp32"
 CLAIMS: list[tuple[str, str, Callable[[Recording], float | None], float]] = [
     ("cpu", "eager over the loop on Python lists", _rival_ratio("step", "eager-128-fp32", REFERENCE), 1),
     ("cpu", "compile-step over eager", _rival_ratio("step", "compile-step-128-fp32", BASELINE), 1),
-    ("cpu", "10 million uniforms over one second", _under("rng", "fill 10,000,000", 1000), 1),
+    ("cpu", "10,000,000 uniforms over one second", _under("rng", "fill 10,000,000", 1000), 1),
     ("cpu", "native over the loop on Python lists, all threads", _rival_ratio("step", "native-128-fp32", REFERENCE), 6),
     ("cpu", "native over compile-step, all threads", _rival_ratio("step", "native-128-fp32", "compile-step"), 2.5),
     (

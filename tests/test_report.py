@@ -108,9 +108,12 @@ def test_every_swept_size_has_a_table_of_its_own(project: Path) -> None:
     for letter, size in (("B", 128), ("B", 256), ("V", 27)):
         record.entries.append(step("native", size / 512, "sweep", f"native-{letter}{size}", **{letter: size}))
     first, second = tables.sweep(record).split("\n\n")
-    header = "| backend | ms/step | eager, ms/step | x eager |"
+    header = "| backend | ms/step | eager, ms/step | x eager | x floor |"
     assert first.splitlines()[0] == f"| B, windows a batch {header}"
-    assert first.splitlines()[2:] == ["| 128 | native | 0.2500 | 1 | 4.00 |", "| 256 | native | 0.5000 | 1 | 2.00 |"]
+    assert first.splitlines()[2:] == [
+        "| 128 | native | 0.2500 | 1 | 4.00 | 2.5 |",
+        "| 256 | native | 0.5000 | 1 | 2.00 | 5.0 |",
+    ]
     assert second.splitlines()[0] == f"| V, distinct tokens {header}"
     assert len(second.splitlines()) == 3
 
@@ -225,6 +228,17 @@ def test_what_got_slower_beyond_its_spread_is_named(tmp_path: Path, capsys: pyte
     assert "nothing got slower beyond its spread" in capsys.readouterr().out
 
 
+def test_a_single_round_and_a_dry_run_are_not_compared(tmp_path: Path) -> None:
+    files = []
+    for ms, dry in ((1.0, False), (2.0, False), (2.0, True)):
+        record = Recording(FACTS, dry, entries=[step("native", ms, ms=spread(ms, half=0))])
+        files.append(tmp_path / f"{len(files)}.json")
+        record.save(files[-1])
+    assert report.main(["--against", str(files[0]), str(files[1])]) == 0
+    with pytest.raises(UserError, match="dry run"):
+        report.main(["--against", str(files[0]), str(files[2])])
+
+
 def test_different_devices_are_not_compared(tmp_path: Path) -> None:
     old, new = recorded(tmp_path, "a", eager=1.0), recorded(tmp_path, "b", device="Other", eager=1.0)
     with pytest.raises(UserError, match="of different devices"):
@@ -259,7 +273,7 @@ def test_gpu_sh_walks_every_stage_in_a_dry_run(tmp_path: Path) -> None:
     for name in (*stages, *(f"sanitizer {backend}" for backend in ("triton-op", "triton-step", "triton-persistent"))):
         assert f"== {name}" in result.stdout
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["log.txt", "recording.json", "trace.json.gz", "train.jsonl", "train.png"]
+    assert names == ["log.txt", "recording.json", "trace.json.gz", "train-fp32.jsonl", "train.png"]
     record = load(tmp_path / "recording.json")
     assert record.dry
     assert record.refused == []
