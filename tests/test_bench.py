@@ -542,7 +542,7 @@ def test_promises_are_kept_broken_or_not_measured() -> None:
     lines = tables.claims(record_).splitlines()
     assert "| native over the loop on Python lists, all threads | 6 | 7.00 | yes |" in lines
     assert "| native over compile-step, all threads | 2.5 | 2.00 | **no** |" in lines
-    assert "| 10 million uniforms over one second | 1 | 2.50 | yes |" in lines
+    assert "| 10,000,000 uniforms over one second | 1 | 2.50 | yes |" in lines
     assert "| compile-step over eager | 1 | - | not measured |" in lines
     assert not any("triton" in line for line in lines)
 
