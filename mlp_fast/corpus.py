@@ -61,7 +61,6 @@ HELD_OUT_PERCENT = 3  # of the lines of a one-file corpus, for val and for test 
 STREAMED_ABOVE = {"char": 2**28, "byte": 2**28, "word": 2**24}
 CACHE_VERSION = 1  # of what token_cache keeps of a text
 
-_DRAWS = 1 << 18  # random numbers drawn at a time
 _LINES = 1 << 10  # lines gathered at a time: they and their indices stay in the cache
 
 
@@ -308,10 +307,10 @@ def _line_bounds(text: bytes | mmap.mmap) -> npt.NDArray[Any]:
 
 def _shuffled(n: int, rng: RNG) -> npt.NDArray[np.uint32]:
     """A permutation of 0..n-1: the places, sorted by a draw each."""
-    keyed = np.arange(n, dtype=np.uint64)  # draw in the upper half, place in the lower: sorted in place, without ties
-    for start in range(0, n, _DRAWS):
-        part = keyed[start : start + _DRAWS]
-        part |= rng.fill_u32(len(part)).astype(np.uint64) << np.uint64(32)
+    draws = rng.fill_u32(n)
+    keyed = np.arange(n, dtype="<u8")  # draw in the upper half, place in the lower: sorted in place, without ties
+    keyed.view("<u4")[1::2] = draws
+    del draws
     keyed.sort()
     return keyed.astype(np.uint32)
 
@@ -329,16 +328,15 @@ def _gathered(text: bytes | mmap.mmap, bounds: npt.NDArray[Any], order: npt.NDAr
     for first in range(0, len(order), _LINES):
         lines = order[first : first + _LINES].astype(np.int64)
         starts, ends = bounds.take(lines).astype(np.int64), bounds.take(lines + 1).astype(np.int64)
-        stops = np.cumsum(ends - starts)
+        lengths = ends - starts
+        stops = np.cumsum(lengths)
         size = int(stops[-1])
         if size > tokens.CHUNK:  # long lines: copying each is quicker than an index a byte, and smaller
             yield from (text[i:j] for i, j in zip(starts.tolist(), ends.tolist(), strict=True))
             continue
         # The source of a byte is one after that of the byte before, but for a jump at each line's first byte.
-        index = np.ones(size, np.int64)
-        index[0] = starts[0]
-        index[stops[:-1]] = starts[1:] - ends[:-1] + 1
-        np.cumsum(index, out=index)
+        index = np.repeat(starts - stops + lengths, lengths)
+        index += np.arange(size)
         source[starts]  # brings the lines into the cache, many at a time; byte by byte they would be waited for in turn
         yield source.take(index, mode="clip").tobytes()
 
