@@ -165,8 +165,12 @@ def _opened(path: Path, *, append: bool) -> IO[str]:
     """The file of the JSON log; a regular one is emptied, or rid of the half line that a killed run left at its end."""
     # A file name may hold bytes that are not UTF-8; Python's escape of them is JSON's own.
     log = open(open_to_append(path), "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-    if stat.S_ISREG(os.fstat(log.fileno()).st_mode):
-        os.ftruncate(log.fileno(), _whole_lines(path) if append else 0)
+    try:
+        if stat.S_ISREG(os.fstat(log.fileno()).st_mode):
+            os.ftruncate(log.fileno(), _whole_lines(path) if append else 0)
+    except OSError:
+        log.close()
+        raise
     return log
 
 

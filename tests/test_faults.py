@@ -1,6 +1,7 @@
 """Kills, full disks, vanished folders and bad numbers: what was saved stays, and what could not be is told."""
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -21,6 +22,9 @@ from processes import SIZES, finish, start
 
 from mlp_fast import checkpoint, train
 from mlp_fast.backends.eager import Eager
+from mlp_fast.config import Config
+from mlp_fast.errors import UserError
+from mlp_fast.log import RunLog
 from mlp_fast.run_folder import INDEX
 from mlp_fast.state import TrainState
 
@@ -435,3 +439,11 @@ def test_every_test_that_the_document_names_exists() -> None:
     promises = [line for line in text.partition(reliability.BEGIN)[0].splitlines() if line.startswith("| ")]
     bare = [line for line in promises if "`test_" not in line and not line.startswith(("| promise", "| code", "| ---"))]
     assert not bare, "promises without a test"
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no /proc")
+def test_a_log_that_cannot_be_read_for_going_on_is_refused_and_closed() -> None:
+    """A handle left open would be a ResourceWarning, and so an error here."""
+    with pytest.raises(UserError, match="--log-json /proc/self/mem: cannot write it"):
+        RunLog(Config(log_json="/proc/self/mem", resume="a run"))
+    gc.collect()
