@@ -1,8 +1,8 @@
 """Larger models and corpora, and several processes, as cases: tokens a second, and memory at its highest.
 
-The corpus of words is made by generate_words.py and kept in the user's cache: 10 million tokens, of which the count that
-the preset asks for makes a vocabulary of 17,003. Whole training processes are measured, as their memory is theirs alone;
-the time of a step is what training itself reports.
+The corpus of words is made by generate_words.py and kept in the user's cache: 10 million tokens, of which the count
+that the preset asks for makes a vocabulary of 17,003. Whole training processes are measured, as their memory is theirs
+alone; the time of a step is what training itself reports.
 """
 
 import json

@@ -135,3 +135,5 @@ def test_the_listing_names_every_backend_with_its_state() -> None:
     lines = backends.listing(Config()).splitlines()
     assert [line.split()[0] for line in lines] == backends.names()
     assert all("available" in line for line in lines[: len(backends.REGISTRY)])
+    refusing = {line.split()[0] for line in lines if line.endswith("no --direct")}
+    assert refusing == {name for name in backends.REGISTRY if not backends.backend_class(name).direct} > {"native"}

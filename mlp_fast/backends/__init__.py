@@ -130,7 +130,8 @@ def listing(config: Config) -> str:
         reason = obstacle(name, config)
         status = f"unavailable: {reason}" if reason else f"available on {device_of(cls, config.device).type}"
         processes = "one or several processes" if cls.distributed else "one process"
-        lines.append(f"{name:18} {cls.summary:62} {status:22} takes {cls.limits}; {processes}")
+        direct = "" if cls.direct else "; no --direct"
+        lines.append(f"{name:18} {cls.summary:62} {status:22} takes {cls.limits}; {processes}{direct}")
     for alias, candidates in ALIASES.items():
         chosen = next((name for name in candidates if obstacle(name, config) is None), None)
         rule = f"the first that is available and takes the sizes: {', '.join(candidates)}"

@@ -25,7 +25,7 @@ class Native(Backend):
     name = "native"
     summary = "the whole step in C, on all threads"
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
-    limits = "any sizes, its logits in chunks of the batch, no --direct"
+    limits = "any sizes, its logits in chunks of the batch"
 
     def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
         super().__init__(config, shape, tape, state, device)
