@@ -137,7 +137,7 @@ def sweep(recording: Recording) -> str:
 
 
 def scale(recording: Recording) -> str:
-    """Larger models: tokens a second of each backend and of eager in one process, and memory."""
+    """Larger models: tokens a second, times eager in one process, times the floor of a step alone, and memory."""
     rows = []
     for entry in recording.group("scale"):
         eager = entry["rivals"].get(BASELINE)
@@ -146,12 +146,12 @@ def scale(recording: Recording) -> str:
                 entry["id"],
                 _number(entry["ms"]["median"]),
                 f"{entry['samples_per_second']:,.0f}",
-                "-" if eager is None else f"{1e3 * entry['B'] / eager['ms']['median']:,.0f}",
                 "1" if eager is None else f"{eager['ratio']:.2f}",
+                "-" if "x_floor" not in entry else f"{entry['x_floor']:.1f}",
                 f"{entry['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in entry else "-",
             ]
         )
-    header = ["case", "ms/step", "tokens/s", "eager, tokens/s", "x eager", "peak GiB"]
+    header = ["case", "ms/step", "tokens/s", "x eager", "x floor", "peak GiB"]
     sizes = {entry["id"].split()[0]: _sizes(entry) for entry in recording.group("scale")}
     listed = "\n".join(f"- {model}: {text}" for model, text in sizes.items())
     return f"{_table(header, rows, text_columns=1)}\n\n{listed}" if rows else ""
