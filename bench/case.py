@@ -6,7 +6,7 @@ from typing import Any
 
 from bench import floor
 from mlp_fast.config import Config
-from mlp_fast.timing import NotEquivalent, Spread, rest, seconds
+from mlp_fast.timing import Spread, rest, seconds
 
 SCHEDULE = 100_000  # steps of the schedule: more than any case does
 # Of losses in nats and of probabilities in float32: the reference's own forms differ by 1e-6 in a run of 50,000 steps.
@@ -19,12 +19,6 @@ Timer = Callable[[Callable[[], object], Callable[[], None], int], list[float]]
 
 class Skipped(Exception):
     """A case cannot run here; the message says why."""
-
-
-def require(name: str, what: str, error: float, limit: float = TOLERANCE) -> None:
-    """NotEquivalent where something that `name` computed is off by more than the limit, or is not a number."""
-    if not error <= limit:
-        raise NotEquivalent(f"{name} is not equivalent: {what} is off by {error:.1e} (at most {limit:.1e} may be)")
 
 
 def failure(error: Exception) -> str:

@@ -41,6 +41,11 @@ WORDS = {
     "table form, B=128, over an empty kernel": "表形式，B=128，比空内核",
     "memory of torch over the table form's, B=65,536": "torch 的内存比表形式的内存，B=65,536",
 }
+# report.TRAINED.
+TRAINED = (
+    "{backend} 在 embedded 语料上训练 {num_steps:,} 步：验证损失 {val_loss:.6f}（下界 {floor:.6f}），"
+    "测试损失 {test_loss:.6f}，单位是每字符奈特。"
+)
 PICTURES = {
     "losses": "折线图：一次运行中训练损失和验证损失随步数的变化，以及验证损失的下界",
     "ladder": "条形图：每个后端在 float32 下每步的毫秒数，下界标在各条之中",
@@ -64,15 +69,3 @@ def machine_line(recording: Recording) -> str:
     parts.append("，".join(f"{name} {version}" for name, version in facts["versions"].items() if version))
     parts += [facts["system"], f"提交 {facts['commit'] or '未知'}", facts["date"][:10]]
     return f"测量环境：{'；'.join(parts)}。绝对时间属于这台机器；比值来自在它上面交替进行的各轮测量。"
-
-
-def trained(recording: Recording) -> str:
-    """report's sentence on the whole run in Chinese."""
-    if "losses" not in recording.extra:
-        return ""
-    run = recording.extra["losses"]
-    last = run["evaluations"][-1]
-    return (
-        f"{run['backend']} 在 embedded 语料上训练 {run['num_steps']:,} 步：验证损失 {last['val_loss']:.6f}"
-        f"（下界 {run['floor']:.6f}），测试损失 {run['test_loss']:.6f}，单位是每字符奈特。"
-    )

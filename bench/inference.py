@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import floor
-from bench.case import Case, Entry, Plan, Skipped, Timer, require
+from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
 from mlp_fast.corpus import Corpus, load
@@ -17,7 +17,7 @@ from mlp_fast.models import MLP, Shape
 from mlp_fast.rng import RNG
 from mlp_fast.sampling import SAMPLE_LENGTH, SAMPLE_SEED, default_prompt
 from mlp_fast.tape import Tape, evaluated_windows
-from mlp_fast.timing import BASELINE, Judge, Spread, seconds
+from mlp_fast.timing import BASELINE, Judge, Spread, require, seconds
 
 # Some work, and how far what it returned is from what the model, in float64, gives.
 Task = tuple[Callable[[], Any], Callable[[Any], float]]
@@ -43,7 +43,7 @@ def _backend_case(group: str, name: str, per: str, plan: Plan, task_of: Callable
             backend.prepare()
             judge.check(backend)
             work, error = task_of(backend, corpus, model)
-            require(chosen, f"its {group}", error(work()))
+            require(chosen, f"its {group}", error(work()), TOLERANCE)
 
             def waited() -> None:
                 work()

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 
 from bench import floor
-from bench.case import Case, Entry, Plan, Skipped, Timer, require
+from bench.case import Case, Entry, Plan, Skipped, Timer
 from bench.steps import REFERENCE
-from mlp_fast.timing import Spread, seconds
+from mlp_fast.timing import Spread, require, seconds
 
 # The test loss after so many steps at the default settings on the embedded corpus, as bench.reference_loop prints it.
 # Its own rounding takes it 6e-6 from float64 in 5,000 steps; other orders of addition end 2e-5 from it after 50,000.

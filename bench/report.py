@@ -55,16 +55,18 @@ def _profiled(record: Recording) -> str:
     return "\n\n".join(parts)
 
 
-def _trained(record: Recording) -> str:
+TRAINED = (
+    "{num_steps:,} steps by {backend} on the embedded corpus: validation loss {val_loss:.6f} (floor {floor:.6f}), "
+    "test loss {test_loss:.6f} nats per character."
+)
+
+
+def _trained(record: Recording, sentence: str = TRAINED) -> str:
     """The end of the whole run in words."""
     if "losses" not in record.extra:
         return ""
     run = record.extra["losses"]
-    last = run["evaluations"][-1]
-    return (
-        f"{run['num_steps']:,} steps by {run['backend']} on the embedded corpus: validation loss "
-        f"{last['val_loss']:.6f} (floor {run['floor']:.6f}), test loss {run['test_loss']:.6f} nats per character."
-    )
+    return sentence.format_map({**run, **run["evaluations"][-1]})
 
 
 def _promised(record: Recording) -> str:
@@ -107,7 +109,7 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
                 continue
             part, where, words = BLOCKS[block](record), tables.machine_line(record), PLOTTED.get(block)
             if name.endswith(".zh-CN.md"):
-                part = chinese.trained(record) if block == "losses" else chinese.translated(part)
+                part = _trained(record, chinese.TRAINED) if block == "losses" else chinese.translated(part)
                 where, words = chinese.machine_line(record), chinese.PICTURES.get(block)
             picture = f"\n\n![{words}]({_picture_link(record, block, name)})" if words else ""
             parts.append(f"{where}\n\n{tables.narrow(part).strip()}{picture}\n")

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from bench import floor, generate_words
-from bench.case import Case, Entry, Plan, Skipped, Timer, require, spread_ms
+from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, spread_ms
 from bench.steps import Setting, step_case
 from mlp_fast import backends, distributed, machine, token_cache, train
 from mlp_fast.command import run_main
 from mlp_fast.config import Config, Parser, add_config_arguments, config_from
 from mlp_fast.models import Shape
-from mlp_fast.timing import BASELINE, NotEquivalent, Spread
+from mlp_fast.timing import BASELINE, NotEquivalent, Spread, require
 
 TOKENS = 10_000_000
 MEMORY_LIMIT = 4 * 2**30  # of a CPU process that trains on them
@@ -120,7 +120,7 @@ def training_case(
 
         timer(work, before, 1 if plan.dry else 3)
         for mine, theirs in zip(runs, eager, strict=False):
-            require(config.backend, "the test loss", abs(mine.test_loss - theirs.test_loss))
+            require(config.backend, "the test loss", abs(mine.test_loss - theirs.test_loss), TOLERANCE)
         peak = max(one.peak for one in runs)
         if plan.device == "cpu" and peak > MEMORY_LIMIT:
             raise NotEquivalent(f"it took {peak / 2**30:.1f} GiB, more than {MEMORY_LIMIT / 2**30:g}")

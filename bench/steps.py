@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench import floor
-from bench.case import Case, Entry, Plan, Skipped, Timer
+from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer
 from bench.reference_loop import ReferenceLoop
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
@@ -20,7 +20,7 @@ from mlp_fast.corpus import load
 from mlp_fast.models import Shape
 from mlp_fast.profile import profile_steps
 from mlp_fast.tape import Tape
-from mlp_fast.timing import BASELINE, Contender, Judge, NotEquivalent, Spread, measure, seconds
+from mlp_fast.timing import BASELINE, Contender, Judge, Spread, measure, require, seconds
 
 REFERENCE = "reference-loop"  # eager-raw on batches from Python lists, bench/reference_loop.py
 SWEPT_SIZES = (128, 256, 512, 1024, 2048, 4096)
@@ -124,8 +124,7 @@ class Workshop:
         loop.advance(1)
         first = time.perf_counter() - start
         error = abs(loop.advance(self.judge.steps - 1) - self.judge.losses[-1].item())
-        if error > 1e-5:
-            raise NotEquivalent(f"{name} is not equivalent: a loss is off by {error:.1e}")
+        require(name, "a loss", error, TOLERANCE)
         contender = Contender(name, loop.advance)
         cost = floor.step_cost(self.shape, config.batch_size, "gather")
         least = floor.step_floor(cost, probes, config.precision, setting.threads)

@@ -256,8 +256,9 @@ def split_lines(text: bytes, seed: int = SPLIT_SEED) -> dict[str, Utf8]:
     """
     if not text.endswith(b"\n"):
         raise ValueError("a text to split must end in a newline")
-    parts = _dealt(_count_lines(text), seed)  # before the bounds: dealing takes more memory for a while
-    bounds = _line_bounds(text)
+    lines = _count_lines(text)
+    parts = _dealt(lines, seed)  # before the bounds: dealing takes more memory for a while
+    bounds = _line_bounds(text, lines)
     return {split: _joined(_gathered(text, bounds, parts[split])) for split in SPLITS}
 
 
@@ -294,9 +295,9 @@ def _newlines(text: bytes | mmap.mmap) -> Iterator[tuple[int, npt.NDArray[np.boo
         yield start, np.frombuffer(text[start : start + tokens.CHUNK], np.uint8) == ord("\n")
 
 
-def _line_bounds(text: bytes | mmap.mmap) -> npt.NDArray[Any]:
+def _line_bounds(text: bytes | mmap.mmap, lines: int) -> npt.NDArray[Any]:
     """bounds[i] : bounds[i + 1] is line i with its newline; shape (lines + 1,), as narrow as the text allows."""
-    bounds = np.zeros(_count_lines(text) + 1, np.uint32 if len(text) < 1 << 32 else np.int64)
+    bounds = np.zeros(lines + 1, np.uint32 if len(text) < 1 << 32 else np.int64)
     line = 1
     for start, chunk in _newlines(text):
         places = np.flatnonzero(chunk)
@@ -482,11 +483,12 @@ def _split_mapped(path: Path, kind: str, copy: Path) -> Iterator[dict[str, Sourc
             file.write(b"\n")  # the last line may land before another
         file.flush()
         text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    lines = _count_lines(text)
     try:
-        parts = _dealt(_count_lines(text))
+        parts = _dealt(lines)
     except ValueError:
         raise _too_few_lines(path) from None
-    bounds = _line_bounds(text)
+    bounds = _line_bounds(text, lines)
     yield {split: partial(_gathered, text, bounds, parts[split]) for split in SPLITS}
     copy.unlink()
 

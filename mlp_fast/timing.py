@@ -175,10 +175,10 @@ class Judge:
         """
         errors = self._errors(backend)
         loss_floor, state_floor = self._limits
-        _require(backend.name, "a loss", errors.loss, self._limit(backend, self.eager.loss, loss_floor))
+        require(backend.name, "a loss", errors.loss, self._limit(backend, self.eager.loss, loss_floor))
         for (part, name), error in errors.state.items():
             limit = self._limit(backend, self.eager.state[part, name], state_floor)
-            _require(backend.name, f"{part} of {name}, relative,", error, limit)
+            require(backend.name, f"{part} of {name}, relative,", error, limit)
         return errors.loss
 
     def _limit(self, backend: Backend, eager: float, floor: float) -> float:
@@ -231,6 +231,7 @@ def _ratio(difference: Tensor, size: Tensor) -> float:
     return (difference / size if size > 0 else difference).item()
 
 
-def _require(backend: str, what: str, error: float, limit: float) -> None:
+def require(name: str, what: str, error: float, limit: float) -> None:
+    """NotEquivalent where something that `name` computed is off by more than the limit, or is not a number."""
     if not (math.isfinite(error) and error <= limit):
-        raise NotEquivalent(f"{backend} is not equivalent: {what} is off by {error:.1e} (at most {limit:.1e} may be)")
+        raise NotEquivalent(f"{name} is not equivalent: {what} is off by {error:.1e} (at most {limit:.1e} may be)")
