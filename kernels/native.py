@@ -27,6 +27,7 @@ RESPONSE_TIME = 0.04  # seconds that one call of C may take where a single step 
 CALL_PRODUCTS, CALL_DRAWS = 2**31, 2**27
 MAX_VOCAB = 2**31 - 1  # tokens are int32
 ALIGNMENT = 64
+PAGE, PAGE_OFFSET = 1024, 336  # floats; the offset is about a third of a page, and a multiple of ALIGNMENT
 TOKEN_TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _FOLDER = Path(__file__).parent
 _SOURCES = ("train_step.c", "train_step_simd.h")
@@ -240,7 +241,11 @@ class NativeModel:
         self._form, self._isa = FORMS.index(form), _isa(isa)
         self._shape = _Shape(V, T, E, H)
         floats = self._library.mlp_packed_floats(ctypes.byref(self._shape))
-        self._packed = [torch.zeros(floats) for _ in range(3)]
+        # One piece of memory: were the parameters and their moments whole pages apart, a load of one would wait for a
+        # store of another, since processors first compare the lower 12 bits of addresses.
+        stride = floats + (PAGE_OFFSET - floats) % PAGE
+        memory = torch.zeros(3 * stride)
+        self._packed = [memory[i * stride :][:floats] for i in range(3)]
         self._step = ctypes.c_int64(0)
         self._pace = (0, 0, 1)  # batch size, threads, steps per call
         self._memory: dict[str, Tensor] = {}

@@ -293,6 +293,27 @@ def test_tanh_and_exp(isa: str) -> None:
     assert native.exp(torch.tensor([math.nan]), isa).isnan()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_updates_of_any_size_of_moment(isa: str) -> None:
+    """AdamW on embeddings that the batch lacks, whose second moments are anything a float can be."""
+    moments = torch.cat((torch.logspace(-45, 38.4, 600, dtype=torch.float64), torch.tensor([0.0, math.inf, math.nan])))
+    case = Case(V=len(moments) + 1, T=1, E=1, H=1, B=1, n=2)
+    tape = torch.tensor([case.V - 1, case.V - 1])
+    state = case.state()
+    state.parameters[PARAMETER_NAMES[0]].zero_()
+    state.exp_avg[PARAMETER_NAMES[0]].fill_(1e-4)
+    state.exp_avg_sq[PARAMETER_NAMES[0]][:-1, 0] = moments
+    v = 0.999 * state.exp_avg_sq[PARAMETER_NAMES[0]][:-1, 0].double()
+    update = -LEARNING_RATE * (0.9e-4 / 0.1) / ((v / 0.001).sqrt() + 1e-8)
+    model = case.model(isa=isa)
+    model.set_tape(tape)
+    load(model, state)
+    case.train(model, 1)
+    parameters, _, exp_avg_sq = model.store()
+    torch.testing.assert_close(exp_avg_sq[0][:-1, 0].double(), v, rtol=3e-7, atol=2e-45, equal_nan=True)
+    torch.testing.assert_close(parameters[0][:-1, 0].double(), update, rtol=6e-7, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(("rate", "decay"), [(1e-2, 100.0), (1e-2, 200.0), (1.0, 1.0)])
 def test_decay_factors_of_zero_and_less(rate: float, decay: float) -> None:
     """Absurd, but finite in eager mode: what is padding must stay so."""

@@ -45,8 +45,11 @@
 enum { UNITS = 32 };              /* hidden units of a block */
 enum { LANES = 16 };              /* padding of every other innermost dimension: the widest vector, in floats */
 enum { STRIP = 512 };             /* terms of a product summed at a time: 64 KB of its second operand */
+enum { STRIP_BLOCKS = 8 };        /* blocks of units, likewise: 32 KB of W2 transposed */
 enum { FORM_AUTO, FORM_TABLE, FORM_GATHER };
-enum { TABLE_FLOATS = 1 << 15 };  /* slots whose tables are held at once: as many as fit, at least one */
+enum { TABLE_FLOATS = 1 << 15 };  /* slots whose tables are held at once: as many as fit, at least one, */
+enum { MAX_SLOTS = 4 };           /* at most these */
+enum { AHEAD = 16 };              /* rows of logits that are fetched from other cores ahead of their use */
 #ifndef CHUNK_FLOATS              /* tests make both smaller */
 #define CHUNK_FLOATS (1 << 20)    /* a logits buffer of this size is never cut */
 #define FORWARD_ROWS 1024         /* windows of one pass of an evaluation */
@@ -78,7 +81,12 @@ typedef struct {
     float *b2;  /* (Vp)                    Vp: V padded to LANES; pads are -inf, 0 in moments */
 } packed;
 
-/* What a step needs to know about its batch; made by one thread while the others update wte. */
+/* What AdamW does at a step: 1 - lr wd, lr / (1 - beta1^s), 1 / sqrt(1 - beta2^s). */
+typedef struct {
+    float decay, step_size, root;
+} adamw_rates;
+
+/* What a step needs to know about its batch; made by one thread at the end of the step before. */
 typedef struct {
     int64_t rows;       /* windows */
     int64_t U;          /* distinct tokens */
@@ -87,11 +95,9 @@ typedef struct {
     int64_t *wte_row;   /* (U)        where their embeddings begin in wte */
     int32_t *slot;      /* (V)        token -> its place among them, or -1 */
     int32_t *place;     /* (T, rows)  place of the token of every window and slot */
-    int32_t *run;       /* (T, U + 1) where in `order` the windows of every distinct token begin; table form only */
-    int32_t *order;     /* (T, rows)  for every slot, the windows sorted by their token; table form only */
     int64_t *gathered;  /* (T, rows)  where its embedding begins in wte; gather form only */
     int32_t *target;    /* (rows) */
-    float decay, step_size, root; /* AdamW: 1 - lr wd, lr / (1 - beta1^s), 1 / sqrt(1 - beta2^s) */
+    adamw_rates rates;
 } batch;
 
 typedef struct {
@@ -135,13 +141,29 @@ typedef void work(workspace *ws, const void *run, int64_t thread, int64_t thread
 
 /* A thread's own buffers. */
 typedef struct {
-    float *table;  /* (slots held, max_U, UNITS) */
-    float *dpre;   /* (max_rows, UNITS) */
-    float *dtable; /* (max_U, UNITS) */
-    float *w1t;    /* (UNITS, Ep): W1 of a block and slot, transposed */
-    float *w2t;    /* (UNITS, UNITS): W2 of a block and a tile of tokens, transposed */
-    float *tile;   /* (MAX_ROWS, UNITS) */
+    float *table; /* (slots held, max_U, UNITS): P of a block, and later dP */
+    float *dpre;  /* (max_rows, UNITS) */
+    float *w1t;   /* (UNITS, Ep): W1 of a block and slot, transposed */
+    float *w2t;   /* (STRIP_BLOCKS, UNITS, UNITS): W2 of some blocks and a tile of tokens, each transposed */
+    float *tile;  /* (MAX_ROWS, UNITS) */
 } scratch;
+
+/* C (n, width) (+)= A B, and then, with h, laid out as C: C *= 1 - h^2.
+ *
+ * Row r of A begins at A[rows[r]], so that it can be a token's embedding. A may lie in several parts of K columns, a_step
+ * floats apart, such as the blocks of h; the rows of B follow one another all the same. */
+typedef struct {
+    int64_t n, width; /* width: a multiple of LANES */
+    const float *A;
+    const int64_t *rows;
+    int64_t K, parts, a_step; /* parts: 0 is 1 */
+    const float *B;
+    int64_t ldb;
+    float *C;
+    int64_t ldc;
+    int accumulate;
+    const float *h;
+} product;
 
 enum { MAX_ROWS = 16 }; /* rows of a register tile, at most */
 
@@ -243,17 +265,6 @@ static inline int64_t token_at(const mlp_windows *w, int64_t i) {
     }
 }
 
-/* Counting sort: `order` lists the windows by place, those of one place in their own order, and those of place u are
- * order[run[u]] .. order[run[u + 1] - 1]. */
-static void sort_windows(const int32_t *place, int64_t rows, int64_t U, int32_t *run, int32_t *order) {
-    memset(run, 0, (size_t)(U + 1) * sizeof(int32_t));
-    for (int64_t r = 0; r < rows; r++) run[place[r] + 1]++;
-    for (int64_t u = 0; u < U; u++) run[u + 1] += run[u];
-    for (int64_t r = 0; r < rows; r++) order[run[place[r]]++] = (int32_t)r;
-    memmove(run + 1, run, (size_t)U * sizeof(int32_t)); /* every beginning has moved on to the next one's */
-    run[0] = 0;
-}
-
 /* Lists the distinct tokens of `rows` windows from window `first` on, and where each window finds its own. */
 static void index_windows(const workspace *ws, batch *b, const mlp_windows *w, int64_t first, int64_t rows) {
     int64_t T = ws->shape.T, U = 0, window = first % w->count;
@@ -280,11 +291,7 @@ static void index_windows(const workspace *ws, batch *b, const mlp_windows *w, i
     b->rows = rows;
     b->U = U;
     b->table = ws->form == FORM_TABLE || (ws->form == FORM_AUTO && 4 * U <= 3 * rows);
-    if (b->table)
-        for (int64_t t = 0; t < T; t++)
-            sort_windows(b->place + t * rows, rows, U, b->run + t * (U + 1), b->order + t * rows);
-    else
-        for (int64_t i = 0; i < T * rows; i++) b->gathered[i] = b->wte_row[b->place[i]];
+    for (int64_t i = 0; !b->table && i < T * rows; i++) b->gathered[i] = b->wte_row[b->place[i]];
 }
 
 typedef struct {
@@ -298,9 +305,9 @@ typedef struct {
 static void prepare_step(const workspace *ws, batch *b, const training *run, int64_t step) {
     index_windows(ws, b, &run->windows, step * run->batch_size % run->windows.count, run->batch_size);
     double lr = run->learning_rate * 0.5 * (1 + cos(3.14159265358979323846 * (double)step / (double)run->num_steps));
-    b->decay = (float)(1 - lr * run->weight_decay);
-    b->step_size = (float)(lr / (1 - pow(BETA1, (double)(step + 1))));
-    b->root = (float)(1 / sqrt(1 - pow(BETA2, (double)(step + 1))));
+    b->rates.decay = (float)(1 - lr * run->weight_decay);
+    b->rates.step_size = (float)(lr / (1 - pow(BETA1, (double)(step + 1))));
+    b->rates.root = (float)(1 / sqrt(1 - pow(BETA2, (double)(step + 1))));
 }
 
 /* What a forward pass over windows is for. */
@@ -333,7 +340,11 @@ static scratch thread_scratch(const workspace *ws, int64_t thread);
 #define W 16
 #define LEAST(a, b) _mm512_min_ps((__m512)(a), (__m512)(b))
 #define MOST(a, b) _mm512_max_ps((__m512)(a), (__m512)(b))
-#define VECTORS 2
+#define RSQRT(a) _mm512_rsqrt14_ps((__m512)(a))
+/* The root, or a itself where it is 0 (class 2) or infinite (class 5). */
+#define ROOT_OF_LIMITS(root, a) \
+    _mm512_fixupimm_ps((__m512)(root), (__m512)(a), _mm512_set1_epi32(1 << 4 * 2 | 1 << 4 * 5), 0)
+#define WIDEST 3
 #define ROWS 9
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma,avx2"))), apply_to = function)
@@ -352,7 +363,7 @@ static scratch thread_scratch(const workspace *ws, int64_t thread);
 #define W 8
 #define LEAST(a, b) _mm256_min_ps((__m256)(a), (__m256)(b))
 #define MOST(a, b) _mm256_max_ps((__m256)(a), (__m256)(b))
-#define VECTORS 2
+#define WIDEST 2
 #define ROWS 6
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("fma,avx2"))), apply_to = function)
@@ -381,10 +392,11 @@ static int supported_v3(void) { return __builtin_cpu_supports("avx2") && __built
 #define LEAST(a, b) _mm_min_ps((__m128)(a), (__m128)(b))
 #define MOST(a, b) _mm_max_ps((__m128)(a), (__m128)(b))
 #endif
-#define VECTORS 2
 #if defined(__aarch64__)
+#define WIDEST 3
 #define ROWS 9
 #else
+#define WIDEST 2
 #define ROWS 6
 #endif
 #include "train_step_simd.h"
@@ -444,7 +456,7 @@ static packed packed_at(const mlp_shape *s, float *base, int64_t *floats) {
 }
 
 static int64_t slots_held(const mlp_shape *s, int64_t max_U) {
-    return at_least(1, at_most(s->T, TABLE_FLOATS / (max_U * UNITS)));
+    return at_least(1, at_most(at_most(s->T, MAX_SLOTS), TABLE_FLOATS / (max_U * UNITS)));
 }
 
 /* The piece of every buffer in a thread's scratch, and how much that is. */
@@ -453,9 +465,8 @@ static scratch scratch_at(const workspace *ws, float *base, int64_t *floats) {
     scratch s;
     s.table = take_floats(&a, slots_held(&ws->shape, ws->max_U) * ws->max_U * UNITS);
     s.dpre = take_floats(&a, ws->max_rows * UNITS);
-    s.dtable = take_floats(&a, ws->max_U * UNITS);
     s.w1t = take_floats(&a, UNITS * ws->Ep);
-    s.w2t = take_floats(&a, UNITS * UNITS);
+    s.w2t = take_floats(&a, STRIP_BLOCKS * UNITS * UNITS);
     s.tile = take_floats(&a, MAX_ROWS * UNITS);
     if (floats) *floats = a.used / (int64_t)sizeof(float);
     return s;
@@ -487,8 +498,6 @@ static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t ro
         b->wte_row = take(&a, ws->max_U * 8);
         b->slot = take(&a, s->V * 4);
         b->place = take(&a, s->T * rows * 4);
-        b->run = take(&a, s->T * (ws->max_U + 1) * 4);
-        b->order = take(&a, s->T * rows * 4);
         b->gathered = take(&a, s->T * rows * 8);
         b->target = take(&a, rows * 4);
         if (base) memset(b->slot, -1, (size_t)s->V * 4);

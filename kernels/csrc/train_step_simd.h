@@ -1,9 +1,11 @@
 /* The floating-point code of train_step.c, for one instruction set.
  *
- * ISA      suffix of all names
- * W        floats in a vector
- * ROWS     rows of a register tile of VECTORS vectors each: as many sums as the registers hold
- * LEAST, MOST   the instructions for a < b ? a : b and a > b ? a : b, where C has a name for them
+ * ISA             suffix of all names
+ * W               floats in a vector
+ * ROWS, WIDEST    rows and vectors of a register tile, at most: as many sums as the registers hold
+ * LEAST, MOST     the instructions for a < b ? a : b and a > b ? a : b, where C has a name for them
+ * RSQRT           1 / sqrt(a) to 14 bits, where that and a step of Newton's are faster than a square root
+ * ROOT_OF_LIMITS  puts such a root right where a is 0 or infinite
  *
  * Two products do all the work, with B's rows as vectors and A's elements broadcast. `rows` lists where A's rows
  * begin, so that a row can be a token's embedding:
@@ -55,16 +57,44 @@ INLINE vec F(most)(vec a, vec b) {
 #endif
 }
 
-INLINE float F(sum)(vec x) {
-    float s = 0;
-    UNROLL for (int i = 0; i < W; i++) s += x[i];
-    return s;
+/* SHUFFLE(a, b, f, s): lane l is element f(l, s) of a and b one after the other. */
+#define LOW(l, s) (((l) & (s)) ? W + (l) - (s) : (l))
+#define HIGH(l, s) (((l) & (s)) ? W + (l) : (l) + (s))
+#define ACROSS(l, s) ((l) ^ (s))
+#if W == 16
+#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s), \
+                   f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
+#elif W == 8
+#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s)
+#else
+#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
+#endif
+#if defined(__clang__)
+#define SHUFFLE(a, b, f, s) __builtin_shufflevector(a, b, LIST(f, s))
+#else /* gcc has clang's name only since version 12 */
+#define SHUFFLE(a, b, f, s) __builtin_shuffle(a, b, (ivec){LIST(f, s)})
+#endif
+/* x = f(x, x with its halves, quarters, ... exchanged): all lanes of x together, in every lane. */
+#define REDUCE(x, f)                                \
+    {                                               \
+        if (W > 8) x = f(x, SHUFFLE(x, x, ACROSS, 8 & (W - 1))); \
+        if (W > 4) x = f(x, SHUFFLE(x, x, ACROSS, 4 & (W - 1))); \
+        x = f(x, SHUFFLE(x, x, ACROSS, 2));         \
+        x = f(x, SHUFFLE(x, x, ACROSS, 1));         \
+    }
+
+INLINE vec F(plus)(vec a, vec b) { return a + b; }
+
+/* The sum of all lanes, in every lane. */
+INLINE vec F(sum)(vec x) {
+    REDUCE(x, F(plus))
+    return x;
 }
 
-INLINE float F(largest)(vec x) {
-    float m = x[0];
-    UNROLL for (int i = 1; i < W; i++) m = x[i] > m || x[i] != x[i] ? x[i] : m;
-    return m;
+/* The largest of all lanes, in every lane; any of them where one is NaN. */
+INLINE vec F(largest)(vec x) {
+    REDUCE(x, F(most))
+    return x;
 }
 
 /* tanh x = x P(x^2) / Q(x^2), a minimax fit of relative error 2e-8 on |x| <= 9.02, beyond which tanh rounds to 1. All
@@ -94,72 +124,103 @@ INLINE vec F(exp)(vec x) {
     return F(select)(x < F(all)(-87.0f), F(all)(0.0f), e);
 }
 
+/* Square roots; those from RSQRT are right to a rounding or two. */
+INLINE vec F(sqrt)(vec x) {
+#ifdef RSQRT
+    vec y = (vec)RSQRT(x), root = x * y;
+    root += (x - root * root) * (0.5f * y);
+    return (vec)ROOT_OF_LIMITS(root, x);
+#else
+    vec root = x;
+    UNROLL for (int i = 0; i < W; i++) root[i] = __builtin_sqrtf(x[i]);
+    return root;
+#endif
+}
+
 /* ---- products -------------------------------------------------------------------------------------------------- */
 
-/* One register tile; R, N (vectors) and COLS are constants where this is inlined. */
+/* One register tile of R rows and N vectors of a product; they and COLS are constants where this is inlined. */
 INLINE void F(gemm_tile)(const int R, const int N, const int COLS, const float *A, const int64_t *rows, int64_t K,
-                         const float *B, int64_t ldb, float *C, int64_t ldc, int accumulate) {
-    vec c[ROWS][VECTORS];
+                         const float *B, int64_t ldb, float *C, int64_t ldc, int accumulate, const float *h,
+                         int64_t parts, int64_t a_step) {
+    vec c[ROWS][WIDEST];
     const float *a[ROWS];
     UNROLL for (int r = 0; r < R; r++) {
         if (!COLS) a[r] = A + rows[r];
         UNROLL for (int j = 0; j < N; j++) c[r][j] = (vec){0};
     }
-    for (int64_t k = 0; k < K; k++) {
-        const float *ak = COLS ? A + rows[k] : NULL;
-        vec b[VECTORS];
-        UNROLL for (int j = 0; j < N; j++) b[j] = F(load)(B + k * ldb + j * W);
-        UNROLL for (int r = 0; r < R; r++) {
-            vec x = F(all)(COLS ? ak[r] : a[r][k]);
-            UNROLL for (int j = 0; j < N; j++) c[r][j] += x * b[j];
+    for (;;) {
+        for (int64_t k = 0; k < K; k++) {
+            const float *ak = COLS ? A + rows[k] : NULL;
+            vec b[WIDEST];
+            UNROLL for (int j = 0; j < N; j++) b[j] = F(load)(B + k * ldb + j * W);
+            UNROLL for (int r = 0; r < R; r++) {
+                vec x = F(all)(COLS ? ak[r] : a[r][k]);
+                UNROLL for (int j = 0; j < N; j++) c[r][j] += x * b[j];
+            }
         }
+        if (COLS || --parts <= 0) break;
+        UNROLL for (int r = 0; r < R; r++) a[r] += a_step;
+        B += K * ldb;
     }
     if (accumulate)
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int j = 0; j < N; j++) c[r][j] += F(load)(C + r * ldc + j * W);
+    if (!COLS && h)
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < N; j++) {
+                vec x = F(load)(h + r * ldc + j * W);
+                c[r][j] *= 1.0f - x * x;
+            }
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int j = 0; j < N; j++) F(store)(C + r * ldc + j * W, c[r][j]);
 }
 
-#define CASE(R)                                                                                  \
-    case R:                                                                                      \
-        if (R <= ROWS) F(gemm_tile)(R <= ROWS ? R : 1, N, COLS, A, rows, K, B, ldb, C, ldc, accumulate); \
+#define CASE(R)                                                                                            \
+    case R:                                                                                                \
+        if (R <= ROWS)                                                                                     \
+            F(gemm_tile)(R <= ROWS ? R : 1, N, COLS, A, rows, K, B, ldb, C, ldc, accumulate, h, parts, a_step); \
         return;
 #define TILES(name, N_, COLS_)                                                                                   \
     static __attribute__((noinline)) void F(name)(int64_t R, const float *A, const int64_t *rows, int64_t K,    \
                                                   const float *B, int64_t ldb, float *C, int64_t ldc,           \
-                                                  int accumulate) {                                              \
+                                                  int accumulate, const float *h, int64_t parts, int64_t a_step) { \
         enum { N = N_, COLS = COLS_ };                                                                           \
         switch (R) {                                                                                             \
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9)                              \
         }                                                                                                        \
     }
 TILES(rows_1, 1, 0)
-TILES(rows_n, VECTORS, 0)
-TILES(cols_n, VECTORS, 1)
+TILES(rows_2, 2, 0)
+TILES(rows_widest, WIDEST, 0)
+TILES(cols_2, 2, 1)
 #undef TILES
 #undef CASE
 
 /* Tiles of at most ROWS rows, as equal as can be, that n rows are cut into; tile i begins at row i * n / tiles. */
 INLINE int64_t F(tiles)(int64_t n) { return (n + ROWS - 1) / ROWS; }
 
-/* C (n, width) (+)= A B; width is a multiple of W. */
-static void F(gemm_rows)(int64_t n, int64_t width, const float *A, const int64_t *rows, int64_t K, const float *B,
-                         int64_t ldb, float *C, int64_t ldc, int accumulate) {
-    int64_t tiles = F(tiles)(n);
-    for (int64_t j = 0; j < width; j += VECTORS * W)
-        for (int64_t i = 0; i < tiles; i++) {
-            int64_t r = i * n / tiles, R = (i + 1) * n / tiles - r;
-            (width - j < VECTORS * W ? F(rows_1) : F(rows_n))(R, A, rows + r, K, B + j, ldb, C + r * ldc + j, ldc,
-                                                             accumulate);
+static void F(gemm_rows)(const product p) {
+    int64_t tiles = F(tiles)(p.n), least = p.n / tiles, more = p.n % tiles, vectors = p.width / W, N;
+    for (int64_t j = 0; j < vectors; j += N) {
+        int64_t left = vectors - j;
+        N = at_most(2, left);
+        if (WIDEST > 2 && (left == 3 || left >= 5)) N = 3;
+        for (int64_t i = 0, r = 0, R; i < tiles; i++, r += R) {
+            R = least + (i < more);
+            int64_t at = r * p.ldc + j * W;
+            (N == 1 ? F(rows_1) : N == 2 ? F(rows_2) : F(rows_widest))(
+                R, p.A, p.rows + r, p.K, p.B + j * W, p.ldb, p.C + at, p.ldc, p.accumulate, p.h ? p.h + at : NULL,
+                p.parts, p.a_step);
         }
+    }
 }
 
 /* C (R, UNITS) = A^T B, one tile of rows. */
 static void F(gemm_cols)(int64_t R, const float *A, const int64_t *rows, int64_t K, const float *B, float *C) {
-    for (int64_t j = 0; j < UNITS; j += VECTORS * W)
+    for (int64_t j = 0; j < UNITS; j += 2 * W)
         for (int64_t k = 0; k < K; k += STRIP)
-            F(cols_n)(R, A, rows + k, at_most(STRIP, K - k), B + k * UNITS + j, UNITS, C + j, UNITS, k > 0);
+            F(cols_2)(R, A, rows + k, at_most(STRIP, K - k), B + k * UNITS + j, UNITS, C + j, UNITS, k > 0, NULL, 1, 0);
 }
 
 /* The sum of the rows of x (n, W), ld floats apart. */
@@ -180,21 +241,6 @@ static void F(transpose)(const float *from, int64_t n, float *to, int64_t ld) {
             vec x[W];
             UNROLL for (int i = 0; i < W; i++) x[i] = r + i < n ? F(load)(from + (r + i) * UNITS + c) : (vec){0};
             /* Swap bit s of the row with bit s of the column, for every s. */
-#define LOW(l, s) (((l) & (s)) ? W + (l) - (s) : (l))
-#define HIGH(l, s) (((l) & (s)) ? W + (l) : (l) + (s))
-#if W == 16
-#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s), \
-                   f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
-#elif W == 8
-#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s)
-#else
-#define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
-#endif
-#if defined(__clang__)
-#define SHUFFLE(a, b, f, s) __builtin_shufflevector(a, b, LIST(f, s))
-#else /* gcc has clang's name only since version 12 */
-#define SHUFFLE(a, b, f, s) __builtin_shuffle(a, b, (ivec){LIST(f, s)})
-#endif
 #define STAGE(s)                                                  \
     UNROLL for (int i = 0; i < W; i++) if (!(i & (s))) {          \
         vec low = SHUFFLE(x[i], x[i + (s)], LOW, s);              \
@@ -211,10 +257,6 @@ static void F(transpose)(const float *from, int64_t n, float *to, int64_t ld) {
             STAGE(2)
             STAGE(1)
 #undef STAGE
-#undef SHUFFLE
-#undef LIST
-#undef LOW
-#undef HIGH
             UNROLL for (int i = 0; i < W; i++) F(store)(to + (c + i) * ld + r, x[i]);
         }
     for (int64_t r = (n + W - 1) / W * W; r % LANES != 0; r += W)
@@ -223,23 +265,45 @@ static void F(transpose)(const float *from, int64_t n, float *to, int64_t ld) {
 
 /* ---- AdamW ----------------------------------------------------------------------------------------------------- */
 
-INLINE void F(adamw_vector)(const batch *b, float *p, float *m, float *v, vec g) {
-    vec m1 = F(load)(m), v1 = F(load)(v);
+INLINE void F(adamw_vector)(const adamw_rates rates, float *p, float *m, float *v, vec g) {
+    vec p0 = F(load)(p), m1 = F(load)(m), v1 = F(load)(v);
     m1 += (g - m1) * (float)(1 - 0.9);
     v1 = v1 * (float)0.999 + g * g * (float)(1 - 0.999);
-    vec root = v1;
-    UNROLL for (int i = 0; i < W; i++) root[i] = __builtin_sqrtf(v1[i]);
+    vec root = F(sqrt)(v1);
     F(store)(m, m1);
     F(store)(v, v1);
-    F(store)(p, F(load)(p) * b->decay - b->step_size * (m1 / (root * b->root + EPS)));
+    F(store)(p, p0 * rates.decay - rates.step_size * (m1 / (root * rates.root + EPS)));
 }
 
 /* Loshchilov and Hutter 2019, in the order of torch.optim.AdamW; n is a multiple of LANES. */
-static void F(adamw)(const batch *b, float *p, float *m, float *v, const float *g, int64_t n) {
-    for (int64_t i = 0; i < n; i += W) F(adamw_vector)(b, p + i, m + i, v + i, F(load)(g + i));
+static void F(adamw)(const adamw_rates rates, float *p, float *m, float *v, const float *g, int64_t n) {
+    for (int64_t i = 0; i < n; i += W) F(adamw_vector)(rates, p + i, m + i, v + i, F(load)(g + i));
 }
 
 /* ---- forward --------------------------------------------------------------------------------------------------- */
+
+/* h (n, UNITS) = b1, or h where that is NULL, + the rows of the next SLOTS slots' tables. */
+INLINE void F(add_rows)(const int SLOTS, const float *table, int64_t n, int64_t U, const int32_t *place,
+                        const float *b1, float *h) {
+    for (int64_t r = 0; r < n; r++, h += UNITS) {
+        vec x[UNITS / W];
+        UNROLL for (int j = 0; j < UNITS / W; j++) x[j] = F(load)((b1 ? b1 : h) + j * W);
+        UNROLL for (int t = 0; t < SLOTS; t++) {
+            const float *row = table + (t * U + place[t * n + r]) * UNITS;
+            UNROLL for (int j = 0; j < UNITS / W; j++) x[j] += F(load)(row + j * W);
+        }
+        UNROLL for (int j = 0; j < UNITS / W; j++) F(store)(h + j * W, x[j]);
+    }
+}
+
+/* f(SLOTS, ...) for a number of slots that is a constant in it. */
+#define FOR_SLOTS(slots, f, ...)               \
+    switch (slots) {                           \
+    case 1: f(1, __VA_ARGS__); break;          \
+    case 2: f(2, __VA_ARGS__); break;          \
+    case 3: f(3, __VA_ARGS__); break;          \
+    default: f(MAX_SLOTS, __VA_ARGS__); break; \
+    }
 
 /* h of some blocks of units, for all windows of the batch. */
 static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch *b, int64_t first, int64_t last) {
@@ -252,26 +316,19 @@ static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch
             for (int64_t t0 = 0; t0 < T; t0 += held) {
                 int64_t slots = at_most(held, T - t0);
                 for (int64_t t = 0; t < slots; t++)
-                    F(gemm_rows)(U, UNITS, ws->p.wte, b->wte_row, E, w1 + (t0 + t) * E * UNITS, UNITS,
-                                 s->table + t * U * UNITS, UNITS, 0);
-                for (int64_t r = 0; r < n; r++) {
-                    const float *from = t0 == 0 ? b1 : h + r * UNITS;
-                    vec x[UNITS / W];
-                    UNROLL for (int j = 0; j < UNITS / W; j++) x[j] = F(load)(from + j * W);
-                    for (int64_t t = 0; t < slots; t++) {
-                        const float *row = s->table + (t * U + b->place[(t0 + t) * n + r]) * UNITS;
-                        UNROLL for (int j = 0; j < UNITS / W; j++) x[j] += F(load)(row + j * W);
-                    }
-                    UNROLL for (int j = 0; j < UNITS / W; j++)
-                        F(store)(h + r * UNITS + j * W, t0 + slots == T ? F(tanh)(x[j]) : x[j]);
-                }
+                    F(gemm_rows)((product){.n = U, .width = UNITS, .A = ws->p.wte, .rows = b->wte_row, 
+                                            .K = E, .B = w1 + (t0 + t) * E * UNITS, .ldb = UNITS,
+                                            .C = s->table + t * U * UNITS, .ldc = UNITS});
+                FOR_SLOTS(slots, F(add_rows), s->table, n, U, b->place + t0 * n, t0 == 0 ? b1 : NULL, h)
             }
         } else {
             for (int64_t r = 0; r < n; r++) memcpy(h + r * UNITS, b1, UNITS * sizeof(float));
             for (int64_t t = 0; t < T; t++)
-                F(gemm_rows)(n, UNITS, ws->p.wte, b->gathered + t * n, E, w1 + t * E * UNITS, UNITS, h, UNITS, 1);
-            for (int64_t i = 0; i < n * UNITS; i += W) F(store)(h + i, F(tanh)(F(load)(h + i)));
+                F(gemm_rows)((product){.n = n, .width = UNITS, .A = ws->p.wte, .rows = b->gathered + t * n,
+                                         .K = E, .B = w1 + t * E * UNITS, .ldb = UNITS, .C = h,
+                                        .ldc = UNITS, .accumulate = 1});
         }
+        for (int64_t i = 0; i < n * UNITS; i += W) F(store)(h + i, F(tanh)(F(load)(h + i)));
     }
 }
 
@@ -286,59 +343,69 @@ static void F(partial_logits)(const workspace *ws, const scratch *s, int64_t thr
     int64_t block1 = ws->by_vocab ? ws->blocks : ws->blocks * (thread + 1) / threads;
     float *logits = ws->logits + (ws->by_vocab ? 0 : thread * ws->chunk * Vp);
     for (int64_t v = tile0 * UNITS; v < at_most(Vp, tile1 * UNITS); v += UNITS)
-        for (int64_t block = block0; block < block1; block++) {
-            int64_t width = at_most(UNITS, Vp - v);
-            if (V - v < width) memset(s->w2t, 0, UNITS * UNITS * sizeof(float));
-            F(transpose)(ws->p.w2 + (block * V + v) * UNITS, at_least(0, at_most(UNITS, V - v)), s->w2t, UNITS);
-            F(gemm_rows)(n, width, ws->h + (block * ws->max_rows + first) * UNITS, ws->row_units, UNITS, s->w2t,
-                         UNITS, logits + v, Vp, block > block0);
+        for (int64_t block = block0; block < block1; block += STRIP_BLOCKS) {
+            int64_t width = at_most(UNITS, Vp - v), blocks = at_most(STRIP_BLOCKS, block1 - block);
+            if (V - v < width) memset(s->w2t, 0, (size_t)(blocks * UNITS * UNITS) * sizeof(float));
+            for (int64_t i = 0; i < blocks; i++)
+                F(transpose)(ws->p.w2 + ((block + i) * V + v) * UNITS, at_least(0, at_most(UNITS, V - v)),
+                             s->w2t + i * UNITS * UNITS, UNITS);
+            F(gemm_rows)((product){.n = n, .width = width, .A = ws->h + (block * ws->max_rows + first) * UNITS,
+                                    .rows = ws->row_units, .parts = blocks, .a_step = ws->max_rows * UNITS,
+                                    .K = UNITS, .B = s->w2t, .ldb = UNITS, .C = logits + v, .ldc = Vp,
+                                    .accumulate = block > block0});
         }
 }
 
-/* Adds up the partial logits of a row, in the order of the threads, and b2; returns the largest. */
-INLINE float F(add_parts)(const workspace *ws, float *row, int64_t parts) {
+/* to = the sum of the partial logits of a row, in the order of the threads, and b2; returns the largest, in every lane. */
+INLINE vec F(add_parts)(const workspace *ws, const float *row, int64_t parts, float *to) {
     vec largest = F(all)(-INFINITY);
     for (int64_t v = 0; v < ws->Vp; v += W) {
         vec x = F(load)(row + v);
         for (int64_t i = 1; i < parts; i++) x += F(load)(row + i * ws->chunk * ws->Vp + v);
         x += F(load)(ws->p.b2 + v);
-        F(store)(row + v, x);
+        F(store)(to + v, x);
         largest = F(most)(largest, x);
     }
     return F(largest)(largest);
 }
 
-/* row = exp(row - largest); returns the sum over all tokens but one. */
-INLINE float F(exponentials)(float *row, int64_t Vp, float largest, int32_t but) {
+/* row = exp(row - largest); returns the sum over all tokens but one, in every lane. */
+INLINE vec F(exponentials)(float *row, int64_t Vp, vec largest, int32_t but) {
     ivec lane = {0};
     UNROLL for (int i = 0; i < W; i++) lane[i] = i - but;
     vec sum = {0};
     for (int64_t v = 0; v < Vp; v += W) {
         vec e = F(exp)(F(load)(row + v) - largest);
         F(store)(row + v, e);
-        sum += F(select)(lane == 0, F(all)(0.0f), e);
+        sum += F(select)(lane == 0, (vec){0}, e);
         lane += W;
     }
     return F(sum)(sum);
 }
 
-/* Logits to dlogits, for rows r0 .. r1-1 of the chunk that begins at window `first`; returns the sum of their losses.
+/* Partial logits to dlogits, for rows r0 .. r1-1 of the chunk that begins at window `first`; returns the sum of their
+ * losses.
  *
  * With s the sum of exponentials, e that of the target, and o = s - e summed by itself, the target's dlogits is -o / s rather than
  * e / s - 1, and the loss uses e + o in float64: a model that is nearly sure keeps its digits. */
-static double F(softmax)(const workspace *ws, const batch *b, int64_t parts, int64_t first, int64_t r0, int64_t r1) {
+static double F(softmax)(const workspace *ws, const batch *b, int64_t parts, int64_t first, int64_t r0, int64_t r1,
+                         float *dlogits) {
     double loss = 0, product = 1;
     for (int64_t r = r0; r < r1; r++) {
-        float *row = ws->logits + r * ws->Vp;
+        float *row = dlogits + r * ws->Vp;
         int32_t target = b->target[first + r];
-        float largest = F(add_parts)(ws, row, parts), at_target = row[target];
-        float others = F(exponentials)(row, ws->Vp, largest, target);
+        if (parts > 1 && r + AHEAD < r1) /* from the other cores' caches */
+            for (int64_t i = 0; i < parts; i++)
+                for (int64_t v = 0; v < ws->Vp; v += LANES)
+                    __builtin_prefetch(ws->logits + (i * ws->chunk + r + AHEAD) * ws->Vp + v);
+        vec largest = F(add_parts)(ws, ws->logits + r * ws->Vp, parts, row);
+        float at_target = row[target], others = F(exponentials)(row, ws->Vp, largest, target)[0];
         double sum = (double)others + (double)row[target];
         float factor = (float)(1 / (sum * (double)b->rows));
         for (int64_t v = 0; v < ws->Vp; v += W) F(store)(row + v, F(load)(row + v) * factor);
         row[target] = -others * factor;
         /* The logarithm of a product in place of a sum of logarithms; 1 <= sum <= 2^31, so 32 factors fit a double. */
-        loss += (double)largest - (double)at_target;
+        loss += (double)largest[0] - (double)at_target;
         product *= sum;
         if ((r - r0) % 32 == 31) loss += log(product), product = 1;
     }
@@ -353,12 +420,9 @@ static void F(backward_hidden)(const workspace *ws, const scratch *s, int64_t bl
     float *dpre = s->dpre + first * UNITS;
     const float *h = ws->h + (block * ws->max_rows + first) * UNITS;
     for (int64_t v = 0; v < V; v += STRIP)
-        F(gemm_rows)(n, UNITS, ws->logits + v, ws->row_vocab, at_most(STRIP, V - v),
-                     ws->p.w2 + (block * V + v) * UNITS, UNITS, dpre, UNITS, v > 0);
-    for (int64_t i = 0; i < n * UNITS; i += W) {
-        vec x = F(load)(h + i);
-        F(store)(dpre + i, F(load)(dpre + i) * (1.0f - x * x));
-    }
+        F(gemm_rows)((product){.n = n, .width = UNITS, .A = ws->logits + v, .rows = ws->row_vocab, 
+                                .K = at_most(STRIP, V - v), .B = ws->p.w2 + (block * V + v) * UNITS, .ldb = UNITS,
+                                .C = dpre, .ldc = UNITS, .accumulate = v > 0, .h = v + STRIP >= V ? h : NULL});
 }
 
 /* dW2 of a block from windows first .. first+n-1: straight into AdamW, or added to ws->dw2. */
@@ -370,7 +434,7 @@ static void F(backward_w2)(const workspace *ws, const scratch *s, const batch *b
         int64_t v = i * V / tiles, R = (i + 1) * V / tiles - v, at = (block * V + v) * UNITS;
         F(gemm_cols)(R, ws->logits + v, ws->row_vocab, n, h, s->tile);
         if (!add) {
-            F(adamw)(b, ws->p.w2 + at, ws->m.w2 + at, ws->v.w2 + at, s->tile, R * UNITS);
+            F(adamw)(b->rates, ws->p.w2 + at, ws->m.w2 + at, ws->v.w2 + at, s->tile, R * UNITS);
             continue;
         }
         for (int64_t j = 0; j < R * UNITS; j += W) {
@@ -380,14 +444,17 @@ static void F(backward_w2)(const workspace *ws, const scratch *s, const batch *b
     }
 }
 
-/* to[u, :] = the sum of the rows of dpre (rows, UNITS) whose window has token u, in the order of the windows: summed in
- * registers, where adding row by row to memory would wait for its own stores. */
-static void F(sum_by_token)(const float *dpre, int64_t U, const int32_t *run, const int32_t *order, float *to) {
-    for (int64_t u = 0; u < U; u++) {
-        vec sum[UNITS / W] = {{0}};
-        for (int32_t i = run[u]; i < run[u + 1]; i++)
-            UNROLL for (int j = 0; j < UNITS / W; j++) sum[j] += F(load)(dpre + order[i] * UNITS + j * W);
-        UNROLL for (int j = 0; j < UNITS / W; j++) F(store)(to + u * UNITS + j * W, sum[j]);
+/* For the next SLOTS slots, to[slot, u, :] = the sum of the rows of dpre (n, UNITS) whose window has token u there, in the
+ * order of the windows. Several slots at a time, since a row must wait for the last one of the same token. */
+INLINE void F(sum_by_token)(const int SLOTS, const float *dpre, int64_t n, int64_t U, const int32_t *place, float *to) {
+    memset(to, 0, (size_t)(SLOTS * U * UNITS) * sizeof(float));
+    for (int64_t r = 0; r < n; r++) {
+        vec x[UNITS / W];
+        UNROLL for (int j = 0; j < UNITS / W; j++) x[j] = F(load)(dpre + r * UNITS + j * W);
+        UNROLL for (int t = 0; t < SLOTS; t++) {
+            float *sum = to + (t * U + place[t * n + r]) * UNITS;
+            UNROLL for (int j = 0; j < UNITS / W; j++) F(store)(sum + j * W, F(load)(sum + j * W) + x[j]);
+        }
     }
 }
 
@@ -395,23 +462,29 @@ static void F(sum_by_token)(const float *dpre, int64_t U, const int32_t *run, co
 static void F(backward_input)(const workspace *ws, const scratch *s, const batch *b, const float *dpre, int64_t block,
                               float *dwte) {
     int64_t T = ws->shape.T, E = ws->shape.E, Ep = ws->Ep, n = b->rows, U = b->U, tiles = F(tiles)(E);
-    UNROLL for (int j = 0; j < UNITS; j += W) {
-        int64_t at = block * UNITS + j;
-        F(adamw_vector)(b, ws->p.b1 + at, ws->m.b1 + at, ws->v.b1 + at, F(sum_rows)(dpre + j, n, UNITS));
-    }
+    int64_t held = slots_held(&ws->shape, ws->max_U);
     for (int64_t t = 0; t < T; t++) {
         int64_t w1 = (block * T + t) * E * UNITS;
         const int32_t *place = b->place + t * n;
+        float *dtable = s->table + t % held * U * UNITS;
+        if (b->table && t % held == 0) FOR_SLOTS(at_most(held, T - t), F(sum_by_token), dpre, n, U, place, s->table)
+        if (t == 0) UNROLL for (int j = 0; j < UNITS; j += W) {
+            int64_t at = block * UNITS + j;
+            vec db1 = b->table ? F(sum_rows)(dtable + j, U, UNITS) : F(sum_rows)(dpre + j, n, UNITS);
+            F(adamw_vector)(b->rates, ws->p.b1 + at, ws->m.b1 + at, ws->v.b1 + at, db1);
+        }
         F(transpose)(ws->p.w1 + w1, E, s->w1t, Ep);
         if (b->table) {
-            F(sum_by_token)(dpre, U, b->run + t * (U + 1), b->order + t * n, s->dtable);
-            F(gemm_rows)(U, Ep, s->dtable, ws->row_units, UNITS, s->w1t, Ep, dwte, Ep, 1);
+            F(gemm_rows)((product){.n = U, .width = Ep, .A = dtable, .rows = ws->row_units,  .K = UNITS,
+                                    .B = s->w1t, .ldb = Ep, .C = dwte, .ldc = Ep, .accumulate = 1});
         } else {
             int64_t parts = F(tiles)(n);
             for (int64_t e = 0; e < Ep; e += UNITS)
                 for (int64_t i = 0; i < parts; i++) {
                     int64_t r0 = i * n / parts, r1 = (i + 1) * n / parts, width = at_most(UNITS, Ep - e);
-                    F(gemm_rows)(r1 - r0, width, dpre, ws->row_units + r0, UNITS, s->w1t + e, Ep, s->tile, UNITS, 0);
+                    F(gemm_rows)((product){.n = r1 - r0, .width = width, .A = dpre, .rows = ws->row_units + r0,
+                                             .K = UNITS, .B = s->w1t + e, .ldb = Ep, .C = s->tile,
+                                            .ldc = UNITS});
                     for (int64_t r = r0; r < r1; r++)
                         for (int64_t j = 0; j < width; j += W) {
                             float *to = dwte + place[r] * Ep + e + j;
@@ -421,9 +494,9 @@ static void F(backward_input)(const workspace *ws, const scratch *s, const batch
         }
         for (int64_t i = 0; i < tiles; i++) {
             int64_t e = i * E / tiles, R = (i + 1) * E / tiles - e, at = w1 + e * UNITS;
-            if (b->table) F(gemm_cols)(R, ws->p.wte + e, b->wte_row, U, s->dtable, s->tile);
+            if (b->table) F(gemm_cols)(R, ws->p.wte + e, b->wte_row, U, dtable, s->tile);
             else F(gemm_cols)(R, ws->p.wte + e, b->gathered + t * n, n, dpre, s->tile);
-            F(adamw)(b, ws->p.w1 + at, ws->m.w1 + at, ws->v.w1 + at, s->tile, R * UNITS);
+            F(adamw)(b->rates, ws->p.w1 + at, ws->m.w1 + at, ws->v.w1 + at, s->tile, R * UNITS);
         }
     }
 }
@@ -437,7 +510,7 @@ static void F(update_wte)(const workspace *ws, const batch *b, int64_t threads, 
             vec g = {0};
             for (int64_t i = 0; u >= 0 && i < threads; i++) g += F(load)(ws->dwte + (i * ws->max_U + u) * Ep + j);
             int64_t at = v * Ep + j;
-            F(adamw_vector)(b, ws->p.wte + at, ws->m.wte + at, ws->v.wte + at, g);
+            F(adamw_vector)(b->rates, ws->p.wte + at, ws->m.wte + at, ws->v.wte + at, g);
         }
     }
 }
@@ -463,7 +536,7 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
             int64_t n = at_most(ws->chunk, B - first);
             F(partial_logits)(ws, &s, thread, threads, first, n);
             wait_for_all(&ws->sync, threads);
-            loss += F(softmax)(ws, b, parts, first, n * thread / threads, n * (thread + 1) / threads);
+            loss += F(softmax)(ws, b, parts, first, n * thread / threads, n * (thread + 1) / threads, ws->logits);
             wait_for_all(&ws->sync, threads);
             for (int64_t block = block0; block < block1; block++) {
                 F(backward_hidden)(ws, &s, block, first, n);
@@ -479,7 +552,7 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
                     F(store)(ws->db2 + v, first > 0 ? F(load)(ws->db2 + v) + db2 : db2);
                 }
                 if (first + n == B) {
-                    F(adamw)(b, ws->p.b2, ws->m.b2, ws->v.b2, ws->db2, Vp);
+                    F(adamw)(b->rates, ws->p.b2, ws->m.b2, ws->v.b2, ws->db2, Vp);
                     /* A decay factor of 0 or less, which is allowed, makes them NaN or +inf. */
                     for (int64_t v = V; v < Vp; v++) ws->p.b2[v] = -INFINITY;
                 }
@@ -488,17 +561,17 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
         }
         for (int64_t block = block0; cut && block < block1; block++) {
             int64_t at = block * V * UNITS;
-            F(adamw)(b, ws->p.w2 + at, ws->m.w2 + at, ws->v.w2 + at, ws->dw2 + at, V * UNITS);
+            F(adamw)(b->rates, ws->p.w2 + at, ws->m.w2 + at, ws->v.w2 + at, ws->dw2 + at, V * UNITS);
             F(backward_input)(ws, &s, b, ws->h + block * ws->max_rows * UNITS, block, dwte);
         }
         ws->loss_parts[thread * LANES] = loss;
+        if (thread == 0 && i + 1 < run->steps) prepare_step(ws, &ws->batches[(step + 1) & 1], run, step + 1);
         wait_for_all(&ws->sync, threads);
         F(update_wte)(ws, b, threads, V * thread / threads, V * (thread + 1) / threads);
         if (thread == 0) {
             for (int64_t other = 1; other < threads; other++) loss += ws->loss_parts[other * LANES];
             run->losses[i] = loss / (double)B;
             *run->step = step + 1;
-            if (i + 1 < run->steps) prepare_step(ws, &ws->batches[(step + 1) & 1], run, step + 1);
         }
         wait_for_all(&ws->sync, threads);
     }
@@ -521,7 +594,9 @@ static void F(forward)(workspace *ws, const void *argument, int64_t thread, int6
             F(partial_logits)(ws, &s, thread, threads, first, n);
             wait_for_all(&ws->sync, threads);
             for (int64_t r = n * thread / threads; r < n * (thread + 1) / threads; r++) {
-                float *row = ws->logits + r * Vp, largest = F(add_parts)(ws, row, ws->by_vocab ? 1 : threads);
+                float *row = ws->logits + r * Vp;
+                vec most = F(add_parts)(ws, row, ws->by_vocab ? 1 : threads, row);
+                float largest = most[0];
                 int64_t window = begin + first + r;
                 if (run->logits) {
                     memcpy(run->logits + window * V, row, (size_t)V * sizeof(float));
@@ -534,7 +609,7 @@ static void F(forward)(workspace *ws, const void *argument, int64_t thread, int6
                     weight += run->pair_weight[i];
                     loss += run->pair_weight[i] * ((double)largest - (double)row[run->pair_target[i]]);
                 }
-                double others = F(exponentials)(row, Vp, largest, target);
+                double others = F(exponentials)(row, Vp, most, target)[0];
                 loss += weight * log(others + (double)row[target]);
             }
             wait_for_all(&ws->sync, threads);
@@ -563,7 +638,16 @@ static void F(exp_array)(const float *x, float *y, int64_t n) {
 #undef UNROLL
 #undef ISA
 #undef W
-#undef VECTORS
+#undef WIDEST
 #undef ROWS
 #undef LEAST
 #undef MOST
+#undef RSQRT
+#undef ROOT_OF_LIMITS
+#undef LOW
+#undef HIGH
+#undef ACROSS
+#undef LIST
+#undef SHUFFLE
+#undef REDUCE
+#undef FOR_SLOTS
