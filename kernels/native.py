@@ -55,8 +55,8 @@ _SIGNATURES = {
     "mlp_isa_name": (ctypes.c_char_p, (_int,)),
     "mlp_isa_supported": (_int, (_int,)),
     "mlp_packed_floats": (_int, (_pointer,)),
-    "mlp_forward_rows": (_int, (_int,)),
     "mlp_workspace_bytes": (_int, (_pointer, _int, _int)),
+    "mlp_forward_bytes": (_int, (_pointer, _int, _int)),
     "mlp_pack": (None, (*[_pointer] * 7, ctypes.c_float)),
     "mlp_unpack": (None, (_pointer,) * 7),
     "mlp_train": (
@@ -325,7 +325,7 @@ class NativeModel:
             raise RuntimeError("set_tape() comes before train()")
         windows = _windows(self._tape, stride=1, count=len(self._tape) - self.T, has_target=True)
         threads = torch.get_num_threads()
-        memory = self._workspace("train", batch_size, threads)
+        memory = self._workspace("mlp_workspace_bytes", batch_size, threads)
         losses = torch.empty(steps, dtype=torch.float64)
         done, per_call = 0, self._pace[2] if self._pace[:2] == (batch_size, threads) else 1
         while done < steps:
@@ -364,7 +364,7 @@ class NativeModel:
                 self._isa,
                 ctypes.byref(self._shape),
                 self._packed[0].data_ptr(),
-                self._forward_workspace(count, threads),
+                self._workspace("mlp_forward_bytes", count, threads),
                 ctypes.byref(_windows(contexts[first:], stride=self.T, count=count, has_target=False)),
                 threads,
                 self._form,
@@ -402,7 +402,7 @@ class NativeModel:
                 self._isa,
                 ctypes.byref(self._shape),
                 self._packed[0].data_ptr(),
-                self._forward_workspace(count, threads),
+                self._workspace("mlp_forward_bytes", count, threads),
                 ctypes.byref(_windows(pairs.contexts[first:], stride=self.T, count=count, has_target=False)),
                 pairs.begins[first:].data_ptr(),
                 pairs.targets.data_ptr(),
@@ -427,7 +427,7 @@ class NativeModel:
                 self._isa,
                 ctypes.byref(self._shape),
                 self._packed[0].data_ptr(),
-                self._forward_workspace(1, 1),
+                self._workspace("mlp_forward_bytes", 1, 1),
                 window.data_ptr(),
                 ctypes.byref(state),
                 min(per_call, count - first),
@@ -444,15 +444,12 @@ class NativeModel:
         for first in range(0, contexts, rows):
             yield first, min(rows, contexts - first)
 
-    def _forward_workspace(self, count: int, threads: int) -> int:
-        return self._workspace("forward", self._library.mlp_forward_rows(count), threads)
-
-    def _workspace(self, use: str, rows: int, threads: int) -> int:
-        """The address of memory for batches of so many rows; kept from call to call."""
-        needed = self._library.mlp_workspace_bytes(ctypes.byref(self._shape), rows, threads) + ALIGNMENT
-        if use not in self._memory or self._memory[use].numel() < needed:
-            self._memory[use] = torch.empty(needed, dtype=torch.uint8)
-        return -(-self._memory[use].data_ptr() // ALIGNMENT) * ALIGNMENT
+    def _workspace(self, measure: str, windows: int, threads: int) -> int:
+        """The address of as many bytes as the library's `measure` asks for; kept from call to call."""
+        needed = getattr(self._library, measure)(ctypes.byref(self._shape), windows, threads) + ALIGNMENT
+        if measure not in self._memory or self._memory[measure].numel() < needed:
+            self._memory[measure] = torch.empty(needed, dtype=torch.uint8)
+        return -(-self._memory[measure].data_ptr() // ALIGNMENT) * ALIGNMENT
 
 
 def _windows(tokens: Tensor, stride: int, count: int, has_target: bool) -> _Windows:

@@ -202,16 +202,20 @@ def test_logits_and_loss_of_windows(isa: str) -> None:
         assert model.loss_sum(model.pairs(rows, counts.double())) == pytest.approx(exact, rel=1e-6, abs=1e-6)
 
 
-def test_many_contexts_take_several_passes() -> None:
-    case = Case(V=50, T=2, E=8, H=40, B=1, n=5000)
-    model = case.model()
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("V", [50, 3000])  # threads with windows of their own, and with a part of every sum
+def test_many_contexts_take_several_passes(V: int, count: int) -> None:
+    case = Case(V=V, T=2, E=8, H=40, B=1, n=5000)
+    model, parameters = case.model(), [case.state().parameters[name].double() for name in PARAMETER_NAMES]
+    wte, w1, b1, w2, b2 = parameters
     rows = case.tape().unfold(0, 3, 1)  # more than a pass takes, unsorted
-    exact = F.cross_entropy(model.logits(rows[:, :-1]).double(), rows[:, -1], reduction="sum").item()
-    assert model.loss_sum(model.pairs(rows, torch.ones(len(rows), dtype=torch.float64))) == pytest.approx(
-        exact, rel=1e-7
-    )
-    assert model.loss_sum(model.pairs(rows[:0], torch.ones(0, dtype=torch.float64))) == 0.0
-    assert model.logits(rows[:0, :-1]).shape == (0, 50)
+    exact = torch.tanh(wte[rows[:, :-1]].flatten(1) @ w1.t() + b1) @ w2.t() + b2
+    with threads(count):
+        torch.testing.assert_close(model.logits(rows[:, :-1]).double(), exact, rtol=1e-5, atol=1e-5)
+        loss = model.loss_sum(model.pairs(rows, torch.ones(len(rows), dtype=torch.float64)))
+        assert loss == pytest.approx(F.cross_entropy(exact, rows[:, -1], reduction="sum").item(), rel=1e-7)
+        assert model.loss_sum(model.pairs(rows[:0], torch.ones(0, dtype=torch.float64))) == 0.0
+        assert model.logits(rows[:0, :-1]).shape == (0, V)
 
 
 def test_no_call_of_c_is_long(monkeypatch: pytest.MonkeyPatch) -> None:

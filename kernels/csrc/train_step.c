@@ -52,7 +52,7 @@ enum { MAX_SLOTS = 4 };           /* at most these */
 enum { AHEAD = 16 };              /* rows of logits that are fetched from other cores ahead of their use */
 #ifndef CHUNK_FLOATS              /* tests make both smaller */
 #define CHUNK_FLOATS (1 << 20)    /* a logits buffer of this size is never cut */
-#define FORWARD_ROWS 1024         /* windows of one pass of an evaluation */
+#define FORWARD_ROWS 512          /* windows of one pass of an evaluation */
 #endif
 
 static const double BETA1 = 0.9, BETA2 = 0.999;
@@ -181,11 +181,11 @@ static inline void relax(void) {
 #endif
 }
 
-/* Waits for all threads. A step is a few hundred microseconds long, so waiting spins; past about a hundred microseconds,
- * when a thread has lost its core or has more to do, it sleeps. (Sleeping after a quarter of that cost a tenth of a step
- * of two threads: waking up takes longer than most waits.) */
-static void wait_for_all(barrier *b, int64_t threads) {
-    if (threads == 1) return;
+enum { ALONE = -1 };
+
+/* Says that this thread has come so far, and returns the round for await(): in between it can do what needs no other. */
+static int arrive(barrier *b, int64_t threads) {
+    if (threads == 1) return ALONE;
     int round = atomic_load_explicit(&b->round, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&b->arrived, 1, memory_order_acq_rel) == threads - 1) {
         atomic_store_explicit(&b->arrived, 0, memory_order_relaxed);
@@ -195,8 +195,15 @@ static void wait_for_all(barrier *b, int64_t threads) {
             pthread_cond_broadcast(&b->next_round);
             pthread_mutex_unlock(&b->mutex);
         }
-        return;
     }
+    return round;
+}
+
+/* Waits until all threads have arrived. A step is a hundred microseconds long or more, so waiting spins; past about a hundred
+ * microseconds, when a thread has lost its core or has more to do, it sleeps. (Sleeping after a quarter of that cost a tenth of
+ * a step of two threads: waking up takes longer than most waits.) */
+static void await(barrier *b, int round) {
+    if (round == ALONE) return;
     for (int spins = 0; spins < 4096; spins++) {
         if (atomic_load_explicit(&b->round, memory_order_acquire) != round) return;
         relax();
@@ -207,6 +214,8 @@ static void wait_for_all(barrier *b, int64_t threads) {
     atomic_fetch_sub(&b->sleepers, 1);
     pthread_mutex_unlock(&b->mutex);
 }
+
+static void wait_for_all(barrier *b, int64_t threads) { await(b, arrive(b, threads)); }
 
 struct worker {
     pthread_t handle;
@@ -227,10 +236,10 @@ static void *begin_work(void *argument) {
     return NULL;
 }
 
-/* Runs work on ws->threads threads, the caller among them, or on as many as the system grants. They are made for each call: a
+/* Runs work on some threads, the caller among them, or on as many as the system grants. They are made for each call: a
  * call is worth many times the tens of microseconds that this takes, and no thread is left behind to spin, or to be
  * missed in a forked child. */
-static void run_threads(workspace *ws, work *work, const void *run) {
+static void run_threads(workspace *ws, work *work, const void *run, int64_t wanted, worker *workers) {
     barrier *b = &ws->sync;
     int64_t threads = 1;
     atomic_init(&b->arrived, 0);
@@ -239,8 +248,8 @@ static void run_threads(workspace *ws, work *work, const void *run) {
     b->threads = 0;
     pthread_mutex_init(&b->mutex, NULL);
     pthread_cond_init(&b->next_round, NULL);
-    for (; threads < ws->threads; threads++) {
-        worker *w = &ws->workers[threads];
+    for (; threads < wanted; threads++) {
+        worker *w = &workers[threads];
         *w = (worker){.work = work, .ws = ws, .run = run, .thread = threads};
         if (pthread_create(&w->handle, NULL, begin_work, w) != 0) break;
     }
@@ -249,7 +258,7 @@ static void run_threads(workspace *ws, work *work, const void *run) {
     pthread_cond_broadcast(&b->next_round);
     pthread_mutex_unlock(&b->mutex);
     work(ws, run, 0, threads);
-    for (int64_t i = 1; i < threads; i++) pthread_join(ws->workers[i].handle, NULL);
+    for (int64_t i = 1; i < threads; i++) pthread_join(workers[i].handle, NULL);
     pthread_cond_destroy(&b->next_round);
     pthread_mutex_destroy(&b->mutex);
 }
@@ -317,6 +326,7 @@ typedef struct {
     const int64_t *pair_start; /* (count + 1) window i is continued by pairs pair_start[i] .. pair_start[i+1]-1 */
     const int32_t *pair_target;
     const double *pair_weight;
+    int64_t apart; /* bytes of a workspace of one thread, where every thread has one; or 0 */
 } forwarding;
 
 /* ---- the floating-point code, once per instruction set ---------------------------------------------------------- */
@@ -546,9 +556,6 @@ EXPORT int64_t mlp_packed_floats(const mlp_shape *shape) {
     return floats;
 }
 
-/* Windows that a forward pass over `count` of them takes at a time; the `rows` of its workspace. */
-EXPORT int64_t mlp_forward_rows(int64_t count) { return at_most(count, FORWARD_ROWS); }
-
 /* Bytes of the workspace for batches of `rows` windows. */
 EXPORT int64_t mlp_workspace_bytes(const mlp_shape *shape, int64_t rows, int64_t threads) {
     workspace ws;
@@ -616,19 +623,57 @@ EXPORT void mlp_train(int64_t isa, const mlp_shape *shape, float *parameters, fl
     ws->m = packed_at(shape, exp_avg, NULL);
     ws->v = packed_at(shape, exp_avg_sq, NULL);
     prepare_step(ws, &ws->batches[*step & 1], &run, *step);
-    run_threads(ws, SETS[isa].train, &run);
+    run_threads(ws, SETS[isa].train, &run, ws->threads, ws->workers);
 }
 
-static void run_forward(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, const forwarding *run,
-                        int64_t threads, int64_t form) {
-    workspace *ws = memory;
-    lay_out(ws, memory, shape, mlp_forward_rows(run->windows.count), threads);
-    ws->form = form;
-    ws->p = packed_at(shape, parameters, NULL);
-    run_threads(ws, SETS[isa].forward, run);
+/* How a forward pass over `count` windows is divided among threads. While a thread's logits and hidden values fit its cache,
+ * every thread takes windows of its own, in a workspace of its own, and none waits for another; beyond, the threads
+ * work on the same windows, as in training. */
+typedef struct {
+    int64_t apart; /* as in a forwarding */
+    int64_t rows, threads;
+} division;
+
+static division divide(const mlp_shape *s, int64_t count, int64_t threads) {
+    workspace ws;
+    division d = {0, at_most(FORWARD_ROWS, count), threads};
+    if (FORWARD_ROWS * at_least(padded_vocab(s->V), padded(s->H, UNITS)) > CHUNK_FLOATS) return d;
+    d.threads = at_most(threads, count);
+    d.rows = at_most(FORWARD_ROWS, (count + d.threads - 1) / d.threads);
+    d.apart = padded(lay_out(&ws, NULL, s, d.rows, 1), 64);
+    return d;
 }
 
-/* Logits (count, V) of windows. memory: mlp_workspace_bytes() of it for mlp_forward_rows(count). */
+/* Bytes of memory for a forward pass over `count` windows. */
+EXPORT int64_t mlp_forward_bytes(const mlp_shape *shape, int64_t count, int64_t threads) {
+    workspace ws;
+    division d = divide(shape, count, threads);
+    if (d.apart == 0) return lay_out(&ws, NULL, shape, d.rows, threads);
+    return d.threads * (d.apart + (int64_t)sizeof(worker));
+}
+
+/* Returns the sum of losses, where they are asked for. */
+static double run_forward(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, forwarding *run,
+                          int64_t threads, int64_t form) {
+    division d = divide(shape, run->windows.count, threads);
+    int64_t workspaces = d.apart == 0 ? 1 : d.threads;
+    double loss = 0;
+    run->apart = d.apart;
+    for (int64_t i = 0; i < workspaces; i++) {
+        workspace *ws = (workspace *)((char *)memory + i * d.apart);
+        lay_out(ws, (char *)ws, shape, d.rows, d.apart == 0 ? threads : 1);
+        ws->form = form;
+        ws->p = packed_at(shape, parameters, NULL);
+        ws->loss_parts[0] = 0;
+    }
+    workspace *first = memory;
+    if (d.apart == 0) run_threads(first, SETS[isa].forward, run, first->threads, first->workers);
+    else run_threads(first, SETS[isa].forward, run, d.threads, (worker *)((char *)memory + d.threads * d.apart));
+    for (int64_t i = 0; i < workspaces; i++) loss += ((workspace *)((char *)memory + i * d.apart))->loss_parts[0];
+    return loss;
+}
+
+/* Logits (count, V) of windows. memory: mlp_forward_bytes() of it. */
 EXPORT void mlp_logits(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, const mlp_windows *windows,
                        int64_t threads, int64_t form, float *logits) {
     forwarding run = {.windows = *windows, .logits = logits};
@@ -641,16 +686,15 @@ EXPORT void mlp_logits(int64_t isa, const mlp_shape *shape, float *parameters, v
 EXPORT double mlp_loss_sum(int64_t isa, const mlp_shape *shape, float *parameters, void *memory,
                            const mlp_windows *contexts, const int64_t *pair_start, const int32_t *pair_target,
                            const double *pair_weight, int64_t threads, int64_t form) {
-    forwarding run = {*contexts, NULL, pair_start, pair_target, pair_weight};
-    workspace *ws = memory;
-    run_forward(isa, shape, parameters, memory, &run, threads, form);
-    return ws->loss_parts[0];
+    forwarding run = {.windows = *contexts, .pair_start = pair_start, .pair_target = pair_target, .pair_weight = pair_weight};
+    return run_forward(isa, shape, parameters, memory, &run, threads, form);
 }
 
 /* Draws `count` tokens one after another: xorshift64* uniforms, and for each the token at which the cumulative softmax
  * first exceeds it; the last token where rounding leaves the sum below.
  *
- * context (T): where to go on; overwritten with the last T tokens. state: the generator's. memory: for 1 row.
+ * context (T): where to go on; overwritten with the last T tokens. state: the generator's. memory: mlp_forward_bytes() of
+ * it for one window.
  * logits (V): scratch. drawn (count). */
 EXPORT void mlp_sample(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, int64_t *context,
                        uint64_t *state, int64_t count, float *logits, int64_t *drawn) {

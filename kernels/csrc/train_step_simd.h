@@ -216,6 +216,16 @@ static void F(gemm_rows)(const product p) {
     }
 }
 
+/* Only rows r0 .. r1-1 of a product. */
+static void F(gemm_some_rows)(product p, int64_t r0, int64_t r1) {
+    if (r0 == r1) return;
+    p.n = r1 - r0;
+    p.rows += r0;
+    p.C += r0 * p.ldc;
+    if (p.h) p.h += r0 * p.ldc;
+    F(gemm_rows)(p);
+}
+
 /* C (R, UNITS) = A^T B, one tile of rows. */
 static void F(gemm_cols)(int64_t R, const float *A, const int64_t *rows, int64_t K, const float *B, float *C) {
     for (int64_t j = 0; j < UNITS; j += 2 * W)
@@ -333,15 +343,19 @@ static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch
 }
 
 /* The logits without b2 of windows first .. first+n-1: of all tokens and this thread's units, a partial sum, or of this
- * thread's tokens and all units. */
-static void F(partial_logits)(const workspace *ws, const scratch *s, int64_t thread, int64_t threads, int64_t first,
-                              int64_t n) {
+ * thread's tokens and all units. Returns the round in which it has arrived.
+ *
+ * Rows r0 .. r1-1, whose partial sums this thread adds up itself, come last: the others' need not wait for them, and theirs of these
+ * rows are fetched meanwhile. */
+static int F(partial_logits)(const workspace *ws, const scratch *s, barrier *sync, int64_t thread, int64_t threads,
+                             int64_t first, int64_t n, int64_t r0, int64_t r1) {
     int64_t V = ws->shape.V, Vp = ws->Vp, tiles = (Vp + UNITS - 1) / UNITS;
     int64_t tile0 = ws->by_vocab ? tiles * thread / threads : 0;
     int64_t tile1 = ws->by_vocab ? tiles * (thread + 1) / threads : tiles;
     int64_t block0 = ws->by_vocab ? 0 : ws->blocks * thread / threads;
     int64_t block1 = ws->by_vocab ? ws->blocks : ws->blocks * (thread + 1) / threads;
     float *logits = ws->logits + (ws->by_vocab ? 0 : thread * ws->chunk * Vp);
+    int round = 0;
     for (int64_t v = tile0 * UNITS; v < at_most(Vp, tile1 * UNITS); v += UNITS)
         for (int64_t block = block0; block < block1; block += STRIP_BLOCKS) {
             int64_t width = at_most(UNITS, Vp - v), blocks = at_most(STRIP_BLOCKS, block1 - block);
@@ -349,11 +363,16 @@ static void F(partial_logits)(const workspace *ws, const scratch *s, int64_t thr
             for (int64_t i = 0; i < blocks; i++)
                 F(transpose)(ws->p.w2 + ((block + i) * V + v) * UNITS, at_least(0, at_most(UNITS, V - v)),
                              s->w2t + i * UNITS * UNITS, UNITS);
-            F(gemm_rows)((product){.n = n, .width = width, .A = ws->h + (block * ws->max_rows + first) * UNITS,
-                                    .rows = ws->row_units, .parts = blocks, .a_step = ws->max_rows * UNITS,
-                                    .K = UNITS, .B = s->w2t, .ldb = UNITS, .C = logits + v, .ldc = Vp,
-                                    .accumulate = block > block0});
+            product p = {.width = width, .A = ws->h + (block * ws->max_rows + first) * UNITS, .rows = ws->row_units,
+                         .parts = blocks, .a_step = ws->max_rows * UNITS, .K = UNITS, .B = s->w2t, .ldb = UNITS,
+                         .C = logits + v, .ldc = Vp, .accumulate = block > block0};
+            F(gemm_some_rows)(p, 0, r0);
+            F(gemm_some_rows)(p, r1, n);
+            int last = block + STRIP_BLOCKS >= block1 && v + UNITS >= at_most(Vp, tile1 * UNITS);
+            if (last && !ws->by_vocab) round = arrive(sync, threads);
+            F(gemm_some_rows)(p, r0, r1);
         }
+    return ws->by_vocab ? arrive(sync, threads) : round;
 }
 
 /* to = the sum of the partial logits of a row, in the order of the threads, and b2; returns the largest, in every lane. */
@@ -414,15 +433,15 @@ static double F(softmax)(const workspace *ws, const batch *b, int64_t parts, int
 
 /* ---- backward -------------------------------------------------------------------------------------------------- */
 
-/* dpre of windows first .. first+n-1 in a block of units, to s->dpre from its row `first` on. */
-static void F(backward_hidden)(const workspace *ws, const scratch *s, int64_t block, int64_t first, int64_t n) {
+/* dpre of windows first+r0 .. first+r1-1 in a block of units, to s->dpre from its row `first` on. */
+static void F(backward_hidden)(const workspace *ws, const scratch *s, int64_t block, int64_t first, int64_t r0, int64_t r1) {
     int64_t V = ws->shape.V;
-    float *dpre = s->dpre + first * UNITS;
-    const float *h = ws->h + (block * ws->max_rows + first) * UNITS;
     for (int64_t v = 0; v < V; v += STRIP)
-        F(gemm_rows)((product){.n = n, .width = UNITS, .A = ws->logits + v, .rows = ws->row_vocab, 
-                                .K = at_most(STRIP, V - v), .B = ws->p.w2 + (block * V + v) * UNITS, .ldb = UNITS,
-                                .C = dpre, .ldc = UNITS, .accumulate = v > 0, .h = v + STRIP >= V ? h : NULL});
+        F(gemm_some_rows)((product){.width = UNITS, .A = ws->logits + v, .rows = ws->row_vocab, .K = at_most(STRIP, V - v),
+                                    .B = ws->p.w2 + (block * V + v) * UNITS, .ldb = UNITS, .C = s->dpre + first * UNITS,
+                                    .ldc = UNITS, .accumulate = v > 0,
+                                    .h = v + STRIP < V ? NULL : ws->h + (block * ws->max_rows + first) * UNITS},
+                          r0, r1);
 }
 
 /* dW2 of a block from windows first .. first+n-1: straight into AdamW, or added to ws->dw2. */
@@ -525,6 +544,7 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
     const int64_t parts = ws->by_vocab ? 1 : threads;
     const int cut = ws->chunk < B;
     float *dwte = ws->dwte + thread * ws->max_U * Ep;
+    barrier *sync = &ws->sync;
     for (int64_t i = 0; i < run->steps; i++) {
         const int64_t step = run->first_step + i;
         const batch *b = &ws->batches[step & 1];
@@ -533,31 +553,26 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
         if (ws->by_vocab) wait_for_all(&ws->sync, threads);
         memset(dwte, 0, (size_t)(b->U * Ep) * sizeof(float));
         for (int64_t first = 0; first < B; first += ws->chunk) {
-            int64_t n = at_most(ws->chunk, B - first);
-            F(partial_logits)(ws, &s, thread, threads, first, n);
-            wait_for_all(&ws->sync, threads);
-            loss += F(softmax)(ws, b, parts, first, n * thread / threads, n * (thread + 1) / threads, ws->logits);
-            wait_for_all(&ws->sync, threads);
+            int64_t n = at_most(ws->chunk, B - first), r0 = n * thread / threads, r1 = n * (thread + 1) / threads;
+            await(sync, F(partial_logits)(ws, &s, sync, thread, threads, first, n, r0, r1));
+            loss += F(softmax)(ws, b, parts, first, r0, r1, ws->logits);
+            int round = arrive(sync, threads);
+            F(backward_hidden)(ws, &s, block0, first, r0, r1); /* the others' rows later */
+            await(sync, round);
             for (int64_t block = block0; block < block1; block++) {
-                F(backward_hidden)(ws, &s, block, first, n);
+                F(backward_hidden)(ws, &s, block, first, 0, block == block0 ? r0 : n);
+                F(backward_hidden)(ws, &s, block, first, block == block0 ? r1 : n, n);
                 F(backward_w2)(ws, &s, b, block, first, n, cut);
                 if (cut) /* h of these windows is not needed any more */
                     memcpy(ws->h + (block * ws->max_rows + first) * UNITS, s.dpre + first * UNITS,
                            (size_t)(n * UNITS) * sizeof(float));
                 else F(backward_input)(ws, &s, b, s.dpre, block, dwte);
             }
-            if (thread == threads - 1) {
-                for (int64_t v = 0; v < Vp; v += W) {
-                    vec db2 = F(sum_rows)(ws->logits + v, n, Vp);
-                    F(store)(ws->db2 + v, first > 0 ? F(load)(ws->db2 + v) + db2 : db2);
-                }
-                if (first + n == B) {
-                    F(adamw)(b->rates, ws->p.b2, ws->m.b2, ws->v.b2, ws->db2, Vp);
-                    /* A decay factor of 0 or less, which is allowed, makes them NaN or +inf. */
-                    for (int64_t v = V; v < Vp; v++) ws->p.b2[v] = -INFINITY;
-                }
+            for (int64_t v = 0; thread == threads - 1 && v < Vp; v += W) {
+                vec db2 = F(sum_rows)(ws->logits + v, n, Vp);
+                F(store)(ws->db2 + v, first > 0 ? F(load)(ws->db2 + v) + db2 : db2);
             }
-            if (cut) wait_for_all(&ws->sync, threads);
+            if (cut) wait_for_all(sync, threads);
         }
         for (int64_t block = block0; cut && block < block1; block++) {
             int64_t at = block * V * UNITS;
@@ -565,35 +580,50 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
             F(backward_input)(ws, &s, b, ws->h + block * ws->max_rows * UNITS, block, dwte);
         }
         ws->loss_parts[thread * LANES] = loss;
+        int round = arrive(sync, threads);
+        if (thread == threads - 1) {
+            F(adamw)(b->rates, ws->p.b2, ws->m.b2, ws->v.b2, ws->db2, Vp);
+            /* A decay factor of 0 or less, which is allowed, makes them NaN or +inf. */
+            for (int64_t v = V; v < Vp; v++) ws->p.b2[v] = -INFINITY;
+        }
+        /* Over the batch of the last step, which all have done with. */
         if (thread == 0 && i + 1 < run->steps) prepare_step(ws, &ws->batches[(step + 1) & 1], run, step + 1);
-        wait_for_all(&ws->sync, threads);
+        await(sync, round);
         F(update_wte)(ws, b, threads, V * thread / threads, V * (thread + 1) / threads);
         if (thread == 0) {
             for (int64_t other = 1; other < threads; other++) loss += ws->loss_parts[other * LANES];
             run->losses[i] = loss / (double)B;
             *run->step = step + 1;
         }
-        wait_for_all(&ws->sync, threads);
+        wait_for_all(sync, threads);
     }
 }
 
 static void F(forward)(workspace *ws, const void *argument, int64_t thread, int64_t threads) {
     const forwarding *run = argument;
+    int64_t begin = 0, end = run->windows.count;
+    if (run->apart > 0) {
+        begin = run->windows.count * thread / threads;
+        end = run->windows.count * (thread + 1) / threads;
+        ws = (workspace *)((char *)ws + thread * run->apart);
+        thread = 0;
+        threads = 1;
+    }
     const scratch s = thread_scratch(ws, thread);
-    const int64_t count = run->windows.count, V = ws->shape.V, Vp = ws->Vp;
+    const int64_t V = ws->shape.V, Vp = ws->Vp;
     batch *b = &ws->batches[0];
     double loss = 0;
-    for (int64_t begin = 0; begin < count; begin += ws->max_rows) {
-        int64_t rows = at_most(ws->max_rows, count - begin);
+    for (; begin < end; begin += ws->max_rows) {
+        int64_t rows = at_most(ws->max_rows, end - begin);
         if (thread == 0) index_windows(ws, b, &run->windows, begin, rows);
         wait_for_all(&ws->sync, threads);
         F(forward_hidden)(ws, &s, b, ws->blocks * thread / threads, ws->blocks * (thread + 1) / threads);
         if (ws->by_vocab) wait_for_all(&ws->sync, threads);
         for (int64_t first = 0; first < rows; first += ws->chunk) {
             int64_t n = at_most(ws->chunk, rows - first);
-            F(partial_logits)(ws, &s, thread, threads, first, n);
-            wait_for_all(&ws->sync, threads);
-            for (int64_t r = n * thread / threads; r < n * (thread + 1) / threads; r++) {
+            int64_t r0 = n * thread / threads, r1 = n * (thread + 1) / threads;
+            await(&ws->sync, F(partial_logits)(ws, &s, &ws->sync, thread, threads, first, n, r0, r1));
+            for (int64_t r = r0; r < r1; r++) {
                 float *row = ws->logits + r * Vp;
                 vec most = F(add_parts)(ws, row, ws->by_vocab ? 1 : threads, row);
                 float largest = most[0];

@@ -12,7 +12,7 @@
 #endif
 #endif
 
-#define CHUNK_FLOATS 4096
+#define CHUNK_FLOATS 1024
 #define FORWARD_ROWS 3
 #include "../../kernels/csrc/train_step.c"
 
@@ -85,7 +85,7 @@ static double exercise(const mlp_shape *s, int64_t B, int64_t n, int64_t isa, in
     }
     mlp_windows matrix = {contexts, 8, T, rows, 0};
     float *logits = malloc((size_t)(rows * V) * sizeof(float));
-    void *forward = aligned(mlp_workspace_bytes(s, mlp_forward_rows(rows), threads));
+    void *forward = aligned(mlp_forward_bytes(s, rows, threads));
     mlp_logits(isa, s, state[0], forward, &matrix, threads, form, logits);
     double total = mlp_loss_sum(isa, s, state[0], forward, &matrix, starts, targets, weights, threads, form), wanted = 0;
     for (int64_t i = 0; i < 2 * rows; i++) {
@@ -98,7 +98,7 @@ static double exercise(const mlp_shape *s, int64_t B, int64_t n, int64_t isa, in
     uint64_t random = 42;
     int64_t *context = malloc((size_t)T * sizeof(int64_t)), drawn[7];
     memcpy(context, contexts, (size_t)T * sizeof(int64_t));
-    void *single = aligned(mlp_workspace_bytes(s, 1, 1));
+    void *single = aligned(mlp_forward_bytes(s, 1, 1));
     mlp_sample(isa, s, state[0], single, context, &random, 7, logits, drawn);
     for (int i = 0; i < 7; i++) expect(drawn[i] >= 0 && drawn[i] < V, "drawn token", s, B, isa, threads, form);
     mlp_unpack(s, state[0], zeros[0], zeros[1], zeros[2], zeros[3], zeros[4]);
