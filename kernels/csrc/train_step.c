@@ -360,6 +360,8 @@ static scratch thread_scratch(const workspace *ws, int64_t thread);
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma,avx2"))), apply_to = function)
 #else
 #pragma GCC push_options
+/* Before the loop of a register tile gcc would compute more addresses than there are registers, and keep them in memory. */
+#pragma GCC optimize("no-ivopts", "no-tree-loop-im")
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma,avx2")
 #endif
 #include "train_step_simd.h"
