@@ -257,3 +257,18 @@ def test_a_lock_ends_with_its_process(tmp_path: Path, corpus_folder: str) -> Non
     kill(run.pid, signal.SIGKILL)
     run.join()
     run_folder.RunFolder(out, keep=3).close()
+
+
+def test_a_command_ends_with_its_code_and_all_of_its_output() -> None:
+    """What is registered for the end still happens; what Python would then take apart is left to the system."""
+    program = """
+import atexit
+from mlp_fast.command import begin, run_main
+
+begin()
+atexit.register(lambda: print("last"))
+run_main(lambda: print("x" * 100_000) or 3)
+"""
+    done = subprocess.run([sys.executable, "-v", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "x" * 100_000 + "\nlast\n")
+    assert "# destroy" not in done.stderr
