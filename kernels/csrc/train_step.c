@@ -19,7 +19,8 @@
  * logits (B, V) and dwte (U, E). Each thread writes a partial sum of its own and the partial sums are added in the order
  * of the threads, so the same number of threads gives the same bits. Where one (B, V) buffer per thread would outgrow
  * the hidden layer (threads * V > H), the logits are split by vocabulary instead; where even one outgrows the parameters, the
- * batch is cut into chunks. Memory is O(parameters + B (H + T)), of which wte counts once for every thread.
+ * batch is cut into chunks. Memory is O(parameters + B (H + T)), of which wte counts once for every thread. An evaluation
+ * divides the windows instead, where the model is small enough: see divide().
  *
  * Parameters and moments live in packed arrays, each block of units contiguous and the units innermost, padded with
  * zeros; mlp_pack and mlp_unpack convert. The floating-point code is in train_step_simd.h, compiled once for every
