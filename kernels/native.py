@@ -27,7 +27,7 @@ RESPONSE_TIME = 0.04  # seconds that one call of C may take where a single step 
 CALL_PRODUCTS, CALL_DRAWS = 2**31, 2**27
 MAX_VOCAB = 2**31 - 1  # tokens are int32
 ALIGNMENT = 64
-PAGE, PAGE_OFFSET = 1024, 336  # floats; the offset is about a third of a page, and a multiple of ALIGNMENT
+PAGE, PAGE_OFFSET = 1024, 336  # floats; the offset is about a third of a page, and in bytes a multiple of ALIGNMENT
 TOKEN_TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 _FOLDER = Path(__file__).parent
 _SOURCES = ("train_step.c", "train_step_simd.h")
@@ -221,8 +221,8 @@ class Pairs:
 class NativeModel:
     """A model and its AdamW state in the kernel's packed layout.
 
-    Everything is computed on torch.get_num_threads() threads, at most one per 32 hidden units. The same number of
-    threads gives the same bits.
+    Everything is computed on torch.get_num_threads() threads; in training, at most one per 32 hidden units. The same
+    number of threads gives the same bits.
 
     Args:
         V, T, E, H: vocabulary, context length, embedding, hidden units.

@@ -188,15 +188,19 @@ def test_any_sizes(case: Case, form: str, isa: str, count: int) -> None:
     assert_no_farther(list(model.store()), reference(case, [2], torch.float32)[1][2], exact[2])
 
 
+def exact_logits(case: Case, contexts: torch.Tensor) -> torch.Tensor:
+    """The untrained model's logits in float64."""
+    wte, w1, b1, w2, b2 = (case.state().parameters[name].double() for name in PARAMETER_NAMES)
+    return torch.tanh(wte[contexts].flatten(1) @ w1.t() + b1) @ w2.t() + b2
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @threads(1)
 def test_logits_and_loss_of_windows(isa: str) -> None:
     for case in CASES:
         model = case.model(isa=isa)
-        parameters = [case.state().parameters[name].double() for name in PARAMETER_NAMES]
-        wte, w1, b1, w2, b2 = parameters
         rows, counts = torch.unique(case.tape().unfold(0, case.T + 1, 1), dim=0, return_counts=True)
-        logits = torch.tanh(wte[rows[:, :-1]].flatten(1) @ w1.t() + b1) @ w2.t() + b2
+        logits = exact_logits(case, rows[:, :-1])
         torch.testing.assert_close(model.logits(rows[:, :-1]).double(), logits, rtol=1e-5, atol=1e-5)
         exact = (F.cross_entropy(logits, rows[:, -1], reduction="none") * counts).sum().item()
         assert model.loss_sum(model.pairs(rows, counts.double())) == pytest.approx(exact, rel=1e-6, abs=1e-6)
@@ -206,10 +210,9 @@ def test_logits_and_loss_of_windows(isa: str) -> None:
 @pytest.mark.parametrize("V", [50, 3000])  # threads with windows of their own, and with a part of every sum
 def test_many_contexts_take_several_passes(V: int, count: int) -> None:
     case = Case(V=V, T=2, E=8, H=40, B=1, n=5000)
-    model, parameters = case.model(), [case.state().parameters[name].double() for name in PARAMETER_NAMES]
-    wte, w1, b1, w2, b2 = parameters
+    model = case.model()
     rows = case.tape().unfold(0, 3, 1)  # more than a pass takes, unsorted
-    exact = torch.tanh(wte[rows[:, :-1]].flatten(1) @ w1.t() + b1) @ w2.t() + b2
+    exact = exact_logits(case, rows[:, :-1])
     with threads(count):
         torch.testing.assert_close(model.logits(rows[:, :-1]).double(), exact, rtol=1e-5, atol=1e-5)
         loss = model.loss_sum(model.pairs(rows, torch.ones(len(rows), dtype=torch.float64)))
@@ -303,11 +306,11 @@ def test_updates_of_any_size_of_moment(isa: str) -> None:
     moments = torch.cat((torch.logspace(-45, 38.4, 600, dtype=torch.float64), torch.tensor([0.0, math.inf, math.nan])))
     case = Case(V=len(moments) + 1, T=1, E=1, H=1, B=1, n=2)
     tape = torch.tensor([case.V - 1, case.V - 1])
-    state = case.state()
-    state.parameters[PARAMETER_NAMES[0]].zero_()
-    state.exp_avg[PARAMETER_NAMES[0]].fill_(1e-4)
-    state.exp_avg_sq[PARAMETER_NAMES[0]][:-1, 0] = moments
-    v = 0.999 * state.exp_avg_sq[PARAMETER_NAMES[0]][:-1, 0].double()
+    state, wte = case.state(), PARAMETER_NAMES[0]
+    state.parameters[wte].zero_()
+    state.exp_avg[wte].fill_(1e-4)
+    state.exp_avg_sq[wte][:-1, 0] = moments
+    v = 0.999 * state.exp_avg_sq[wte][:-1, 0].double()
     update = -LEARNING_RATE * (0.9e-4 / 0.1) / ((v / 0.001).sqrt() + 1e-8)
     model = case.model(isa=isa)
     model.set_tape(tape)

@@ -18,9 +18,9 @@
  * columns of W2, and the moments of all these, which therefore never leave its core's cache. Two sums cross threads, the
  * logits (B, V) and dwte (U, E). Each thread writes a partial sum of its own and the partial sums are added in the order
  * of the threads, so the same number of threads gives the same bits. Where one (B, V) buffer per thread would outgrow
- * the hidden layer (threads * V > H), the logits are split by vocabulary instead; where even one outgrows the parameters, the
- * batch is cut into chunks. Memory is O(parameters + B (H + T)), of which wte counts once for every thread. An evaluation
- * divides the windows instead, where the model is small enough: see divide().
+ * the hidden layer (threads * V > H), the logits are split by vocabulary instead; where even one outgrows the
+ * parameters, the batch is cut into chunks. Training takes memory of O(parameters + B (H + T)), of which wte counts once
+ * for every thread. An evaluation divides the windows instead, where the model is small enough: see divide().
  *
  * Parameters and moments live in packed arrays, each block of units contiguous and the units innermost, padded with
  * zeros; mlp_pack and mlp_unpack convert. The floating-point code is in train_step_simd.h, compiled once for every
@@ -142,7 +142,7 @@ typedef void work(workspace *ws, const void *run, int64_t thread, int64_t thread
 
 /* A thread's own buffers. */
 typedef struct {
-    float *table; /* (slots held, max_U, UNITS): P of a block, and later dP */
+    float *table; /* (slots held, U, UNITS), U at most max_U: P of a block, and later dP */
     float *dpre;  /* (max_rows, UNITS) */
     float *w1t;   /* (UNITS, Ep): W1 of a block and slot, transposed */
     float *w2t;   /* (STRIP_BLOCKS, UNITS, UNITS): W2 of some blocks and a tile of tokens, each transposed */
@@ -151,8 +151,8 @@ typedef struct {
 
 /* C (n, width) (+)= A B, and then, with h, laid out as C: C *= 1 - h^2.
  *
- * Row r of A begins at A[rows[r]], so that it can be a token's embedding. A may lie in several parts of K columns, a_step
- * floats apart, such as the blocks of h; the rows of B follow one another all the same. */
+ * Row r of A begins at A[rows[r]], so that it can be a token's embedding. A may lie in several parts of K columns,
+ * a_step floats apart, such as the blocks of h; the rows of B follow one another all the same. */
 typedef struct {
     int64_t n, width; /* width: a multiple of LANES */
     const float *A;
@@ -184,7 +184,8 @@ static inline void relax(void) {
 
 enum { ALONE = -1 };
 
-/* Says that this thread has come so far, and returns the round for await(): in between it can do what needs no other. */
+/* Says that this thread has come so far, and returns the round for await(): in between it can do what needs no other
+ * thread. */
 static int arrive(barrier *b, int64_t threads) {
     if (threads == 1) return ALONE;
     int round = atomic_load_explicit(&b->round, memory_order_relaxed);
@@ -200,9 +201,10 @@ static int arrive(barrier *b, int64_t threads) {
     return round;
 }
 
-/* Waits until all threads have arrived. A step is a hundred microseconds long or more, so waiting spins; past about a hundred
- * microseconds, when a thread has lost its core or has more to do, it sleeps. (Sleeping after a quarter of that cost a tenth of
- * a step of two threads: waking up takes longer than most waits.) */
+/* Waits until all threads have arrived. A step is a hundred microseconds long or more, so waiting spins; later, when a
+ * thread has lost its core or has more to do, it sleeps: after about a hundred microseconds where a pause is as long as
+ * on recent Intel processors, sooner on others. (Sleeping after a quarter of that cost a tenth of a step of two threads:
+ * waking up takes longer than most waits.) */
 static void await(barrier *b, int round) {
     if (round == ALONE) return;
     for (int spins = 0; spins < 4096; spins++) {
@@ -343,6 +345,7 @@ typedef struct {
 } instruction_set;
 
 static int64_t slots_held(const mlp_shape *s, int64_t max_U);
+static workspace *workspace_of(void *memory, int64_t bytes, int64_t thread);
 static scratch thread_scratch(const workspace *ws, int64_t thread);
 
 #if defined(__x86_64__)
@@ -361,7 +364,8 @@ static scratch thread_scratch(const workspace *ws, int64_t thread);
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma,avx2"))), apply_to = function)
 #else
 #pragma GCC push_options
-/* Before the loop of a register tile gcc would compute more addresses than there are registers, and keep them in memory. */
+/* Before the loop of a register tile gcc would compute more addresses than there are registers, and keep them in
+ * memory. */
 #pragma GCC optimize("no-ivopts", "no-tree-loop-im")
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma,avx2")
 #endif
@@ -629,12 +633,13 @@ EXPORT void mlp_train(int64_t isa, const mlp_shape *shape, float *parameters, fl
     run_threads(ws, SETS[isa].train, &run, ws->threads, ws->workers);
 }
 
-/* How a forward pass over `count` windows is divided among threads. While a thread's logits and hidden values fit its cache,
- * every thread takes windows of its own, in a workspace of its own, and none waits for another; beyond, the threads
- * work on the same windows, as in training. */
+/* How a forward pass over `count` windows is divided among threads. While a thread's logits and hidden values are few,
+ * every thread takes windows of its own, in a workspace of its own, and none waits for another; beyond, the threads work
+ * on the same windows, as in training. */
 typedef struct {
     int64_t apart; /* as in a forwarding */
-    int64_t rows, threads;
+    int64_t rows;  /* windows of one pass */
+    int64_t threads;
 } division;
 
 static division divide(const mlp_shape *s, int64_t count, int64_t threads) {
@@ -643,11 +648,16 @@ static division divide(const mlp_shape *s, int64_t count, int64_t threads) {
     if (FORWARD_ROWS * at_least(padded_vocab(s->V), padded(s->H, UNITS)) > CHUNK_FLOATS) return d;
     d.threads = at_most(threads, count);
     d.rows = at_most(FORWARD_ROWS, (count + d.threads - 1) / d.threads);
-    d.apart = padded(lay_out(&ws, NULL, s, d.rows, 1), 64);
+    d.apart = lay_out(&ws, NULL, s, d.rows, 1);
     return d;
 }
 
-/* Bytes of memory for a forward pass over `count` windows. */
+/* The workspace of a thread, where every one has its own of so many bytes. */
+static workspace *workspace_of(void *memory, int64_t bytes, int64_t thread) {
+    return (workspace *)((char *)memory + thread * bytes);
+}
+
+/* Bytes of memory for a forward pass over `count` windows, at least one. */
 EXPORT int64_t mlp_forward_bytes(const mlp_shape *shape, int64_t count, int64_t threads) {
     workspace ws;
     division d = divide(shape, count, threads);
@@ -663,7 +673,7 @@ static double run_forward(int64_t isa, const mlp_shape *shape, float *parameters
     double loss = 0;
     run->apart = d.apart;
     for (int64_t i = 0; i < workspaces; i++) {
-        workspace *ws = (workspace *)((char *)memory + i * d.apart);
+        workspace *ws = workspace_of(memory, d.apart, i);
         lay_out(ws, (char *)ws, shape, d.rows, d.apart == 0 ? threads : 1);
         ws->form = form;
         ws->p = packed_at(shape, parameters, NULL);
@@ -671,12 +681,12 @@ static double run_forward(int64_t isa, const mlp_shape *shape, float *parameters
     }
     workspace *first = memory;
     if (d.apart == 0) run_threads(first, SETS[isa].forward, run, first->threads, first->workers);
-    else run_threads(first, SETS[isa].forward, run, d.threads, (worker *)((char *)memory + d.threads * d.apart));
-    for (int64_t i = 0; i < workspaces; i++) loss += ((workspace *)((char *)memory + i * d.apart))->loss_parts[0];
+    else run_threads(first, SETS[isa].forward, run, d.threads, (worker *)workspace_of(memory, d.apart, d.threads));
+    for (int64_t i = 0; i < workspaces; i++) loss += workspace_of(memory, d.apart, i)->loss_parts[0];
     return loss;
 }
 
-/* Logits (count, V) of windows. memory: mlp_forward_bytes() of it. */
+/* Logits (count, V) of windows. memory: mlp_forward_bytes() of it, 64-byte aligned. */
 EXPORT void mlp_logits(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, const mlp_windows *windows,
                        int64_t threads, int64_t form, float *logits) {
     forwarding run = {.windows = *windows, .logits = logits};
@@ -689,16 +699,16 @@ EXPORT void mlp_logits(int64_t isa, const mlp_shape *shape, float *parameters, v
 EXPORT double mlp_loss_sum(int64_t isa, const mlp_shape *shape, float *parameters, void *memory,
                            const mlp_windows *contexts, const int64_t *pair_start, const int32_t *pair_target,
                            const double *pair_weight, int64_t threads, int64_t form) {
-    forwarding run = {.windows = *contexts, .pair_start = pair_start, .pair_target = pair_target, .pair_weight = pair_weight};
+    forwarding run = {
+        .windows = *contexts, .pair_start = pair_start, .pair_target = pair_target, .pair_weight = pair_weight};
     return run_forward(isa, shape, parameters, memory, &run, threads, form);
 }
 
 /* Draws `count` tokens one after another: xorshift64* uniforms, and for each the token at which the cumulative softmax
  * first exceeds it; the last token where rounding leaves the sum below.
  *
- * context (T): where to go on; overwritten with the last T tokens. state: the generator's. memory: mlp_forward_bytes() of
- * it for one window.
- * logits (V): scratch. drawn (count). */
+ * context (T): where to go on; overwritten with the last T tokens. state: the generator's. memory: mlp_forward_bytes()
+ * of it for one window. logits (V): scratch. drawn (count). */
 EXPORT void mlp_sample(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, int64_t *context,
                        uint64_t *state, int64_t count, float *logits, int64_t *drawn) {
     mlp_windows windows = {context, 8, 1, 1, 0};

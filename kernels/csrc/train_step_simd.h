@@ -75,12 +75,12 @@ INLINE vec F(most)(vec a, vec b) {
 #define SHUFFLE(a, b, f, s) __builtin_shuffle(a, b, (ivec){LIST(f, s)})
 #endif
 /* x = f(x, x with its halves, quarters, ... exchanged): all lanes of x together, in every lane. */
-#define REDUCE(x, f)                                \
-    {                                               \
+#define REDUCE(x, f)                                             \
+    {                                                            \
         if (W > 8) x = f(x, SHUFFLE(x, x, ACROSS, 8 & (W - 1))); \
         if (W > 4) x = f(x, SHUFFLE(x, x, ACROSS, 4 & (W - 1))); \
-        x = f(x, SHUFFLE(x, x, ACROSS, 2));         \
-        x = f(x, SHUFFLE(x, x, ACROSS, 1));         \
+        x = f(x, SHUFFLE(x, x, ACROSS, 2));                      \
+        x = f(x, SHUFFLE(x, x, ACROSS, 1));                      \
     }
 
 INLINE vec F(plus)(vec a, vec b) { return a + b; }
@@ -91,7 +91,7 @@ INLINE vec F(sum)(vec x) {
     return x;
 }
 
-/* The largest of all lanes, in every lane; any of them where one is NaN. */
+/* The largest of all lanes, in every lane; where one is NaN, anything. */
 INLINE vec F(largest)(vec x) {
     REDUCE(x, F(most))
     return x;
@@ -124,7 +124,7 @@ INLINE vec F(exp)(vec x) {
     return F(select)(x < F(all)(-87.0f), F(all)(0.0f), e);
 }
 
-/* Square roots; those from RSQRT are right to a rounding or two. */
+/* Square roots; those from RSQRT are right to a rounding or two, of subnormal numbers to 14 bits. */
 INLINE vec F(sqrt)(vec x) {
 #ifdef RSQRT
     vec y = (vec)RSQRT(x), root = x * y;
@@ -192,12 +192,12 @@ INLINE void F(gemm_tile)(const int R, const int N, const int COLS, const float *
     }
 TILES(rows_1, 1, 0)
 TILES(rows_2, 2, 0)
-TILES(rows_widest, WIDEST, 0)
+TILES(rows_widest, WIDEST, 0) /* unused where WIDEST is 2 */
 TILES(cols_2, 2, 1)
 #undef TILES
 #undef CASE
 
-/* Tiles of at most ROWS rows, as equal as can be, that n rows are cut into; tile i begins at row i * n / tiles. */
+/* Tiles of at most ROWS rows, as equal as can be, that n rows are cut into. */
 INLINE int64_t F(tiles)(int64_t n) { return (n + ROWS - 1) / ROWS; }
 
 static void F(gemm_rows)(const product p) {
@@ -209,7 +209,7 @@ static void F(gemm_rows)(const product p) {
         for (int64_t i = 0, r = 0, R; i < tiles; i++, r += R) {
             R = least + (i < more);
             int64_t at = r * p.ldc + j * W;
-            (N == 1 ? F(rows_1) : N == 2 ? F(rows_2) : F(rows_widest))(
+            (N == 1 ? F(rows_1) : WIDEST > 2 && N == WIDEST ? F(rows_widest) : F(rows_2))(
                 R, p.A, p.rows + r, p.K, p.B + j * W, p.ldb, p.C + at, p.ldc, p.accumulate, p.h ? p.h + at : NULL,
                 p.parts, p.a_step);
         }
@@ -306,6 +306,7 @@ INLINE void F(add_rows)(const int SLOTS, const float *table, int64_t n, int64_t 
     }
 }
 
+_Static_assert(MAX_SLOTS == 4, "FOR_SLOTS lists them");
 /* f(SLOTS, ...) for a number of slots that is a constant in it. */
 #define FOR_SLOTS(slots, f, ...)               \
     switch (slots) {                           \
@@ -326,17 +327,17 @@ static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch
             for (int64_t t0 = 0; t0 < T; t0 += held) {
                 int64_t slots = at_most(held, T - t0);
                 for (int64_t t = 0; t < slots; t++)
-                    F(gemm_rows)((product){.n = U, .width = UNITS, .A = ws->p.wte, .rows = b->wte_row, 
-                                            .K = E, .B = w1 + (t0 + t) * E * UNITS, .ldb = UNITS,
-                                            .C = s->table + t * U * UNITS, .ldc = UNITS});
+                    F(gemm_rows)((product){.n = U, .width = UNITS, .A = ws->p.wte, .rows = b->wte_row, .K = E,
+                                           .B = w1 + (t0 + t) * E * UNITS, .ldb = UNITS,
+                                           .C = s->table + t * U * UNITS, .ldc = UNITS});
                 FOR_SLOTS(slots, F(add_rows), s->table, n, U, b->place + t0 * n, t0 == 0 ? b1 : NULL, h)
             }
         } else {
             for (int64_t r = 0; r < n; r++) memcpy(h + r * UNITS, b1, UNITS * sizeof(float));
             for (int64_t t = 0; t < T; t++)
                 F(gemm_rows)((product){.n = n, .width = UNITS, .A = ws->p.wte, .rows = b->gathered + t * n,
-                                         .K = E, .B = w1 + t * E * UNITS, .ldb = UNITS, .C = h,
-                                        .ldc = UNITS, .accumulate = 1});
+                                       .K = E, .B = w1 + t * E * UNITS, .ldb = UNITS, .C = h, .ldc = UNITS,
+                                       .accumulate = 1});
         }
         for (int64_t i = 0; i < n * UNITS; i += W) F(store)(h + i, F(tanh)(F(load)(h + i)));
     }
@@ -345,10 +346,9 @@ static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch
 /* The logits without b2 of windows first .. first+n-1: of all tokens and this thread's units, a partial sum, or of this
  * thread's tokens and all units. Returns the round in which it has arrived.
  *
- * Rows r0 .. r1-1, whose partial sums this thread adds up itself, come last: the others' need not wait for them, and theirs of these
- * rows are fetched meanwhile. */
-static int F(partial_logits)(const workspace *ws, const scratch *s, barrier *sync, int64_t thread, int64_t threads,
-                             int64_t first, int64_t n, int64_t r0, int64_t r1) {
+ * Of a partial sum, rows r0 .. r1-1, which this thread adds up itself, come last: no other waits for them. */
+static int F(partial_logits)(workspace *ws, const scratch *s, int64_t thread, int64_t threads, int64_t first, int64_t n,
+                             int64_t r0, int64_t r1) {
     int64_t V = ws->shape.V, Vp = ws->Vp, tiles = (Vp + UNITS - 1) / UNITS;
     int64_t tile0 = ws->by_vocab ? tiles * thread / threads : 0;
     int64_t tile1 = ws->by_vocab ? tiles * (thread + 1) / threads : tiles;
@@ -369,20 +369,20 @@ static int F(partial_logits)(const workspace *ws, const scratch *s, barrier *syn
             F(gemm_some_rows)(p, 0, r0);
             F(gemm_some_rows)(p, r1, n);
             int last = block + STRIP_BLOCKS >= block1 && v + UNITS >= at_most(Vp, tile1 * UNITS);
-            if (last && !ws->by_vocab) round = arrive(sync, threads);
+            if (last && !ws->by_vocab) round = arrive(&ws->sync, threads);
             F(gemm_some_rows)(p, r0, r1);
         }
-    return ws->by_vocab ? arrive(sync, threads) : round;
+    return ws->by_vocab ? arrive(&ws->sync, threads) : round;
 }
 
-/* to = the sum of the partial logits of a row, in the order of the threads, and b2; returns the largest, in every lane. */
-INLINE vec F(add_parts)(const workspace *ws, const float *row, int64_t parts, float *to) {
+/* Adds up the partial logits of a row, in the order of the threads, and b2; returns the largest, in every lane. */
+INLINE vec F(add_parts)(const workspace *ws, float *row, int64_t parts) {
     vec largest = F(all)(-INFINITY);
     for (int64_t v = 0; v < ws->Vp; v += W) {
         vec x = F(load)(row + v);
         for (int64_t i = 1; i < parts; i++) x += F(load)(row + i * ws->chunk * ws->Vp + v);
         x += F(load)(ws->p.b2 + v);
-        F(store)(to + v, x);
+        F(store)(row + v, x);
         largest = F(most)(largest, x);
     }
     return F(largest)(largest);
@@ -405,19 +405,18 @@ INLINE vec F(exponentials)(float *row, int64_t Vp, vec largest, int32_t but) {
 /* Partial logits to dlogits, for rows r0 .. r1-1 of the chunk that begins at window `first`; returns the sum of their
  * losses.
  *
- * With s the sum of exponentials, e that of the target, and o = s - e summed by itself, the target's dlogits is -o / s rather than
- * e / s - 1, and the loss uses e + o in float64: a model that is nearly sure keeps its digits. */
-static double F(softmax)(const workspace *ws, const batch *b, int64_t parts, int64_t first, int64_t r0, int64_t r1,
-                         float *dlogits) {
-    double loss = 0, product = 1;
+ * With s the sum of exponentials, e that of the target, and o = s - e summed by itself, the target's dlogits is -o / s
+ * rather than e / s - 1, and the loss uses e + o in float64: a model that is nearly sure keeps its digits. */
+static double F(softmax)(const workspace *ws, const batch *b, int64_t parts, int64_t first, int64_t r0, int64_t r1) {
+    double loss = 0, sums = 1;
     for (int64_t r = r0; r < r1; r++) {
-        float *row = dlogits + r * ws->Vp;
+        float *row = ws->logits + r * ws->Vp;
         int32_t target = b->target[first + r];
         if (parts > 1 && r + AHEAD < r1) /* from the other cores' caches */
             for (int64_t i = 0; i < parts; i++)
                 for (int64_t v = 0; v < ws->Vp; v += LANES)
                     __builtin_prefetch(ws->logits + (i * ws->chunk + r + AHEAD) * ws->Vp + v);
-        vec largest = F(add_parts)(ws, ws->logits + r * ws->Vp, parts, row);
+        vec largest = F(add_parts)(ws, row, parts);
         float at_target = row[target], others = F(exponentials)(row, ws->Vp, largest, target)[0];
         double sum = (double)others + (double)row[target];
         float factor = (float)(1 / (sum * (double)b->rows));
@@ -425,21 +424,22 @@ static double F(softmax)(const workspace *ws, const batch *b, int64_t parts, int
         row[target] = -others * factor;
         /* The logarithm of a product in place of a sum of logarithms; 1 <= sum <= 2^31, so 32 factors fit a double. */
         loss += (double)largest[0] - (double)at_target;
-        product *= sum;
-        if ((r - r0) % 32 == 31) loss += log(product), product = 1;
+        sums *= sum;
+        if ((r - r0) % 32 == 31) loss += log(sums), sums = 1;
     }
-    return loss + log(product);
+    return loss + log(sums);
 }
 
 /* ---- backward -------------------------------------------------------------------------------------------------- */
 
 /* dpre of windows first+r0 .. first+r1-1 in a block of units, to s->dpre from its row `first` on. */
-static void F(backward_hidden)(const workspace *ws, const scratch *s, int64_t block, int64_t first, int64_t r0, int64_t r1) {
+static void F(backward_hidden)(const workspace *ws, const scratch *s, int64_t block, int64_t first, int64_t r0,
+                               int64_t r1) {
     int64_t V = ws->shape.V;
     for (int64_t v = 0; v < V; v += STRIP)
-        F(gemm_some_rows)((product){.width = UNITS, .A = ws->logits + v, .rows = ws->row_vocab, .K = at_most(STRIP, V - v),
-                                    .B = ws->p.w2 + (block * V + v) * UNITS, .ldb = UNITS, .C = s->dpre + first * UNITS,
-                                    .ldc = UNITS, .accumulate = v > 0,
+        F(gemm_some_rows)((product){.width = UNITS, .A = ws->logits + v, .rows = ws->row_vocab,
+                                    .K = at_most(STRIP, V - v), .B = ws->p.w2 + (block * V + v) * UNITS,
+                                    .ldb = UNITS, .C = s->dpre + first * UNITS, .ldc = UNITS, .accumulate = v > 0,
                                     .h = v + STRIP < V ? NULL : ws->h + (block * ws->max_rows + first) * UNITS},
                           r0, r1);
 }
@@ -463,8 +463,8 @@ static void F(backward_w2)(const workspace *ws, const scratch *s, const batch *b
     }
 }
 
-/* For the next SLOTS slots, to[slot, u, :] = the sum of the rows of dpre (n, UNITS) whose window has token u there, in the
- * order of the windows. Several slots at a time, since a row must wait for the last one of the same token. */
+/* For the next SLOTS slots, to[slot, u, :] = the sum of the rows of dpre (n, UNITS) whose window has token u there, in
+ * the order of the windows. Several slots at a time, since a row must wait for the last one of the same token. */
 INLINE void F(sum_by_token)(const int SLOTS, const float *dpre, int64_t n, int64_t U, const int32_t *place, float *to) {
     memset(to, 0, (size_t)(SLOTS * U * UNITS) * sizeof(float));
     for (int64_t r = 0; r < n; r++) {
@@ -494,16 +494,15 @@ static void F(backward_input)(const workspace *ws, const scratch *s, const batch
         }
         F(transpose)(ws->p.w1 + w1, E, s->w1t, Ep);
         if (b->table) {
-            F(gemm_rows)((product){.n = U, .width = Ep, .A = dtable, .rows = ws->row_units,  .K = UNITS,
-                                    .B = s->w1t, .ldb = Ep, .C = dwte, .ldc = Ep, .accumulate = 1});
+            F(gemm_rows)((product){.n = U, .width = Ep, .A = dtable, .rows = ws->row_units, .K = UNITS,
+                                   .B = s->w1t, .ldb = Ep, .C = dwte, .ldc = Ep, .accumulate = 1});
         } else {
             int64_t parts = F(tiles)(n);
             for (int64_t e = 0; e < Ep; e += UNITS)
                 for (int64_t i = 0; i < parts; i++) {
                     int64_t r0 = i * n / parts, r1 = (i + 1) * n / parts, width = at_most(UNITS, Ep - e);
                     F(gemm_rows)((product){.n = r1 - r0, .width = width, .A = dpre, .rows = ws->row_units + r0,
-                                             .K = UNITS, .B = s->w1t + e, .ldb = Ep, .C = s->tile,
-                                            .ldc = UNITS});
+                                           .K = UNITS, .B = s->w1t + e, .ldb = Ep, .C = s->tile, .ldc = UNITS});
                     for (int64_t r = r0; r < r1; r++)
                         for (int64_t j = 0; j < width; j += W) {
                             float *to = dwte + place[r] * Ep + e + j;
@@ -544,7 +543,6 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
     const int64_t parts = ws->by_vocab ? 1 : threads;
     const int cut = ws->chunk < B;
     float *dwte = ws->dwte + thread * ws->max_U * Ep;
-    barrier *sync = &ws->sync;
     for (int64_t i = 0; i < run->steps; i++) {
         const int64_t step = run->first_step + i;
         const batch *b = &ws->batches[step & 1];
@@ -554,14 +552,15 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
         memset(dwte, 0, (size_t)(b->U * Ep) * sizeof(float));
         for (int64_t first = 0; first < B; first += ws->chunk) {
             int64_t n = at_most(ws->chunk, B - first), r0 = n * thread / threads, r1 = n * (thread + 1) / threads;
-            await(sync, F(partial_logits)(ws, &s, sync, thread, threads, first, n, r0, r1));
-            loss += F(softmax)(ws, b, parts, first, r0, r1, ws->logits);
-            int round = arrive(sync, threads);
-            F(backward_hidden)(ws, &s, block0, first, r0, r1); /* the others' rows later */
-            await(sync, round);
+            await(&ws->sync, F(partial_logits)(ws, &s, thread, threads, first, n, r0, r1));
+            loss += F(softmax)(ws, b, parts, first, r0, r1);
+            int round = arrive(&ws->sync, threads);
+            F(backward_hidden)(ws, &s, block0, first, r0, r1);
+            await(&ws->sync, round); /* for the rows of the others */
+            F(backward_hidden)(ws, &s, block0, first, 0, r0);
+            F(backward_hidden)(ws, &s, block0, first, r1, n);
             for (int64_t block = block0; block < block1; block++) {
-                F(backward_hidden)(ws, &s, block, first, 0, block == block0 ? r0 : n);
-                F(backward_hidden)(ws, &s, block, first, block == block0 ? r1 : n, n);
+                if (block > block0) F(backward_hidden)(ws, &s, block, first, 0, n);
                 F(backward_w2)(ws, &s, b, block, first, n, cut);
                 if (cut) /* h of these windows is not needed any more */
                     memcpy(ws->h + (block * ws->max_rows + first) * UNITS, s.dpre + first * UNITS,
@@ -572,7 +571,7 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
                 vec db2 = F(sum_rows)(ws->logits + v, n, Vp);
                 F(store)(ws->db2 + v, first > 0 ? F(load)(ws->db2 + v) + db2 : db2);
             }
-            if (cut) wait_for_all(sync, threads);
+            if (cut) wait_for_all(&ws->sync, threads);
         }
         for (int64_t block = block0; cut && block < block1; block++) {
             int64_t at = block * V * UNITS;
@@ -580,22 +579,22 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
             F(backward_input)(ws, &s, b, ws->h + block * ws->max_rows * UNITS, block, dwte);
         }
         ws->loss_parts[thread * LANES] = loss;
-        int round = arrive(sync, threads);
+        int round = arrive(&ws->sync, threads);
         if (thread == threads - 1) {
             F(adamw)(b->rates, ws->p.b2, ws->m.b2, ws->v.b2, ws->db2, Vp);
             /* A decay factor of 0 or less, which is allowed, makes them NaN or +inf. */
             for (int64_t v = V; v < Vp; v++) ws->p.b2[v] = -INFINITY;
         }
-        /* Over the batch of the last step, which all have done with. */
+        /* In place of the batch of the step before this one, which all have done with. */
         if (thread == 0 && i + 1 < run->steps) prepare_step(ws, &ws->batches[(step + 1) & 1], run, step + 1);
-        await(sync, round);
+        await(&ws->sync, round);
         F(update_wte)(ws, b, threads, V * thread / threads, V * (thread + 1) / threads);
         if (thread == 0) {
             for (int64_t other = 1; other < threads; other++) loss += ws->loss_parts[other * LANES];
             run->losses[i] = loss / (double)B;
             *run->step = step + 1;
         }
-        wait_for_all(sync, threads);
+        wait_for_all(&ws->sync, threads);
     }
 }
 
@@ -605,7 +604,7 @@ static void F(forward)(workspace *ws, const void *argument, int64_t thread, int6
     if (run->apart > 0) {
         begin = run->windows.count * thread / threads;
         end = run->windows.count * (thread + 1) / threads;
-        ws = (workspace *)((char *)ws + thread * run->apart);
+        ws = workspace_of(ws, run->apart, thread);
         thread = 0;
         threads = 1;
     }
@@ -622,11 +621,10 @@ static void F(forward)(workspace *ws, const void *argument, int64_t thread, int6
         for (int64_t first = 0; first < rows; first += ws->chunk) {
             int64_t n = at_most(ws->chunk, rows - first);
             int64_t r0 = n * thread / threads, r1 = n * (thread + 1) / threads;
-            await(&ws->sync, F(partial_logits)(ws, &s, &ws->sync, thread, threads, first, n, r0, r1));
+            await(&ws->sync, F(partial_logits)(ws, &s, thread, threads, first, n, r0, r1));
             for (int64_t r = r0; r < r1; r++) {
                 float *row = ws->logits + r * Vp;
-                vec most = F(add_parts)(ws, row, ws->by_vocab ? 1 : threads, row);
-                float largest = most[0];
+                vec largest = F(add_parts)(ws, row, ws->by_vocab ? 1 : threads);
                 int64_t window = begin + first + r;
                 if (run->logits) {
                     memcpy(run->logits + window * V, row, (size_t)V * sizeof(float));
@@ -637,9 +635,9 @@ static void F(forward)(workspace *ws, const void *argument, int64_t thread, int6
                 int32_t target = run->pair_target[run->pair_start[window]];
                 for (int64_t i = run->pair_start[window]; i < run->pair_start[window + 1]; i++) {
                     weight += run->pair_weight[i];
-                    loss += run->pair_weight[i] * ((double)largest - (double)row[run->pair_target[i]]);
+                    loss += run->pair_weight[i] * ((double)largest[0] - (double)row[run->pair_target[i]]);
                 }
-                double others = F(exponentials)(row, Vp, most, target)[0];
+                double others = F(exponentials)(row, Vp, largest, target)[0];
                 loss += weight * log(others + (double)row[target]);
             }
             wait_for_all(&ws->sync, threads);
