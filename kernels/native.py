@@ -2,8 +2,9 @@
 
 The shared library is built by setup.py, where a C compiler is at hand, and uses the best instruction set that both it
 and the processor have (MLP_FAST_ISA=avx2 or baseline forces a lesser one). ctypes releases the GIL for the time of a
-call, and calls are kept short, so that signals are answered. No argument reaches C unchecked: sizes, dtypes, layouts
-and the range of tokens are verified here, and wrong ones raise ValueError or TypeError.
+call, and calls are kept short, so that signals are answered; no result depends on where the work is cut. No argument
+reaches C unchecked: sizes, dtypes, layouts and the range of tokens are verified here, and wrong ones raise ValueError
+or TypeError.
 """
 
 import ctypes
@@ -21,10 +22,8 @@ import torch
 from torch import Tensor
 
 FORMS = ("auto", "table", "gather")  # FORM_* of train_step.c
-RESPONSE_TIME = 0.04  # seconds that one call of C may take where a single step allows it
-# Multiply-adds of one call of C that is not timed, so that it is cut in the same places on every run: sums over batches
-# of contexts, and what is bound by reading the weights once for every token drawn.
-CALL_PRODUCTS, CALL_DRAWS = 2**31, 2**27
+RESPONSE_TIME = 0.04  # seconds that one call of C takes, where its least piece of work allows it
+LEAST_CONTEXTS = 16  # of one call: fewer cost nearly as much, since they read all weights
 MAX_VOCAB = 2**31 - 1  # tokens are int32
 ALIGNMENT = 64
 PAGE, PAGE_OFFSET = 1024, 336  # floats; the offset is about a third of a page, and in bytes a multiple of ALIGNMENT
@@ -64,7 +63,7 @@ _SIGNATURES = {
         (_int, *[_pointer] * 6, _int, _pointer, _int, _int, ctypes.c_double, ctypes.c_double, _int, _int, _pointer),
     ),
     "mlp_logits": (None, (_int, *[_pointer] * 4, _int, _int, _pointer)),
-    "mlp_loss_sum": (ctypes.c_double, (_int, *[_pointer] * 7, _int, _int)),
+    "mlp_losses": (None, (_int, *[_pointer] * 7, _int, _int, _pointer)),
     "mlp_sample": (None, (_int, *[_pointer] * 5, _int, *[_pointer] * 2)),
     "mlp_tanh": (None, (_int, _pointer, _pointer, _int)),
     "mlp_exp": (None, (_int, _pointer, _pointer, _int)),
@@ -247,7 +246,7 @@ class NativeModel:
         memory = torch.zeros(3 * stride)
         self._packed = [memory[i * stride :][:floats] for i in range(3)]
         self._step = ctypes.c_int64(0)
-        self._pace = (0, 0, 1)  # batch size, threads, steps per call
+        self._pace: dict[tuple[str | int, ...], int] = {}  # kind of work -> pieces of it in RESPONSE_TIME
         self._memory: dict[str, Tensor] = {}
 
     @property
@@ -327,10 +326,7 @@ class NativeModel:
         threads = torch.get_num_threads()
         memory = self._workspace("mlp_workspace_bytes", batch_size, threads)
         losses = torch.empty(steps, dtype=torch.float64)
-        done, per_call = 0, self._pace[2] if self._pace[:2] == (batch_size, threads) else 1
-        while done < steps:
-            count = min(per_call, steps - done)
-            start = time.perf_counter()
+        for first, count in self._calls(("steps", batch_size, threads), steps):
             self._library.mlp_train(
                 self._isa,
                 ctypes.byref(self._shape),
@@ -345,12 +341,8 @@ class NativeModel:
                 weight_decay,
                 threads,
                 self._form,
-                losses[done:].data_ptr(),
+                losses[first:].data_ptr(),
             )
-            done += count
-            per_step = (time.perf_counter() - start) / count
-            per_call = max(1, min(2 * per_call, int(RESPONSE_TIME / per_step)))
-            self._pace = (batch_size, threads, per_call)
         return losses
 
     def logits(self, contexts: Tensor) -> Tensor:
@@ -359,7 +351,7 @@ class NativeModel:
         _check_tokens("contexts", contexts, self.V)
         logits = torch.empty(len(contexts), self.V)
         threads = torch.get_num_threads()
-        for first, count in self._calls(len(contexts)):
+        for first, count in self._calls(("contexts", threads), len(contexts), LEAST_CONTEXTS):
             self._library.mlp_logits(
                 self._isa,
                 ctypes.byref(self._shape),
@@ -396,9 +388,9 @@ class NativeModel:
                 f"pairs of {pairs.contexts.shape[1]} tokens below {pairs.V} were made for another model than this one "
                 f"with T={self.T} and V={self.V}"
             )
-        threads, total = torch.get_num_threads(), 0.0
-        for first, count in self._calls(len(pairs.contexts)):
-            total += self._library.mlp_loss_sum(
+        threads, losses = torch.get_num_threads(), torch.empty(len(pairs.contexts), dtype=torch.float64)
+        for first, count in self._calls(("contexts", threads), len(pairs.contexts), LEAST_CONTEXTS):
+            self._library.mlp_losses(
                 self._isa,
                 ctypes.byref(self._shape),
                 self._packed[0].data_ptr(),
@@ -409,8 +401,9 @@ class NativeModel:
                 pairs.weights.data_ptr(),
                 threads,
                 self._form,
+                losses[first:].data_ptr(),
             )
-        return total
+        return losses.sum().item()
 
     def sample(self, context: Sequence[int], count: int, seed: int) -> list[int]:
         """Draws `count` tokens after a context of T, one xorshift64* uniform each, the generator starting at `seed`."""
@@ -421,8 +414,7 @@ class NativeModel:
         window = torch.tensor([_check_count("a token of the context", x, 0, self.V - 1) for x in context])
         state, logits = ctypes.c_uint64(seed), torch.empty(self.V)
         drawn = torch.empty(count, dtype=torch.int64)
-        per_call = max(1, CALL_DRAWS // (self.H * (self.T * self.E + self.V)))
-        for first in range(0, count, per_call):
+        for first, draws in self._calls(("draws",), count):
             self._library.mlp_sample(
                 self._isa,
                 ctypes.byref(self._shape),
@@ -430,22 +422,32 @@ class NativeModel:
                 self._workspace("mlp_forward_bytes", 1, 1),
                 window.data_ptr(),
                 ctypes.byref(state),
-                min(per_call, count - first),
+                draws,
                 logits.data_ptr(),
                 drawn[first:].data_ptr(),
             )
         return drawn.tolist()
 
-    def _calls(self, contexts: int) -> Iterator[tuple[int, int]]:
-        """Cuts a number of contexts into calls of C: the first of each, and how many."""
-        rows = 2**20
-        while rows > 1 and self.H * (min(rows, self.V) * self.T * self.E + rows * self.V) > CALL_PRODUCTS:
-            rows //= 2
-        for first in range(0, contexts, rows):
-            yield first, min(rows, contexts - first)
+    def _calls(self, work: tuple[str | int, ...], pieces: int, least: int = 1) -> Iterator[tuple[int, int]]:
+        """Cuts pieces of some work into calls of C: the first piece of each, and how many.
+
+        Every call is timed until the next is asked for, which then has as many pieces as RESPONSE_TIME is enough for,
+        at most twice as many as the last and never fewer than `least`.
+        """
+        first = 0
+        while first < pieces:
+            pace = self._pace.get(work, least)
+            count = min(pace, pieces - first)
+            start = time.perf_counter()
+            yield first, count
+            per_piece = max(time.perf_counter() - start, 1e-9) / count
+            self._pace[work] = max(least, min(2 * pace, int(RESPONSE_TIME / per_piece)))
+            first += count
 
     def _workspace(self, measure: str, windows: int, threads: int) -> int:
         """The address of as many bytes as the library's `measure` asks for; kept from call to call."""
+        if (max(self.V, self.H, windows) + 1024) * (self.T * self.E + self.V + self.H + 1024) * threads > 2**58:
+            raise ValueError(f"{windows} windows of T={self.T} on {threads} threads do not fit any memory")
         needed = getattr(self._library, measure)(ctypes.byref(self._shape), windows, threads) + ALIGNMENT
         if measure not in self._memory or self._memory[measure].numel() < needed:
             self._memory[measure] = torch.empty(needed, dtype=torch.uint8)

@@ -221,26 +221,90 @@ def test_many_contexts_take_several_passes(V: int, count: int) -> None:
         assert model.logits(rows[:0, :-1]).shape == (0, V)
 
 
-def test_no_call_of_c_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between calls signals are answered; cutting the work into calls changes nothing."""
-    for sizes in ((27, 3, 48, 512), (256, 8, 64, 4096), (27, 3, 48, 65536), (65536, 3, 48, 512)):
-        V, T, E, H = sizes
-        calls = list(native.NativeModel(*sizes)._calls(3 * 10**6))
-        assert [first for first, _ in calls] == [i * calls[0][1] for i in range(len(calls))]
-        assert sum(count for _, count in calls) == 3 * 10**6
-        for _, count in calls[:-1]:
-            products = H * (min(count, V) * T * E + count * V)
-            assert native.CALL_PRODUCTS // 4 < products <= native.CALL_PRODUCTS
-    case = Case(V=50, T=2, E=8, H=40, B=1, n=500)
-    model, rows = case.model(form="gather"), case.tape().unfold(0, 3, 1)
-    pairs = model.pairs(rows, torch.ones(len(rows), dtype=torch.float64))
-    logits, loss, drawn = model.logits(rows[:, :-1]), model.loss_sum(pairs), model.sample([1, 2], 50, 7)
-    monkeypatch.setattr(native, "CALL_PRODUCTS", 40 * (2 * 8 + 50) * 16)
-    monkeypatch.setattr(native, "CALL_DRAWS", 40 * (2 * 8 + 50) * 3)
-    assert len(list(model._calls(len(pairs.contexts)))) > 20
-    assert torch.equal(model.logits(rows[:, :-1]), logits)
-    assert model.loss_sum(pairs) == pytest.approx(loss, rel=1e-12)
-    assert model.sample([1, 2], 50, 7) == drawn
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("V", [50, 3000])
+def test_an_evaluation_has_the_same_bits_in_any_form_and_however_it_is_cut(
+    V: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(V=V, T=5, E=40, H=300, B=1, n=900)
+    rows = case.tape().unfold(0, 6, 1)
+    results = []
+    with threads(count):
+        for form in native.FORMS:
+            model = case.model(form=form)
+            pairs = model.pairs(rows, torch.ones(len(rows), dtype=torch.float64))
+            model._pace = {("contexts", count): 10**6, ("draws",): 10**6}
+            for response_time in (native.RESPONSE_TIME, 0.0):  # one call; as many as there can be
+                monkeypatch.setattr(native, "RESPONSE_TIME", response_time)
+                logits, loss, drawn = model.logits(rows[:, :-1]), model.loss_sum(pairs), model.sample([1] * 5, 50, 7)
+                results.append((logits, loss, drawn))
+            assert len(list(model._calls(("contexts", count), len(rows), native.LEAST_CONTEXTS))) > 50
+    for logits, loss, drawn in results[1:]:
+        assert torch.equal(logits, results[0][0])
+        assert (loss, drawn) == results[0][1:]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "per_call", "per_piece"),
+    [(2_000_000, 0.0, 1e-6), (10_000, 0.01, 1e-4), (200, 0.0, 0.03), (200, 1.0, 0.0)],
+)
+def test_a_call_is_as_long_as_the_time_allows(
+    pieces: int, per_call: float, per_piece: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    model, least = native.NativeModel(1, 1, 1, 1), 16
+    for stall in (0.0, 50.0):
+        calls, lasted = [], []
+        for first, count in model._calls(("work", 1), pieces, least):
+            calls.append((first, count))
+            lasted.append(per_call + per_piece * count + (stall if len(calls) == 3 else 0))
+            clock[0] += lasted[-1]
+        assert [first for first, _ in calls] == [sum(count for _, count in calls[:i]) for i in range(len(calls))]
+        assert sum(count for _, count in calls) == pieces
+        for (_, count), seconds in list(zip(calls, lasted, strict=True))[-5:-1]:
+            if count == least:
+                assert seconds >= native.RESPONSE_TIME
+            else:
+                assert native.RESPONSE_TIME / 2 < seconds <= native.RESPONSE_TIME * 1.01
+
+
+class Watched:
+    """The library; notes how long each of its calls keeps the calling thread, which does a share of all work."""
+
+    def __init__(self, library: Any) -> None:
+        self.library, self.seconds = library, [0.0]
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            start = time.thread_time()
+            result = getattr(self.library, name)(*arguments)
+            self.seconds.append(time.thread_time() - start)
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize(
+    "sizes", [(27, 3, 48, 512), (64, 256, 64, 1024), (27, 1000, 1, 1), (2000, 4, 64, 1024)], ids=str
+)
+@pytest.mark.parametrize("isa", ISAS)
+@threads(1)
+def test_no_call_of_c_is_long(isa: str, sizes: tuple[int, int, int, int]) -> None:
+    """Between calls signals are answered, so none may last a tenth of a second."""
+    case = Case(*sizes, B=4, n=2000)
+    model = case.model(isa=isa)
+    model._library = watched = Watched(model._library)
+    rows, deadline = torch.randint(0, case.V, (100_000, case.T + 1), dtype=torch.int16), time.perf_counter() + 0.6
+    count = 2
+    while count < len(rows) and time.perf_counter() < deadline:
+        count *= 2
+        model.loss_sum(model.pairs(rows[:count], torch.ones(len(rows[:count]), dtype=torch.float64)))
+        model.logits(rows[:count, :-1])
+        model.sample([0] * case.T, count // 2, 7)
+        case.train(model, count // 2)
+    assert len(watched.seconds) > 20
+    assert max(watched.seconds) < 0.1
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64])
@@ -399,6 +463,24 @@ def test_memory_is_linear_in_parameters_and_hidden_values() -> None:
             assert floats < 4 * numbers + 4e6, (V, T, E, H, B, count)
 
 
+def test_memory_of_an_evaluation() -> None:
+    """No more than training on batches of 512 takes, or a constant for every thread."""
+    library = native._library()
+    for V, T, E, H in [
+        (27, 3, 48, 512),
+        (65536, 3, 48, 512),
+        (2048, 3, 100_000, 64),  # an embedding as long as a batch
+        (27, 3, 48, 2048),
+        (27, 3, 48, 65536),
+        (30, 100_000, 1, 30),
+    ]:
+        shape = native._Shape(V, T, E, H)
+        numbers = V * (E + H + 1) + H * (T * E + 1) + 512 * (H + 2 * T)
+        for count in (1, 2, 16, 64):
+            floats = library.mlp_forward_bytes(native.ctypes.byref(shape), 10**6, count) / 4
+            assert floats < 3 * numbers + count * 4e6, (V, T, E, H, count)
+
+
 def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
     """Name -> (exception, part of its message, the call, given a good model)."""
     rows, weights = torch.zeros(4, 3, dtype=torch.int64), torch.ones(4, dtype=torch.float64)
@@ -438,6 +520,7 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
         "no schedule": (ValueError, "num_steps", lambda m: m.train(1, 1, 0, 0.1, 0.1)),
         "learning rate": (TypeError, "learning_rate", lambda m: m.train(1, 1, 1, "fast", 0.1)),
         "weight decay": (TypeError, "weight_decay", lambda m: m.train(1, 1, 1, 0.1, None)),
+        "batch past any memory": (ValueError, "memory", lambda m: m._workspace("mlp_workspace_bytes", 2**57, 1)),
         "too many steps": (ValueError, "too large", lambda m: m.train(2**31 - 1, 2**40, 1, 0.1, 0.1)),
         "four tensors": (ValueError, "five", lambda m: m.load(*(part[:4] for part in m.store()), 0)),
         "shape": (ValueError, "W1", loaded(1, torch.zeros(7, 5))),
@@ -519,7 +602,7 @@ def test_other_threads_run_meanwhile() -> None:
     before = counted[0]
     start = time.perf_counter()
     native._library()  # the calls below are long ones: a held GIL would stop the counter for their whole length
-    model._pace = (case.B, torch.get_num_threads(), 10**6)
+    model._pace = {("steps", case.B, torch.get_num_threads()): 10**6}
     case.train(model, 300)
     seconds, ticks = time.perf_counter() - start, counted[0] - before
     done.set()
@@ -544,11 +627,21 @@ model.train(128, 50, 10**9, 1e-3, 1e-4)
 """
 
 
-def test_interrupt_is_answered_at_once() -> None:
-    code = """
+ENDLESS = {
+    "train": "model.train(128, 10**8, 10**9, 1e-3, 1e-4)",
+    "logits": "model.logits(torch.zeros(10**7, 3, dtype=torch.uint8))",
+    "loss_sum": "[model.loss_sum(pairs) for _ in range(10**6)]",
+    "sample": "model.sample([0, 0, 0], 10**8, 1)",
+}
+
+
+@pytest.mark.parametrize("work", ENDLESS)
+def test_interrupt_is_answered_at_once(work: str) -> None:
+    code = f"""
+pairs = model.pairs(torch.randint(0, 27, (10**6, 4)), torch.ones(10**6, dtype=torch.float64))
 print("ready", flush=True)
 try:
-    model.train(128, 10**8, 10**9, 1e-3, 1e-4)
+    {ENDLESS[work]}
 except KeyboardInterrupt:
     print(time.time(), model.step, flush=True)
 """
@@ -561,7 +654,7 @@ except KeyboardInterrupt:
     out, err = process.communicate(timeout=30)
     answered, step = out.split()
     assert float(answered) - sent < 0.1, err
-    assert int(step) > 50
+    assert int(step) > 50 if work == "train" else int(step) == 50
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

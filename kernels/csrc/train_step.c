@@ -20,7 +20,8 @@
  * of the threads, so the same number of threads gives the same bits. Where one (B, V) buffer per thread would outgrow
  * the hidden layer (threads * V > H), the logits are split by vocabulary instead; where even one outgrows the
  * parameters, the batch is cut into chunks. Training takes memory of O(parameters + B (H + T)), of which wte counts once
- * for every thread. An evaluation divides the windows instead, where the model is small enough: see divide().
+ * for every thread. An evaluation divides the windows instead, where the model is small enough: see divide(). Its sums
+ * are the same in both forms and however many windows come together, so it can be cut into calls of any length.
  *
  * Parameters and moments live in packed arrays, each block of units contiguous and the units innermost, padded with
  * zeros; mlp_pack and mlp_unpack convert. The floating-point code is in train_step_simd.h, compiled once for every
@@ -35,6 +36,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -51,9 +53,12 @@ enum { FORM_AUTO, FORM_TABLE, FORM_GATHER };
 enum { TABLE_FLOATS = 1 << 15 };  /* slots whose tables are held at once: as many as fit, at least one, */
 enum { MAX_SLOTS = 4 };           /* at most these */
 enum { AHEAD = 16 };              /* rows of logits that are fetched from other cores ahead of their use */
-#ifndef CHUNK_FLOATS              /* tests make both smaller */
+enum { SPIN_NANOSECONDS = 200000 }; /* how long a thread waits for others before it sleeps */
+#ifndef CHUNK_FLOATS              /* tests make these smaller */
 #define CHUNK_FLOATS (1 << 20)    /* a logits buffer of this size is never cut */
 #define FORWARD_ROWS 512          /* windows of one pass of an evaluation */
+#define APART_WEIGHTS (1 << 22)   /* the most weights that every thread may as well read by itself, */
+#define APART_ROWS 64             /* and the windows that are worth it */
 #endif
 
 static const double BETA1 = 0.9, BETA2 = 0.999;
@@ -120,6 +125,7 @@ typedef struct {
     int64_t max_U;    /* distinct tokens of a batch, at most */
     int64_t chunk;    /* windows whose logits are held at once */
     int64_t by_vocab; /* logits split by vocabulary (1) or by hidden units (0) */
+    int64_t backward; /* whether there is memory for the second batch and all that only a backward pass needs */
     int64_t form;
     packed p, m, v;
     batch batches[2];
@@ -201,16 +207,26 @@ static int arrive(barrier *b, int64_t threads) {
     return round;
 }
 
+static int64_t nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
 /* Waits until all threads have arrived. A step is a hundred microseconds long or more, so waiting spins; later, when a
- * thread has lost its core or has more to do, it sleeps: after about a hundred microseconds where a pause is as long as
- * on recent Intel processors, sooner on others. (Sleeping after a quarter of that cost a tenth of a step of two threads:
- * waking up takes longer than most waits.) */
+ * thread has lost its core or has more to do, it sleeps. (Sleeping after a quarter of the time cost a tenth of a step of
+ * two threads: waking up takes longer than most waits.) */
 static void await(barrier *b, int round) {
     if (round == ALONE) return;
-    for (int spins = 0; spins < 4096; spins++) {
-        if (atomic_load_explicit(&b->round, memory_order_acquire) != round) return;
-        relax();
-    }
+    int64_t end = 0, now;
+    do {
+        for (int spins = 0; spins < 64; spins++) { /* a pause takes 10 to 140 cycles, a look at the clock about 80 */
+            if (atomic_load_explicit(&b->round, memory_order_acquire) != round) return;
+            relax();
+        }
+        now = nanoseconds();
+        if (end == 0) end = now + SPIN_NANOSECONDS;
+    } while (now < end);
     pthread_mutex_lock(&b->mutex);
     atomic_fetch_add(&b->sleepers, 1);
     while (atomic_load(&b->round) == round) pthread_cond_wait(&b->next_round, &b->mutex);
@@ -329,7 +345,8 @@ typedef struct {
     const int64_t *pair_start; /* (count + 1) window i is continued by pairs pair_start[i] .. pair_start[i+1]-1 */
     const int32_t *pair_target;
     const double *pair_weight;
-    int64_t apart; /* bytes of a workspace of one thread, where every thread has one; or 0 */
+    double *losses; /* (count) of every window, summed over its pairs */
+    int64_t apart;  /* bytes of a workspace of one thread, where every thread has one; or 0 */
 } forwarding;
 
 /* ---- the floating-point code, once per instruction set ---------------------------------------------------------- */
@@ -481,10 +498,10 @@ static scratch scratch_at(const workspace *ws, float *base, int64_t *floats) {
     arena a = {(char *)base, 0};
     scratch s;
     s.table = take_floats(&a, slots_held(&ws->shape, ws->max_U) * ws->max_U * UNITS);
-    s.dpre = take_floats(&a, ws->max_rows * UNITS);
-    s.w1t = take_floats(&a, UNITS * ws->Ep);
     s.w2t = take_floats(&a, STRIP_BLOCKS * UNITS * UNITS);
-    s.tile = take_floats(&a, MAX_ROWS * UNITS);
+    s.dpre = take_floats(&a, ws->backward * ws->max_rows * UNITS);
+    s.w1t = take_floats(&a, ws->backward * UNITS * ws->Ep);
+    s.tile = take_floats(&a, ws->backward * MAX_ROWS * UNITS);
     if (floats) *floats = a.used / (int64_t)sizeof(float);
     return s;
 }
@@ -494,7 +511,7 @@ static scratch thread_scratch(const workspace *ws, int64_t thread) {
 }
 
 /* Lays a workspace out in memory (NULL: only measures) and returns the bytes it takes, itself included. */
-static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t rows, int64_t threads) {
+static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t rows, int64_t threads, int backward) {
     arena a = {base, 0};
     take(&a, (int64_t)sizeof(workspace));
     ws->shape = *s;
@@ -504,11 +521,12 @@ static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t ro
     ws->threads = at_most(threads, ws->blocks);
     ws->max_rows = rows;
     ws->max_U = at_most(s->V, rows * s->T);
+    ws->backward = backward;
     ws->by_vocab = ws->threads > 1 && ws->threads * ws->Vp > ws->blocks * UNITS;
     int64_t parameters = ws->blocks * UNITS * (s->T * s->E + s->V) + s->V * ws->Ep;
     int64_t held = at_least(CHUNK_FLOATS, at_least(parameters, rows * ws->blocks * UNITS));
     ws->chunk = at_most(rows, at_least(LANES, held / ws->Vp));
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 1 + backward; i++) {
         batch *b = &ws->batches[i];
         b->rows = b->U = 0;
         b->token = take(&a, ws->max_U * 4);
@@ -521,15 +539,15 @@ static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t ro
     }
     ws->h = take_floats(&a, ws->blocks * rows * UNITS);
     ws->logits = take_floats(&a, (ws->by_vocab ? 1 : ws->threads) * ws->chunk * ws->Vp);
-    ws->dw2 = take_floats(&a, ws->chunk < rows ? ws->blocks * s->V * UNITS : 0);
-    ws->db2 = take_floats(&a, ws->Vp);
-    ws->dwte = take_floats(&a, ws->threads * ws->max_U * ws->Ep);
+    ws->dw2 = take_floats(&a, backward && ws->chunk < rows ? ws->blocks * s->V * UNITS : 0);
+    ws->db2 = take_floats(&a, backward * ws->Vp);
+    ws->dwte = take_floats(&a, backward * ws->threads * ws->max_U * ws->Ep);
     int64_t n = at_least(rows, ws->max_U);
     ws->row_units = take(&a, n * 8);
     ws->row_vocab = take(&a, ws->chunk * 8);
     scratch_at(ws, NULL, &ws->scratch_floats);
     ws->scratch = take_floats(&a, ws->threads * ws->scratch_floats);
-    ws->loss_parts = take(&a, ws->threads * LANES * 8);
+    ws->loss_parts = take(&a, backward * ws->threads * LANES * 8);
     ws->workers = take(&a, ws->threads * (int64_t)sizeof(worker));
     if (base) {
         for (int64_t i = 0; i < n; i++) ws->row_units[i] = i * UNITS;
@@ -563,10 +581,10 @@ EXPORT int64_t mlp_packed_floats(const mlp_shape *shape) {
     return floats;
 }
 
-/* Bytes of the workspace for batches of `rows` windows. */
+/* Bytes of memory for training on batches of `rows` windows. */
 EXPORT int64_t mlp_workspace_bytes(const mlp_shape *shape, int64_t rows, int64_t threads) {
     workspace ws;
-    return lay_out(&ws, NULL, shape, rows, threads);
+    return lay_out(&ws, NULL, shape, rows, threads, 1);
 }
 
 /* torch's layouts, wte (V, E), W1 (H, T*E), b1 (H), W2 (V, H), b2 (V), to a packed array; b2_pad fills b2's padding. */
@@ -624,7 +642,7 @@ EXPORT void mlp_train(int64_t isa, const mlp_shape *shape, float *parameters, fl
     workspace *ws = memory;
     training run = {*tape, batch_size, *step, steps, num_steps, step, learning_rate, weight_decay, losses};
     if (steps == 0) return;
-    lay_out(ws, memory, shape, batch_size, threads);
+    lay_out(ws, memory, shape, batch_size, threads, 1);
     ws->form = form;
     ws->p = packed_at(shape, parameters, NULL);
     ws->m = packed_at(shape, exp_avg, NULL);
@@ -633,22 +651,23 @@ EXPORT void mlp_train(int64_t isa, const mlp_shape *shape, float *parameters, fl
     run_threads(ws, SETS[isa].train, &run, ws->threads, ws->workers);
 }
 
-/* How a forward pass over `count` windows is divided among threads. While a thread's logits and hidden values are few,
- * every thread takes windows of its own, in a workspace of its own, and none waits for another; beyond, the threads work
- * on the same windows, as in training. */
+/* How a forward pass over `count` windows is divided among threads. While a model is small, every thread takes windows of
+ * its own, in a workspace of its own, and none waits for another; beyond, the threads work on the same windows, as in
+ * training. */
 typedef struct {
-    int64_t apart; /* as in a forwarding */
-    int64_t rows;  /* windows of one pass */
-    int64_t threads;
+    int64_t apart;   /* as in a forwarding */
+    int64_t rows;    /* windows of one pass */
+    int64_t threads; /* of one workspace, or with a workspace each */
 } division;
 
 static division divide(const mlp_shape *s, int64_t count, int64_t threads) {
     workspace ws;
+    int64_t Hp = padded(s->H, UNITS), widest = at_least(at_least(padded_vocab(s->V), Hp), 2 * s->T);
     division d = {0, at_most(FORWARD_ROWS, count), threads};
-    if (FORWARD_ROWS * at_least(padded_vocab(s->V), padded(s->H, UNITS)) > CHUNK_FLOATS) return d;
-    d.threads = at_most(threads, count);
+    if (FORWARD_ROWS * widest > CHUNK_FLOATS || Hp * (s->T * s->E + s->V) > APART_WEIGHTS) return d;
+    d.threads = at_most(threads, (count + APART_ROWS - 1) / APART_ROWS);
     d.rows = at_most(FORWARD_ROWS, (count + d.threads - 1) / d.threads);
-    d.apart = lay_out(&ws, NULL, s, d.rows, 1);
+    d.apart = lay_out(&ws, NULL, s, d.rows, 1, 0);
     return d;
 }
 
@@ -661,29 +680,23 @@ static workspace *workspace_of(void *memory, int64_t bytes, int64_t thread) {
 EXPORT int64_t mlp_forward_bytes(const mlp_shape *shape, int64_t count, int64_t threads) {
     workspace ws;
     division d = divide(shape, count, threads);
-    if (d.apart == 0) return lay_out(&ws, NULL, shape, d.rows, threads);
+    if (d.apart == 0) return lay_out(&ws, NULL, shape, d.rows, d.threads, 0);
     return d.threads * (d.apart + (int64_t)sizeof(worker));
 }
 
-/* Returns the sum of losses, where they are asked for. */
-static double run_forward(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, forwarding *run,
-                          int64_t threads, int64_t form) {
+static void run_forward(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, forwarding *run,
+                        int64_t threads, int64_t form) {
     division d = divide(shape, run->windows.count, threads);
-    int64_t workspaces = d.apart == 0 ? 1 : d.threads;
-    double loss = 0;
+    workspace *first = memory;
     run->apart = d.apart;
-    for (int64_t i = 0; i < workspaces; i++) {
+    for (int64_t i = 0; i < (d.apart == 0 ? 1 : d.threads); i++) {
         workspace *ws = workspace_of(memory, d.apart, i);
-        lay_out(ws, (char *)ws, shape, d.rows, d.apart == 0 ? threads : 1);
+        lay_out(ws, (char *)ws, shape, d.rows, d.apart == 0 ? d.threads : 1, 0);
         ws->form = form;
         ws->p = packed_at(shape, parameters, NULL);
-        ws->loss_parts[0] = 0;
     }
-    workspace *first = memory;
     if (d.apart == 0) run_threads(first, SETS[isa].forward, run, first->threads, first->workers);
     else run_threads(first, SETS[isa].forward, run, d.threads, (worker *)workspace_of(memory, d.apart, d.threads));
-    for (int64_t i = 0; i < workspaces; i++) loss += workspace_of(memory, d.apart, i)->loss_parts[0];
-    return loss;
 }
 
 /* Logits (count, V) of windows. memory: mlp_forward_bytes() of it, 64-byte aligned. */
@@ -693,15 +706,15 @@ EXPORT void mlp_logits(int64_t isa, const mlp_shape *shape, float *parameters, v
     run_forward(isa, shape, parameters, memory, &run, threads, form);
 }
 
-/* The weighted sum of cross-entropies of contexts and their continuations.
+/* The cross-entropies of contexts and their continuations, in nats, weighted and summed by context: losses (count).
  *
  * Context i is continued by pairs pair_start[i] .. pair_start[i+1]-1; a pair is a target and a weight. */
-EXPORT double mlp_loss_sum(int64_t isa, const mlp_shape *shape, float *parameters, void *memory,
-                           const mlp_windows *contexts, const int64_t *pair_start, const int32_t *pair_target,
-                           const double *pair_weight, int64_t threads, int64_t form) {
-    forwarding run = {
-        .windows = *contexts, .pair_start = pair_start, .pair_target = pair_target, .pair_weight = pair_weight};
-    return run_forward(isa, shape, parameters, memory, &run, threads, form);
+EXPORT void mlp_losses(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, const mlp_windows *contexts,
+                       const int64_t *pair_start, const int32_t *pair_target, const double *pair_weight,
+                       int64_t threads, int64_t form, double *losses) {
+    forwarding run = {.windows = *contexts, .pair_start = pair_start, .pair_target = pair_target,
+                      .pair_weight = pair_weight, .losses = losses};
+    run_forward(isa, shape, parameters, memory, &run, threads, form);
 }
 
 /* Draws `count` tokens one after another: xorshift64* uniforms, and for each the token at which the cumulative softmax

@@ -190,6 +190,8 @@ INLINE void F(gemm_tile)(const int R, const int N, const int COLS, const float *
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9)                              \
         }                                                                                                        \
     }
+_Static_assert(ROWS <= 9 && ROWS <= MAX_ROWS, "TILES lists them, and scratch.tile holds them");
+_Static_assert(LANES % W == 0 && UNITS % (2 * W) == 0, "no vector is cut");
 TILES(rows_1, 1, 0)
 TILES(rows_2, 2, 0)
 TILES(rows_widest, WIDEST, 0) /* unused where WIDEST is 2 */
@@ -571,7 +573,7 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
                 vec db2 = F(sum_rows)(ws->logits + v, n, Vp);
                 F(store)(ws->db2 + v, first > 0 ? F(load)(ws->db2 + v) + db2 : db2);
             }
-            if (cut) wait_for_all(&ws->sync, threads);
+            if (first + n < B) wait_for_all(&ws->sync, threads); /* for the logits of the next chunk */
         }
         for (int64_t block = block0; cut && block < block1; block++) {
             int64_t at = block * V * UNITS;
@@ -611,7 +613,6 @@ static void F(forward)(workspace *ws, const void *argument, int64_t thread, int6
     const scratch s = thread_scratch(ws, thread);
     const int64_t V = ws->shape.V, Vp = ws->Vp;
     batch *b = &ws->batches[0];
-    double loss = 0;
     for (; begin < end; begin += ws->max_rows) {
         int64_t rows = at_most(ws->max_rows, end - begin);
         if (thread == 0) index_windows(ws, b, &run->windows, begin, rows);
@@ -631,22 +632,18 @@ static void F(forward)(workspace *ws, const void *argument, int64_t thread, int6
                     continue;
                 }
                 /* The first target stands for all: what matters is that the largest exponential is added in float64. */
-                double weight = 0;
+                double weight = 0, loss = 0;
                 int32_t target = run->pair_target[run->pair_start[window]];
                 for (int64_t i = run->pair_start[window]; i < run->pair_start[window + 1]; i++) {
                     weight += run->pair_weight[i];
                     loss += run->pair_weight[i] * ((double)largest[0] - (double)row[run->pair_target[i]]);
                 }
                 double others = F(exponentials)(row, Vp, largest, target)[0];
-                loss += weight * log(others + (double)row[target]);
+                run->losses[window] = loss + weight * log(others + (double)row[target]);
             }
             wait_for_all(&ws->sync, threads);
         }
     }
-    ws->loss_parts[thread * LANES] = loss;
-    wait_for_all(&ws->sync, threads);
-    if (thread == 0)
-        for (int64_t other = 1; other < threads; other++) ws->loss_parts[0] += ws->loss_parts[other * LANES];
 }
 
 /* y = f(x), element by element, n a multiple of W */
