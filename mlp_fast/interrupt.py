@@ -32,9 +32,9 @@ class Interrupt:
     """Listens for SIGINT and SIGTERM inside its `with` block; without one it never interrupts.
 
     A signal raises Interrupted at once, except inside `deferred()`, where it only sets `signum` (0 before): there the
-    run looks at it between two pieces of work. A second signal ends the process on the spot; files are safe, since they
-    are written under another name and renamed. Ignored signals (nohup) stay ignored; outside of the main thread, where
-    Python delivers no signals, nothing is listened for.
+    run looks at it between two pieces of work, and lets it raise in `at_once()` where that does no harm. A second
+    signal ends the process on the spot; files are safe, since they are written under another name and renamed. Ignored
+    signals (nohup) stay ignored; outside of the main thread, where Python delivers no signals, nothing is listened for.
     """
 
     def __init__(self) -> None:
@@ -52,6 +52,17 @@ class Interrupt:
             self._deferred = False
         if self.signum:
             raise Interrupted(self.signum)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside of deferred(): a signal that came before or comes in the block raises Interrupted."""
+        self._deferred = False
+        try:
+            if self.signum:
+                raise Interrupted(self.signum)
+            yield
+        finally:
+            self._deferred = True
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():

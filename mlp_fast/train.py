@@ -244,12 +244,19 @@ class Trainer:
         return min(stop for stop in [*regular, *single] if stop > self.step)
 
     def _evaluate(self) -> None:
+        """Evaluates and logs; a signal ends it without a result, so that a run that goes on does it again."""
         steps, seconds = self.step - self.timed_from[0], self.training.seconds - self.timed_from[1]
         self.timed_from = self.step, self.training.seconds
         ms_per_step = 1e3 * seconds / steps if steps else None
-        with self.evaluating:
-            train_loss = self.backend.shared_mean_loss(self.windows["train"])
-            val_loss = self.backend.shared_mean_loss(self.windows["val"])
+        # Several processes must all go by the same answer, and a GPU, best left alone, has done soon.
+        alone_on_cpu = self.world.size == 1 and self.backend.device.type == "cpu"
+        try:
+            with self.evaluating, self.interrupt.at_once() if alone_on_cpu else contextlib.nullcontext():
+                train_loss = self.backend.shared_mean_loss(self.windows["train"])
+                val_loss = self.backend.shared_mean_loss(self.windows["val"])
+        except Interrupted:
+            self.signum = self.interrupt.signum
+            return
         lr = learning_rate(self.step, self.config)
         self.log.evaluation(Evaluation(self.step, train_loss, val_loss, lr, ms_per_step))
         self.losses = {"evaluated_at": self.step, "train_loss": train_loss, "val_loss": val_loss}

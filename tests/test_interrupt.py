@@ -1,5 +1,7 @@
 """SIGINT and SIGTERM: the first ends a run tidily and saves it, the second at once; neither leaves a broken file."""
 
+import contextlib
+import json
 import os
 import re
 import shlex
@@ -21,6 +23,7 @@ from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config, Parser, add_config_arguments
 from mlp_fast.interrupt import Interrupt, Interrupted
 from mlp_fast.resume import resume_command
+from mlp_fast.tape import WeightedWindows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,6 +99,50 @@ def test_a_signal_waits_for_50_milliseconds_of_steps(corpus_folder: str, monkeyp
     train.main([*options, "--quiet", f"--data={corpus_folder}"])
     assert sum(pieces) == 300
     assert 0.03 < max(pieces) * Noting.step_time <= 0.05 + 1e-9
+
+
+@pytest.mark.parametrize("step", [0, 10, 29])
+def test_a_signal_breaks_off_an_evaluation(
+    step: int, tmp_path: Path, corpus_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps so far are saved, and the run that goes on evaluates as one that never stopped."""
+    settings = [*SIZES, "--num-steps=30", "--eval-every=10", f"--data={corpus_folder}", "--quiet"]
+    whole, stopped, resumed = (tmp_path / f"{name}.jsonl" for name in ("whole", "stopped", "resumed"))
+    assert train.main([*settings, f"--log-json={whole}"]) == 0
+    mean_loss, finished = Eager.mean_loss, []
+
+    def interrupted(self: Eager, windows: WeightedWindows) -> float:
+        if self.step == step and not finished:  # a second one would end the process
+            kill(os.getpid(), signal.SIGINT)
+            finished.append(windows)
+        return mean_loss(self, windows)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Eager, "mean_loss", interrupted)
+        assert train.main([*settings, f"--log-json={stopped}", f"--out={out}"]) == 130
+    assert not finished
+    assert checkpoint.load(out).state.step == step
+    assert train.main([f"--resume={out}", f"--log-json={resumed}", "--quiet"]) == 0
+    logged = []
+    for path in (whole, stopped, resumed):
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        evaluations = [event for event in events if event["event"] == "eval"]
+        logged.append([(event["step"], event["train_loss"], event["val_loss"]) for event in evaluations])
+    assert [evaluated[0] for evaluated in logged[0]] == [0, 10, 20, 29]
+    assert logged[0] == logged[1] + logged[2]
+
+
+def test_a_signal_that_came_before_is_raised_at_once() -> None:
+    begun = []
+    with Interrupt() as interrupt:
+        with contextlib.suppress(Interrupted), interrupt.deferred():
+            kill(os.getpid(), signal.SIGTERM)
+            begun.append("deferred")
+            with interrupt.at_once():
+                begun.append("at once")
+        assert interrupt.signum == signal.SIGTERM
+    assert begun == ["deferred"]
 
 
 def test_without_a_folder_it_says_that_nothing_is_saved(tmp_path: Path, corpus_folder: str) -> None:
