@@ -94,15 +94,11 @@ def run_cases(plan: Plan) -> Iterator[Case]:
     """Training runs from the start of the process to its end, beside the reference loop on the CPU."""
     train = ("-m", "mlp_fast.train", "--device", plan.device, "--num-steps")
     short, long = ("20", "40") if plan.dry else ("5000", "50000")
-    reference: dict[str, Sequence[str]] = {}
-    if plan.device == "cpu":
-        reference = {REFERENCE: ("-m", "bench.reference_loop", "--quiet", "--num-steps", short)}
-    rounds = 3 if reference and not plan.dry else 1
-    commands = {"mlp_fast.train": (*train, short), **reference}
-    yield _process_case("run", f"{short} steps", commands, "run", rounds, steps=int(short))
-    if plan.full and reference:
-        reference = {REFERENCE: (*reference[REFERENCE][:-1], long)}
-    else:
-        reference = {}  # minutes long: tables.py scales the short one and says so
-    commands = {"mlp_fast.train": (*train, long), **reference}
-    yield _process_case("run", f"{long} steps", commands, "run", 1, steps=int(long))
+    for steps in (short, long):
+        commands: dict[str, Sequence[str]] = {"mlp_fast.train": (*train, steps)}
+        # A minute and more each, where the run is long: tables.py scales the short one and says so.
+        beside = plan.device == "cpu" and (steps == short or plan.full)
+        if beside:
+            commands[REFERENCE] = ("-m", "bench.reference_loop", "--quiet", "--num-steps", steps)
+        rounds = 3 if beside and not plan.dry else 1
+        yield _process_case("run", f"{steps} steps", commands, "run", rounds, steps=int(steps))
