@@ -96,7 +96,7 @@ def run_cases(plan: Plan) -> Iterator[Case]:
     short, long = ("20", "40") if plan.dry else ("5000", "50000")
     for steps in (short, long):
         commands: dict[str, Sequence[str]] = {"mlp_fast.train": (*train, steps)}
-        # A minute and more each, where the run is long: tables.py scales the short one and says so.
+        # A long run of it takes more than a minute: without --full tables.py scales the short one and says so.
         beside = plan.device == "cpu" and (steps == short or plan.full)
         if beside:
             commands[REFERENCE] = ("-m", "bench.reference_loop", "--quiet", "--num-steps", steps)

@@ -2,9 +2,9 @@
 
 The shared library is built by setup.py, where a C compiler is at hand, and uses the best instruction set that both it
 and the processor have (MLP_FAST_ISA=avx2 or baseline forces a lesser one). ctypes releases the GIL for the time of a
-call, and calls are kept short, so that signals are answered; no result depends on where the work is cut. No argument
-reaches C unchecked: sizes, dtypes, layouts and the range of tokens are verified here, and wrong ones raise ValueError
-or TypeError.
+call, and calls that compute are kept short, so that signals are answered; no result depends on where the work is cut.
+No argument reaches C unchecked: sizes, dtypes, layouts and the range of tokens are verified here, and wrong ones raise
+ValueError or TypeError.
 """
 
 import ctypes
@@ -220,8 +220,8 @@ class Pairs:
 class NativeModel:
     """A model and its AdamW state in the kernel's packed layout.
 
-    Everything is computed on torch.get_num_threads() threads; in training, at most one per 32 hidden units. The same
-    number of threads gives the same bits.
+    Training and evaluations of large models use torch.get_num_threads() threads, at most one per 32 hidden units;
+    evaluations of small ones at most one per 64 contexts; sampling one. The same number of threads gives the same bits.
 
     Args:
         V, T, E, H: vocabulary, context length, embedding, hidden units.
@@ -432,7 +432,7 @@ class NativeModel:
         """Cuts pieces of some work into calls of C: the first piece of each, and how many.
 
         Every call is timed until the next is asked for, which then has as many pieces as RESPONSE_TIME is enough for,
-        at most twice as many as the last and never fewer than `least`.
+        if they take as long as the last ones did: at most twice the pace before, and never fewer than `least`.
         """
         first = 0
         while first < pieces:

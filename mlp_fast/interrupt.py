@@ -39,7 +39,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signum = 0
-        self._deferred = False
+        self._deferred = self._at_once = False
         self._before: dict[int, Any] = {}
 
     @contextlib.contextmanager
@@ -56,13 +56,13 @@ class Interrupt:
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Inside of deferred(): a signal that came before or comes in the block raises Interrupted."""
-        self._deferred = False
+        self._at_once = True
         try:
             if self.signum:
                 raise Interrupted(self.signum)
             yield
         finally:
-            self._deferred = True
+            self._at_once = False
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
@@ -80,7 +80,8 @@ class Interrupt:
         if self.signum:
             os._exit(EXIT_SIGNAL + signum)
         self.signum = signum
-        if not self._deferred:
+        if self._deferred:  # something remains to be done, if only to save
+            with contextlib.suppress(OSError):
+                os.write(2, NOTICE)  # print() could be what was interrupted, and is not reentrant
+        if self._at_once or not self._deferred:
             raise Interrupted(signum)
-        with contextlib.suppress(OSError):
-            os.write(2, NOTICE)  # print() could be what was interrupted, and is not reentrant

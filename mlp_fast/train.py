@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -210,12 +211,12 @@ class Trainer:
     def _train(self) -> None:
         """Steps, evaluations and checkpoints until the last step, or until a signal comes."""
         while True:
+            if not self.signum and self._evaluates_at(self.step):
+                self._evaluate()
             if self.signum:
                 self._save()
                 self.world.meet()  # torchrun ends all processes once one has ended: not before rank 0 has saved
                 raise Interrupted(self.signum)
-            if self._evaluates_at(self.step):
-                self._evaluate()
             if self._saves_at(self.step):
                 self._save()
             self.world.meet()  # rank 0 may take longer to write than a step may wait
@@ -234,7 +235,17 @@ class Trainer:
         if step == self.config.last_step:
             return True
         every = self.config.checkpoint_every
-        return every is not None and step % every == 0 and step > self.first_step
+        if every is None or step % every != 0:
+            return False
+        # A run that stopped before the evaluation of this step left a checkpoint without its losses.
+        return step > self.first_step or self._saved() is not None
+
+    def _saved(self) -> dict[str, Any] | None:
+        """What the folder knows of this step's checkpoint, where that is its newest."""
+        newest = self.folder.newest if self.folder is not None else None
+        if self.folder is None or newest is None or newest.name != checkpoint.file_name(self.step):
+            return None
+        return self.folder.entries[newest.name]
 
     def _next_stop(self) -> int:
         """The first step after this one at which something happens: an evaluation, a checkpoint, or the end."""
@@ -299,8 +310,9 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        """Saves a checkpoint if there is a folder, nothing new is lost by it, and the state is finite."""
-        if self.folder is None or (self.folder.newest or Path()).name == checkpoint.file_name(self.step):
+        """Saves a checkpoint if there is a folder, it does not hold the same already, and the state is finite."""
+        saved = self._saved()
+        if self.folder is None or (saved and saved.get("evaluated_at") == self.losses.get("evaluated_at")):
             return
         state = self.backend.state()
         kinds = (state.parameters, state.exp_avg, state.exp_avg_sq)
@@ -309,9 +321,9 @@ class Trainer:
             self.log.unsaved_because(f"the checkpoint of step {self.step} (it is not finite; the last good one stays)")
             return
         losses = self.losses if all(math.isfinite(value) for value in self.losses.values()) else {}
-        saved = Checkpoint(state, self.config, self.corpus.vocabulary, self.corpus.fingerprint, losses)
+        new = Checkpoint(state, self.config, self.corpus.vocabulary, self.corpus.fingerprint, losses)
         with self.log.noting_failure(f"the checkpoint of step {self.step}"):
-            path = self.folder.save(saved)
+            path = self.folder.save(new)
             self.log.event("checkpoint", step=self.step, file=str(path), best=self.folder.best)
 
 

@@ -103,12 +103,17 @@ def test_a_signal_waits_for_50_milliseconds_of_steps(corpus_folder: str, monkeyp
 
 @pytest.mark.parametrize("step", [0, 10, 29])
 def test_a_signal_breaks_off_an_evaluation(
-    step: int, tmp_path: Path, corpus_folder: str, monkeypatch: pytest.MonkeyPatch
+    step: int,
+    tmp_path: Path,
+    corpus_folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The steps so far are saved, and the run that goes on evaluates as one that never stopped."""
     settings = [*SIZES, "--num-steps=30", "--eval-every=10", f"--data={corpus_folder}", "--quiet"]
+    settings += ["--checkpoint-every=10", "--keep=9"]
     whole, stopped, resumed = (tmp_path / f"{name}.jsonl" for name in ("whole", "stopped", "resumed"))
-    assert train.main([*settings, f"--log-json={whole}"]) == 0
+    assert train.main([*settings, f"--log-json={whole}", f"--out={tmp_path / 'never stopped'}"]) == 0
     mean_loss, finished = Eager.mean_loss, []
 
     def interrupted(self: Eager, windows: WeightedWindows) -> float:
@@ -121,6 +126,7 @@ def test_a_signal_breaks_off_an_evaluation(
     with monkeypatch.context() as patch:
         patch.setattr(Eager, "mean_loss", interrupted)
         assert train.main([*settings, f"--log-json={stopped}", f"--out={out}"]) == 130
+    assert "once more stops at once" in capfd.readouterr().err
     assert not finished
     assert checkpoint.load(out).state.step == step
     assert train.main([f"--resume={out}", f"--log-json={resumed}", "--quiet"]) == 0
@@ -131,6 +137,9 @@ def test_a_signal_breaks_off_an_evaluation(
         logged.append([(event["step"], event["train_loss"], event["val_loss"]) for event in evaluations])
     assert [evaluated[0] for evaluated in logged[0]] == [0, 10, 20, 29]
     assert logged[0] == logged[1] + logged[2]
+    if step % 10 == 0:  # the checkpoint has its own losses all the same, and may be the best
+        losses = {"evaluated_at": step, "train_loss": pytest.approx(logged[2][0][1]), "val_loss": logged[2][0][2]}
+        assert checkpoint.read(out / checkpoint.file_name(step)).losses == losses
 
 
 def test_a_signal_that_came_before_is_raised_at_once() -> None:

@@ -542,16 +542,16 @@ static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t ro
     ws->dw2 = take_floats(&a, backward && ws->chunk < rows ? ws->blocks * s->V * UNITS : 0);
     ws->db2 = take_floats(&a, backward * ws->Vp);
     ws->dwte = take_floats(&a, backward * ws->threads * ws->max_U * ws->Ep);
-    int64_t n = at_least(rows, ws->max_U);
+    int64_t n = backward ? at_least(rows, ws->max_U) : rows;
     ws->row_units = take(&a, n * 8);
-    ws->row_vocab = take(&a, ws->chunk * 8);
+    ws->row_vocab = take(&a, backward * ws->chunk * 8);
     scratch_at(ws, NULL, &ws->scratch_floats);
     ws->scratch = take_floats(&a, ws->threads * ws->scratch_floats);
     ws->loss_parts = take(&a, backward * ws->threads * LANES * 8);
     ws->workers = take(&a, ws->threads * (int64_t)sizeof(worker));
     if (base) {
         for (int64_t i = 0; i < n; i++) ws->row_units[i] = i * UNITS;
-        for (int64_t i = 0; i < ws->chunk; i++) ws->row_vocab[i] = i * ws->Vp;
+        for (int64_t i = 0; backward && i < ws->chunk; i++) ws->row_vocab[i] = i * ws->Vp;
     }
     return a.used;
 }
