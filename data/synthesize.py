@@ -64,14 +64,12 @@ class CharacterProcess:
         Args:
             names: non-empty, of the characters a to z.
         """
-        size = len(ALPHABET)
-        counts = np.zeros((size, size, size))
+        size, names = len(ALPHABET), list(names)
         for name in names:
             if not name or "\n" in name:
                 raise ValueError(f"a name to fit on must be one non-empty line (got {name!r})")
-            tokens = [0, 0, *_tokens(name + "\n").tolist()]
-            for context in zip(tokens, tokens[1:], tokens[2:], strict=False):
-                counts[context] += 1
+        counts = np.zeros((size, size, size))
+        np.add.at(counts, _trigrams("".join(f"{name}\n" for name in names)), 1)
         order_two, order_one, order_zero = counts, counts.sum(axis=0), counts.sum(axis=(0, 1))
         p0 = (order_zero + SMOOTHING) / (order_zero.sum() + size * SMOOTHING)
         p1 = _witten_bell(order_one, np.broadcast_to(p0, order_one.shape))
@@ -104,11 +102,7 @@ class CharacterProcess:
         Returns:
             (len(text),) float64, in nats; infinite where the process cannot produce the character (an empty line).
         """
-        c = _tokens(text)
-        b = np.concatenate([[0], c[:-1]])[: len(c)]
-        a = np.concatenate([[0], b[:-1]])[: len(c)]
-        a[b == 0] = 0  # restarted at a newline
-        return self._cost[a, b, c]
+        return self._cost[_trigrams(text)]
 
 
 def seed_names() -> list[str]:
@@ -158,6 +152,15 @@ def _tokens(text: str) -> npt.NDArray[np.int64]:
     if np.any((tokens < 0) | (tokens >= len(ALPHABET)) | ((tokens == 0) & (codes != ord("\n")))):
         raise ValueError("the process knows the characters a to z and the newline only")
     return tokens
+
+
+def _trigrams(text: str) -> tuple[npt.NDArray[np.int64], ...]:
+    """Of each character of a tape of names: the two before it in its name, and itself; three arrays (len(text),)."""
+    c = _tokens(text)
+    b = np.concatenate([[0], c[:-1]])[: len(c)]
+    a = np.concatenate([[0], b[:-1]])[: len(c)]
+    a[b == 0] = 0  # restarted at a newline
+    return a, b, c
 
 
 def _witten_bell(counts: F64, lower: F64) -> F64:

@@ -15,7 +15,6 @@ MASK64 = (1 << 64) - 1
 MULTIPLIER = 0x2545F4914F6CDD1D
 _LANES = 4096
 _BITS = np.arange(64, dtype=np.uint64)
-_ONE = np.uint64(1)
 
 U64 = npt.NDArray[np.uint64]
 F64 = npt.NDArray[np.float64]
@@ -98,17 +97,23 @@ def _step(states: U64, scratch: U64) -> None:
 
 
 def _apply(matrix: U64, vectors: U64) -> U64:
-    """matrix @ vectors over GF(2); the matrix is its 64 columns, each a 64-bit word."""
+    """matrix @ vectors over GF(2), (n,); the matrix is its 64 columns, each a 64-bit word.
+
+    By the method of the four Russians: for each of the 8 bytes of a vector, the products with all of its 256 values.
+    """
+    columns = matrix.reshape(8, 8)
+    products = np.zeros((8, 256), np.uint64)
+    for bit in range(8):
+        products[:, 1 << bit : 2 << bit] = products[:, : 1 << bit] ^ columns[:, bit, None]
     result = np.zeros_like(vectors)
-    for bit in range(64):
-        selected = (vectors >> _BITS[bit]) & _ONE
-        result ^= selected * matrix[bit]
+    for byte in range(8):
+        result ^= products[byte][(vectors >> _BITS[8 * byte]) & np.uint64(255)]
     return result
 
 
 def _jump_matrix(distance: int) -> U64:
     """The bit matrix of `distance` steps, by repeated squaring."""
-    square = _ONE << _BITS  # the unit vectors: one step of each gives the columns of the one-step matrix
+    square = np.uint64(1) << _BITS  # the unit vectors: one step of each gives the columns of the one-step matrix
     result = square.copy()
     _step(square, np.empty_like(square))
     while distance:
