@@ -470,7 +470,7 @@ def exp(x: Tensor, isa: str | None = None) -> Tensor:
 
 def _elementwise(name: str, x: Tensor, isa: str | None) -> Tensor:
     x = _check_tensor("x", x, (torch.float32,), (None,))
-    padded = torch.zeros(-(-len(x) // 16) * 16)
+    padded = torch.zeros(-(-len(x) // 32) * 32)
     padded[: len(x)] = x
     y = torch.empty_like(padded)
     getattr(_library(), name)(_isa(isa), padded.data_ptr(), y.data_ptr(), len(padded))

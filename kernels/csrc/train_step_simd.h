@@ -97,18 +97,32 @@ INLINE vec F(largest)(vec x) {
     return x;
 }
 
-/* tanh x = x P(x^2) / Q(x^2), a minimax fit of relative error 2e-8 on |x| <= 9.02, beyond which tanh rounds to 1. All
- * coefficients are positive: no cancellation, and tiny x keep their relative accuracy. NaN stays NaN. */
-INLINE vec F(tanh)(vec x) {
+/* x = tanh x for two vectors, x P(x^2) / Q(x^2), a minimax fit of relative error 2e-8 on |x| <= 9.02, beyond which tanh
+ * rounds to 1. All coefficients are positive: no cancellation, and tiny x keep their relative accuracy. The two share a
+ * division, 1 / (Q0 Q1), which would take as long as everything else. NaN stays NaN, and spreads to the other vector:
+ * both belong to the same window, whose logits are NaN in any case. */
+INLINE void F(tanh)(vec *x) {
     const vec end = F(all)(9.02f), one = F(all)(1.0f);
-    x = F(most)(-end, F(least)(end, x));
-    vec y = x * x;
-    vec p = (((1.3265751164226458e-08f * y + 2.054503420367837e-05f) * y + 3.4916982986032963e-03f) * y +
-             1.3377751410007477e-01f) * y + 1.0f;
-    vec q = (((7.740208616269229e-07f * y + 3.2792723504826427e-04f) * y + 2.5862185284495354e-02f) * y +
-             4.6711066365242004e-01f) * y + 1.0f;
-    vec t = x * (p / q);
-    return F(most)(-one, F(least)(one, t));
+    vec xp[2], q[2];
+    UNROLL for (int i = 0; i < 2; i++) {
+        vec c = F(most)(-end, F(least)(end, x[i])), y = c * c;
+        xp[i] = c * ((((1.3265751164226458e-08f * y + 2.054503420367837e-05f) * y + 3.4916982986032963e-03f) * y +
+                      1.3377751410007477e-01f) * y + 1.0f);
+        q[i] = (((7.740208616269229e-07f * y + 3.2792723504826427e-04f) * y + 2.5862185284495354e-02f) * y +
+                4.6711066365242004e-01f) * y + 1.0f;
+    }
+    vec r = 1.0f / (q[0] * q[1]);
+    UNROLL for (int i = 0; i < 2; i++) x[i] = F(most)(-one, F(least)(one, xp[i] * (q[1 - i] * r)));
+}
+
+/* y = tanh x, element by element, n a multiple of UNITS; y may be x. */
+static void F(tanh_array)(const float *x, float *y, int64_t n) {
+    for (int64_t i = 0; i < n; i += 2 * W) {
+        vec t[2] = {F(load)(x + i), F(load)(x + i + W)};
+        F(tanh)(t);
+        F(store)(y + i, t[0]);
+        F(store)(y + i + W, t[1]);
+    }
 }
 
 /* exp x for x <= 88: 2^n e^r with |r| <= ln 2 / 2, e^r = 1 + r + r^2 q(r), q a minimax fit of relative error 3e-9.
@@ -294,9 +308,9 @@ static void F(adamw)(const adamw_rates rates, float *p, float *m, float *v, cons
 
 /* ---- forward --------------------------------------------------------------------------------------------------- */
 
-/* h (n, UNITS) = b1, or h where that is NULL, + the rows of the next SLOTS slots' tables. */
+/* h (n, UNITS) = b1, or h where that is NULL, + the rows of the next SLOTS slots' tables; tanh of it after the last. */
 INLINE void F(add_rows)(const int SLOTS, const float *table, int64_t n, int64_t U, const int32_t *place,
-                        const float *b1, float *h) {
+                        const float *b1, float *h, int last) {
     for (int64_t r = 0; r < n; r++, h += UNITS) {
         vec x[UNITS / W];
         UNROLL for (int j = 0; j < UNITS / W; j++) x[j] = F(load)((b1 ? b1 : h) + j * W);
@@ -304,6 +318,7 @@ INLINE void F(add_rows)(const int SLOTS, const float *table, int64_t n, int64_t 
             const float *row = table + (t * U + place[t * n + r]) * UNITS;
             UNROLL for (int j = 0; j < UNITS / W; j++) x[j] += F(load)(row + j * W);
         }
+        if (last) UNROLL for (int j = 0; j < UNITS / W; j += 2) F(tanh)(x + j);
         UNROLL for (int j = 0; j < UNITS / W; j++) F(store)(h + j * W, x[j]);
     }
 }
@@ -332,7 +347,8 @@ static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch
                     F(gemm_rows)((product){.n = U, .width = UNITS, .A = ws->p.wte, .rows = b->wte_row, .K = E,
                                            .B = w1 + (t0 + t) * E * UNITS, .ldb = UNITS,
                                            .C = s->table + t * U * UNITS, .ldc = UNITS});
-                FOR_SLOTS(slots, F(add_rows), s->table, n, U, b->place + t0 * n, t0 == 0 ? b1 : NULL, h)
+                FOR_SLOTS(slots, F(add_rows), s->table, n, U, b->place + t0 * n, t0 == 0 ? b1 : NULL, h,
+                          t0 + held >= T)
             }
         } else {
             for (int64_t r = 0; r < n; r++) memcpy(h + r * UNITS, b1, UNITS * sizeof(float));
@@ -340,8 +356,8 @@ static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch
                 F(gemm_rows)((product){.n = n, .width = UNITS, .A = ws->p.wte, .rows = b->gathered + t * n,
                                        .K = E, .B = w1 + t * E * UNITS, .ldb = UNITS, .C = h, .ldc = UNITS,
                                        .accumulate = 1});
+            F(tanh_array)(h, h, n * UNITS);
         }
-        for (int64_t i = 0; i < n * UNITS; i += W) F(store)(h + i, F(tanh)(F(load)(h + i)));
     }
 }
 
@@ -646,11 +662,7 @@ static void F(forward)(workspace *ws, const void *argument, int64_t thread, int6
     }
 }
 
-/* y = f(x), element by element, n a multiple of W */
-static void F(tanh_array)(const float *x, float *y, int64_t n) {
-    for (int64_t i = 0; i < n; i += W) F(store)(y + i, F(tanh)(F(load)(x + i)));
-}
-
+/* y = exp x, element by element, n a multiple of W */
 static void F(exp_array)(const float *x, float *y, int64_t n) {
     for (int64_t i = 0; i < n; i += W) F(store)(y + i, F(exp)(F(load)(x + i)));
 }
