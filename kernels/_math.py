@@ -37,6 +37,21 @@ def tanh(x):
 
 
 @triton.jit
+def mul_rn(x, y):
+    """x * y of fp32, rounded to fp32 by itself; the compiler may not fuse it into an addition, as it may `x * y + z`.
+
+    CUDA's __fmul_rn. Inline PTX, for Triton has no operator for it: ptxas leaves a multiplication alone that names its
+    rounding. The interpreter never fuses.
+    """
+    if INTERPRETED:
+        return x * y
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     """acc + a b with fp32 accumulation; fp32 operands by INPUT_PRECISION, 16-bit operands (of one type) exactly."""
     if INTERPRETED:

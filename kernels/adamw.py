@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._math import one_minus_power
+from ._math import mul_rn, one_minus_power
 
 BLOCK = 1024
 # Tensors a launch: the arguments of a kernel have 4 KiB, a tensor takes four pointers and a length.
@@ -23,13 +23,17 @@ MAX_TENSORS = 64
 
 @triton.jit
 def adamw_update(p, g, m, v, decay, step_size, root, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
-    """New (p, m, v), fp32, in the order of operations of torch.optim.AdamW.
+    """New (p, m, v), fp32, with the operations of torch.optim.AdamW in its order, rounded where it rounds.
 
     decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^step), root = sqrt(1 - beta2^step).
+
+    p * decay is rounded by itself: decay is one ulp below 1, so rounding takes a whole ulp off p, and that is the weight
+    decay. Fused into the subtraction it would be less (docs/numerics.md). The other two sums are fused as they are in
+    torch.
     """
     m = m + (g - m) * (1.0 - BETA1)
-    v = v * BETA2 + (g * g) * (1.0 - BETA2)
-    p = p * decay - step_size * (m / (tl.sqrt_rn(v) / root + EPS))
+    v = mul_rn(v, BETA2) + ((1.0 - BETA2) * g) * g
+    p = mul_rn(p, decay) - step_size * m / (tl.sqrt_rn(v) / root + EPS)
     return p, m, v
 
 

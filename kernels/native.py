@@ -67,6 +67,7 @@ _SIGNATURES = {
     "mlp_sample": (None, (_int, *[_pointer] * 5, _int, *[_pointer] * 2)),
     "mlp_tanh": (None, (_int, _pointer, _pointer, _int)),
     "mlp_exp": (None, (_int, _pointer, _pointer, _int)),
+    "mlp_adamw": (None, (_int, *[ctypes.c_double] * 3, *[_pointer] * 4, _int)),
 }
 
 
@@ -475,3 +476,21 @@ def _elementwise(name: str, x: Tensor, isa: str | None) -> Tensor:
     y = torch.empty_like(padded)
     getattr(_library(), name)(_isa(isa), padded.data_ptr(), y.data_ptr(), len(padded))
     return y[: len(x)]
+
+
+def adamw_(
+    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, decay: float, step_size: float, root: float, isa: str | None = None
+) -> None:
+    """AdamW in place as the kernel computes it.
+
+    Args:
+        p, grad, m, v: float32, shape (n,): parameters, gradient, first and second moments.
+        decay, step_size, root: 1 - lr*weight_decay, lr / (1 - beta1^step) and sqrt(1 - beta2^step).
+    """
+    tensors = {"p": p, "m": m, "v": v, "grad": grad}
+    padded = [torch.zeros(-(-len(p) // 32) * 32) for _ in tensors]
+    for (name, tensor), copy in zip(tensors.items(), padded, strict=True):
+        copy[: len(p)] = _check_tensor(name, tensor, (torch.float32,), (len(p),))
+    _library().mlp_adamw(_isa(isa), decay, step_size, root, *(copy.data_ptr() for copy in padded), len(padded[0]))
+    for tensor, copy in zip((p, m, v), padded, strict=False):
+        tensor.copy_(copy[: len(p)])

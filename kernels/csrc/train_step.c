@@ -359,6 +359,7 @@ typedef struct {
     /* Element by element, for tests. */
     void (*tanh)(const float *, float *, int64_t);
     void (*exp)(const float *, float *, int64_t);
+    void (*adamw)(const adamw_rates, float *, float *, float *, const float *, int64_t);
 } instruction_set;
 
 static int64_t slots_held(const mlp_shape *s, int64_t max_U);
@@ -440,10 +441,10 @@ static int supported_base(void) { return 1; }
 /* The best first. */
 static const instruction_set SETS[] = {
 #if defined(__x86_64__)
-    {"avx512", supported_v4, train_v4, forward_v4, tanh_array_v4, exp_array_v4},
-    {"avx2", supported_v3, train_v3, forward_v3, tanh_array_v3, exp_array_v3},
+    {"avx512", supported_v4, train_v4, forward_v4, tanh_array_v4, exp_array_v4, adamw_v4},
+    {"avx2", supported_v3, train_v3, forward_v3, tanh_array_v3, exp_array_v3, adamw_v3},
 #endif
-    {"baseline", supported_base, train_base, forward_base, tanh_array_base, exp_array_base},
+    {"baseline", supported_base, train_base, forward_base, tanh_array_base, exp_array_base, adamw_base},
 };
 
 /* ---- memory ---------------------------------------------------------------------------------------------------- */
@@ -748,6 +749,10 @@ EXPORT void mlp_sample(int64_t isa, const mlp_shape *shape, float *parameters, v
     }
 }
 
-/* tanh and exp as the kernels compute them, element by element. */
+/* tanh, exp and AdamW as the kernels compute them, element by element; n is a multiple of UNITS. */
 EXPORT void mlp_tanh(int64_t isa, const float *x, float *y, int64_t n) { SETS[isa].tanh(x, y, n); }
 EXPORT void mlp_exp(int64_t isa, const float *x, float *y, int64_t n) { SETS[isa].exp(x, y, n); }
+EXPORT void mlp_adamw(int64_t isa, double decay, double step_size, double root, float *p, float *m, float *v,
+                      const float *g, int64_t n) {
+    SETS[isa].adamw((adamw_rates){(float)decay, (float)step_size, (float)(1 / root)}, p, m, v, g, n);
+}

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ class CompileStep(DeviceLoop):
         torch.set_float32_matmul_precision(MATMUL_PRECISION[config.precision])
         self.form = chosen_form(config.form, shape.V, config.batch_size)
         self.scalars = update_scalars(config).to(device)
-        self.compiled = torch.compile(self._update, fullgraph=True, dynamic=False, mode=config.compile_mode)
+        options = step_options(config.compile_mode)
+        self.compiled = torch.compile(self._update, fullgraph=True, dynamic=False, options=options)
         parameters = {name: torch.empty(size, device=device) for name, size in shape.parameters.items()}
         super().__init__(config, shape, tape, state, device, parameters)
 
@@ -108,6 +110,16 @@ class CompileStep(DeviceLoop):
 
     def logits(self, contexts: Tensor) -> Tensor:
         return forward(self.parameters, contexts)
+
+
+def step_options(mode: str) -> dict[str, Any]:
+    """What torch.compile needs besides a mode's options, to round where eager torch rounds.
+
+    For CUDA Inductor writes Triton, which fuses products into sums. That would lose AdamW's decay, which is nothing but
+    the rounding of a product (docs/numerics.md). A product in float64 does not help: LLVM finds that it is exact, and
+    takes the float32 one. The C++ for the CPU is never fused.
+    """
+    return {**torch._inductor.list_mode_options(mode), "emulate_precision_casts": True}
 
 
 def forward(parameters: Parameters, contexts: Tensor) -> Tensor:
