@@ -35,7 +35,7 @@ def available(name: str, **settings: Any) -> Config:
 def test_a_thousand_steps_follow_the_golden_trace(name: str, golden: dict[str, Any], names_corpus: Corpus) -> None:
     config = available(name, num_steps=1000)
     expected = golden["MLPRaw" if name.endswith("raw") else "MLP"]
-    tolerance = 2e-6 if name in EAGER else 1e-5
+    tolerance = 5e-7
     counters.clear()
     result = Trainer(config, names_corpus, RunLog(config)).run()
     assert counters["stats"]["unique_graphs"] == name.startswith("compile")  # one compilation serves the whole run
@@ -57,7 +57,7 @@ def test_a_thousand_steps_follow_the_golden_trace(name: str, golden: dict[str, A
 def test_the_first_batch_losses_are_the_references(name: str, golden: dict[str, Any], names_corpus: Corpus) -> None:
     config = available(name, num_steps=1000)
     expected = golden["MLPRaw" if name.endswith("raw") else "MLP"]["batch_loss_first_50_steps"]
-    tolerance = 2e-6 if name in EAGER else 1e-5
+    tolerance = 2e-6  # a batch loss is one float32 of about 3, whose unit in the last place is 2.4e-7
     backend = backends.create(config, DEFAULT, Tape(names_corpus.train, 3), TrainState.initial(DEFAULT, 1337))
     assert torch.cat([backend.advance(7), backend.advance(43)]).tolist() == pytest.approx(expected, abs=tolerance)
 

@@ -42,7 +42,7 @@ def test_the_first_batch_losses_are_the_references(golden: dict[str, Any], names
     backend = backends.create(config, shape, Tape(names_corpus.train, 3), TrainState.initial(shape, 1337))
     assert isinstance(backend, TritonOp)
     expected = golden["MLP"]["batch_loss_first_50_steps"][:20]
-    assert torch.cat([backend.advance(7), backend.advance(13)]).tolist() == pytest.approx(expected, abs=1e-5)
+    assert torch.cat([backend.advance(7), backend.advance(13)]).tolist() == pytest.approx(expected, abs=5e-7)
 
 
 @pytest.mark.parametrize("form", ["table", "gather"])
@@ -79,4 +79,4 @@ def test_a_captured_run_has_the_losses_of_an_eager_one(golden: dict[str, Any], n
     backend = backends.create(config, shape, Tape(names_corpus.train, 3), TrainState.initial(shape, 1337))
     backend.prepare()
     expected = golden["MLP"]["batch_loss_first_50_steps"]
-    assert backend.advance(50).tolist() == pytest.approx(expected, abs=1e-5)
+    assert backend.advance(50).tolist() == pytest.approx(expected, abs=5e-7)
