@@ -27,9 +27,9 @@ def adamw_update(p, g, m, v, decay, step_size, root, BETA1: tl.constexpr, BETA2:
 
     decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^step), root = sqrt(1 - beta2^step).
 
-    p * decay is rounded by itself: decay is one ulp below 1, so rounding takes a whole ulp off p, and that is the weight
-    decay. Fused into the subtraction it would be less (docs/numerics.md). The other two sums are fused as they are in
-    torch.
+    p * decay is rounded by itself: decay is one ulp below 1, so rounding takes a whole ulp off p, and that is the
+    weight decay. Fused into the subtraction it would be less (docs/numerics.md). The other two sums are fused as they
+    are in torch.
     """
     m = m + (g - m) * (1.0 - BETA1)
     v = mul_rn(v, BETA2) + ((1.0 - BETA2) * g) * g
