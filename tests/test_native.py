@@ -311,14 +311,22 @@ def test_no_call_of_c_is_long(isa: str, sizes: tuple[int, int, int, int]) -> Non
     assert max(watched.seconds) < 0.1
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 64])
-@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[7]], ids=["default", "odd", "chunks"])
-def test_same_threads_same_bits(case: Case, count: int) -> None:
+LARGE = [
+    Case(V=27, T=3, E=16, H=1100, B=50, n=400),  # 17 groups, of two blocks or three
+    Case(V=200, T=2, E=8, H=300, B=33, n=400),  # logits split by vocabulary
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[7], *LARGE], ids=["default", "odd", "chunks", "H", "V"])
+def test_the_bits_do_not_depend_on_the_number_of_threads(case: Case, isa: str) -> None:
+    """Nor on how the steps are cut; so a run may change the number as it goes."""
     runs = []
-    for pieces in ([6], [6], [1, 3, 2]):
-        model = case.model()
-        with threads(count):
-            losses = [loss for piece in pieces for loss in case.train(model, piece)]
+    for counts, pieces in (([1], [6]), ([2], [6]), ([3], [1, 3, 2]), ([4], [6]), ([64], [6]), ([5, 1, 2], [1, 3, 2])):
+        model, losses = case.model(isa=isa), []
+        for i, piece in enumerate(pieces):
+            with threads(counts[i % len(counts)]):
+                losses += case.train(model, piece)
         runs.append((losses, model.store()))
     for losses, parts in runs[1:]:
         assert losses == runs[0][0]
