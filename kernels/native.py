@@ -23,6 +23,7 @@ from torch import Tensor
 
 FORMS = ("auto", "table", "gather")  # FORM_* of train_step.c
 RESPONSE_TIME = 0.04  # seconds that one call of C takes, where its least piece of work allows it
+PAUSE, LONGEST_PAUSE = 0.25, 4.0  # seconds for which fewer threads work after they lacked processors
 LEAST_CONTEXTS = 16  # of one call: fewer cost nearly as much, since they read all weights
 MAX_VOCAB = 2**31 - 1  # tokens are int32
 ALIGNMENT = 64
@@ -214,14 +215,41 @@ class Pairs:
             raise ValueError(f"the pairs' begins must rise from 0 to {len(self.targets)}")
 
 
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+class _Crew:
+    """How many threads work: torch.get_num_threads(), but fewer for a while where other work wants the processors.
+
+    Half as many after a call that C broke off, for PAUSE seconds and twice as long each time that it happens again, up
+    to LONGEST_PAUSE; then all are tried anew.
+    """
+
+    def __init__(self) -> None:
+        self._most, self._until, self._pause = 0, 0.0, PAUSE
+
+    def threads(self) -> int:
+        threads = torch.get_num_threads()
+        return threads if time.monotonic() >= self._until else min(threads, self._most)
+
+    def worked(self, threads: int, *, crowded: bool) -> None:
+        """Told after every call how many worked, and whether they lacked processors."""
+        if crowded:
+            self._most, self._until = max(1, threads // 2), time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        elif time.monotonic() >= self._until:
+            self._pause = PAUSE
+
+
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
 class NativeModel:
     """A model and its AdamW state in the kernel's packed layout.
 
-    Training and evaluations of large models use torch.get_num_threads() threads, at most one per 32 hidden units;
-    evaluations of small ones at most one per 64 contexts; sampling one. The same number of threads gives the same bits.
+    Training and evaluations of large models use torch.get_num_threads() threads, at most one per 64 hidden units, or
+    32 where there are few; evaluations of small ones at most one per 64 contexts; sampling one. Training uses fewer
+    while other work wants the processors. The bits do not depend on the number of threads.
 
     Args:
         V, T, E, H: vocabulary, context length, embedding, hidden units.
@@ -246,6 +274,7 @@ class NativeModel:
         memory = torch.zeros(3 * stride)
         self._packed = [memory[i * stride :][:floats] for i in range(3)]
         self._step = ctypes.c_int64(0)
+        self._crew = _Crew()
         self._pace: dict[tuple[str | int, ...], int] = {}  # kind of work -> pieces of it in RESPONSE_TIME
         self._memory: dict[str, Tensor] = {}
 
@@ -323,10 +352,13 @@ class NativeModel:
         if not hasattr(self, "_tape"):
             raise RuntimeError("set_tape() comes before train()")
         windows = _windows(self._tape, stride=1, count=len(self._tape) - self.T, has_target=True)
-        threads = torch.get_num_threads()
-        memory = self._workspace("mlp_workspace_bytes", batch_size, threads)
         losses = torch.empty(steps, dtype=torch.float64)
-        for first, count in self._calls(("steps", batch_size, threads), steps):
+        memory = self._workspace("mlp_workspace_bytes", batch_size, torch.get_num_threads())
+        begin = self.step
+        while (first := self.step - begin) < steps:
+            threads = self._crew.threads()
+            work = ("steps", batch_size, threads)
+            count, start = min(self._pace.get(work, 1), steps - first), time.perf_counter()
             self._library.mlp_train(
                 self._isa,
                 ctypes.byref(self._shape),
@@ -343,6 +375,9 @@ class NativeModel:
                 self._form,
                 losses[first:].data_ptr(),
             )
+            done = self.step - begin - first
+            self._timed(work, done, time.perf_counter() - start)
+            self._crew.worked(threads, crowded=done < count)
         return losses
 
     def logits(self, contexts: Tensor) -> Tensor:
@@ -440,9 +475,13 @@ class NativeModel:
             count = min(pace, pieces - first)
             start = time.perf_counter()
             yield first, count
-            per_piece = max(time.perf_counter() - start, 1e-9) / count
-            self._pace[work] = max(least, min(2 * pace, int(RESPONSE_TIME / per_piece)))
+            self._timed(work, count, time.perf_counter() - start, least)
             first += count
+
+    def _timed(self, work: tuple[str | int, ...], pieces: int, seconds: float, least: int = 1) -> None:
+        """Notes how long a call took, for the next one."""
+        pace = self._pace.get(work, least)
+        self._pace[work] = max(least, min(2 * pace, int(RESPONSE_TIME * pieces / max(seconds, 1e-9))))
 
     def _workspace(self, measure: str, windows: int, threads: int) -> int:
         """The address of as many bytes as the library's `measure` asks for; kept from call to call."""

@@ -202,8 +202,9 @@ class Trainer:
     def _title(self, note: str = "") -> str:
         processes = f", in {self.world.size} processes" if self.world.size > 1 else ""
         title = (
-            f"backend {self.backend.name}{note} on {describe_device(self.backend)}{processes} | {self.corpus.name} corpus, "
-            f"{len(self.corpus.train)} training tokens | {self.shape.num_parameters} parameters"
+            f"backend {self.backend.name}{note} on {describe_device(self.backend)}{processes} | "
+            f"{self.corpus.name} corpus, {len(self.corpus.train)} training tokens | "
+            f"{self.shape.num_parameters} parameters"
         )
         floor = self.floor("val")
         return title if floor is None else f"{title} | floor of val_loss {floor:.6f}"

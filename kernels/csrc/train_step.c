@@ -58,6 +58,8 @@ enum { FEW_GROUPS = 4, MAX_GROUPS = 32 }; /* groups of blocks: as many as there 
 enum { AHEAD = 16 };              /* rows of logits that are fetched from other cores ahead of their use */
 enum { SPIN_NANOSECONDS = 10000 };   /* how long a thread that waits for others keeps its core, */
 enum { YIELD_NANOSECONDS = 200000 }; /* and how long it offers it to them before it sleeps */
+enum { TAKEN_NANOSECONDS = 20000 };  /* an offer that took so long was accepted, */
+enum { CROWDED_NANOSECONDS = 4000000 }; /* and so much lost in one call is too much */
 enum { LOSS_ROWS = 16 };             /* windows whose losses are summed together, by one thread */
 #ifndef CHUNK_FLOATS              /* tests make these smaller */
 #define CHUNK_FLOATS (1 << 20)    /* a logits buffer of this size is never cut */
@@ -116,6 +118,7 @@ typedef struct {
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_int round;
     atomic_int sleepers;
+    _Alignas(64) atomic_llong lost; /* nanoseconds for which other work had the cores of waiting threads */
     int64_t threads; /* 0 until it is known */
     pthread_mutex_t mutex;
     pthread_cond_t next_round;
@@ -139,6 +142,7 @@ typedef struct {
     int64_t by_vocab; /* logits split by vocabulary (1) or by hidden units (0) */
     int64_t backward; /* whether there is memory for the second batch and all that only a backward pass needs */
     int64_t form;
+    int crowded; /* whether the threads lack cores, and had better be fewer */
     packed p, m, v;
     batch batches[2];
     float *h;           /* (blocks, max_rows, UNITS) */
@@ -266,7 +270,10 @@ static void await(barrier *b, int round) {
         int64_t now = nanoseconds();
         if (start == 0) start = now;
         waited = now - start;
-        if (waited > SPIN_NANOSECONDS) sched_yield();
+        if (waited < SPIN_NANOSECONDS) continue;
+        sched_yield();
+        int64_t taken = nanoseconds() - now;
+        if (taken > TAKEN_NANOSECONDS) atomic_fetch_add_explicit(&b->lost, taken, memory_order_relaxed);
     } while (waited < YIELD_NANOSECONDS);
     pthread_mutex_lock(&b->mutex);
     atomic_fetch_add(&b->sleepers, 1);
@@ -305,6 +312,7 @@ static void run_threads(workspace *ws, work *work, const void *run, int64_t want
     atomic_init(&b->arrived, 0);
     atomic_init(&b->round, 0);
     atomic_init(&b->sleepers, 0);
+    atomic_init(&b->lost, 0);
     b->threads = 0;
     pthread_mutex_init(&b->mutex, NULL);
     pthread_cond_init(&b->next_round, NULL);
@@ -681,7 +689,8 @@ EXPORT void mlp_unpack(const mlp_shape *s, float *array, float *wte, float *w1, 
     memcpy(b2, p.b2, (size_t)s->V * sizeof(float));
 }
 
-/* Trains: `steps` steps from number *step on, of num_steps, on the windows of a tape.
+/* Trains: `steps` steps from number *step on, of num_steps, on the windows of a tape; fewer, but at least one, where the
+ * threads wait for cores that other work has.
  *
  * step: the number of steps done, counted up with every step, so that it always agrees with the state. parameters,
  * exp_avg, exp_avg_sq: packed, updated in place. memory: mlp_workspace_bytes() of it, 64-byte aligned.

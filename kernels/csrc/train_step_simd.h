@@ -644,8 +644,10 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
             for (int64_t r = 0; r < B; r += LOSS_ROWS) loss += ws->losses[r / LOSS_ROWS];
             run->losses[i] = loss / (double)B;
             *run->step = step + 1;
+            ws->crowded = atomic_load_explicit(&ws->sync.lost, memory_order_relaxed) > CROWDED_NANOSECONDS;
         }
         wait_for_all(&ws->sync, threads);
+        if (ws->crowded) break;
     }
 }
 
