@@ -12,12 +12,13 @@ _forked = False  # whether this process is a forked child
 
 
 def after_fork() -> None:
-    """Makes torch compute on one thread: OpenMP would wait for ever for the threads that a forked child lacks."""
+    """Makes torch compute and compile on one thread: it would wait for ever for those that a forked child lacks."""
     global _forked
     _forked = True
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    if "torch._inductor.config" in sys.modules:
+        sys.modules["torch._inductor.config"].compile_threads = 1  # type: ignore[attr-defined]
 
 
 def use(count: int | None) -> None:

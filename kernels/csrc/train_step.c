@@ -54,7 +54,8 @@ enum { STRIP_BLOCKS = 4 };        /* blocks of units, likewise: 16 KB of W2 tran
 enum { FORM_AUTO, FORM_TABLE, FORM_GATHER };
 enum { TABLE_FLOATS = 1 << 15 };  /* slots whose tables are held at once: as many as fit, at least one, */
 enum { MAX_SLOTS = 4 };           /* at most these */
-enum { FEW_GROUPS = 4, MAX_GROUPS = 32 }; /* groups of blocks: as many as there are blocks up to here, and at most */
+enum { GROUP_BLOCKS = 2 };        /* blocks of a group, */
+enum { FEW_GROUPS = 4, MAX_GROUPS = 32 }; /* unless these were fewer groups than so many, or more */
 enum { AHEAD = 16 };              /* rows of logits that are fetched from other cores ahead of their use */
 enum { SPIN_NANOSECONDS = 10000 };   /* how long a thread that waits for others keeps its core, */
 enum { YIELD_NANOSECONDS = 200000 }; /* and how long it offers it to them before it sleeps */
@@ -66,7 +67,6 @@ enum { LOSS_ROWS = 16 };             /* windows whose losses are summed together
 #define FORWARD_ROWS 512          /* windows of one pass of an evaluation */
 #define APART_WEIGHTS (1 << 22)   /* the most weights that every thread may as well read by itself, */
 #define APART_ROWS 64             /* and the windows that are worth it */
-#define GROUP_BLOCKS 2            /* blocks of a group, where there are enough of them */
 #endif
 
 static const double BETA1 = 0.9, BETA2 = 0.999;
