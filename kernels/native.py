@@ -4,14 +4,17 @@ The shared library is built by setup.py, where a C compiler is at hand, and uses
 and the processor have (MLP_FAST_ISA=avx2 or baseline forces a lesser one). ctypes releases the GIL for the time of a
 call, and calls that compute are kept short, so that signals are answered; no result depends on where the work is cut.
 No argument reaches C unchecked: sizes, dtypes, layouts and the range of tokens are verified here, and wrong ones raise
-ValueError or TypeError.
+ValueError or TypeError. C allocates nothing; where memory is refused here, all calls raise MemoryError, and leave the
+model as it was.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.machinery
 import math
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -215,6 +218,18 @@ class Pairs:
             raise ValueError(f"the pairs' begins must rise from 0 to {len(self.targets)}")
 
 
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Makes torch's refusal of memory, a RuntimeError, what it is; also as a decorator."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = re.search(r"you tried to allocate \d+ bytes|bad_alloc", str(error))
+        if told is None:
+            raise
+        raise MemoryError(f"native: the memory was refused ({told[0]})") from None
+
+
 # --- threads ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +272,7 @@ class NativeModel:
         isa: one of instruction_sets(); the best, or MLP_FAST_ISA, if None.
     """
 
+    @_memory_errors()
     def __init__(self, V: int, T: int, E: int, H: int, form: str = "auto", isa: str | None = None) -> None:
         self._library = _library()
         self.V = _check_count("V", V, most=MAX_VOCAB)
@@ -288,6 +304,7 @@ class NativeModel:
         """Shapes of wte, W1, b1, W2, b2."""
         return ((self.V, self.E), (self.H, self.T * self.E), (self.H,), (self.V, self.H), (self.V,))
 
+    @_memory_errors()
     def load(
         self, parameters: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor], step: int
     ) -> None:
@@ -311,6 +328,7 @@ class NativeModel:
             )
         self._step.value = step
 
+    @_memory_errors()
     def store(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Copies of the parameters and both moments, each as load() takes them."""
         stored = []
@@ -322,6 +340,7 @@ class NativeModel:
             stored.append(tensors)
         return stored[0], stored[1], stored[2]
 
+    @_memory_errors()
     def set_tape(self, tokens: Tensor, *, copy: bool = True) -> None:
         """The tokens to train on, (n,), n > T, in 0..V-1; they are checked here and only here.
 
@@ -335,6 +354,7 @@ class NativeModel:
         _check_tokens("the tape's tokens", tokens, self.V)
         self._tape = tokens.clone(memory_format=torch.contiguous_format) if copy else tokens.contiguous()
 
+    @_memory_errors()
     def train(self, batch_size: int, steps: int, num_steps: int, learning_rate: float, weight_decay: float) -> Tensor:
         """Does `steps` steps of AdamW from the present one on and returns their batch losses, (steps,), float64.
 
@@ -380,6 +400,7 @@ class NativeModel:
             self._crew.worked(threads, crowded=done < count)
         return losses
 
+    @_memory_errors()
     def logits(self, contexts: Tensor) -> Tensor:
         """Contexts (N, T), integer, in 0..V-1 -> logits (N, V), float32."""
         contexts = _check_tensor("contexts", contexts, TOKEN_TYPES, (None, self.T))
@@ -399,6 +420,7 @@ class NativeModel:
             )
         return logits
 
+    @_memory_errors()
     def pairs(self, rows: Tensor, weights: Tensor) -> Pairs:
         """What loss_sum takes; it is worth keeping, where the same pairs are evaluated again.
 
@@ -416,6 +438,7 @@ class NativeModel:
         begins = differ.nonzero().flatten()
         return Pairs(contexts[begins[:-1]].contiguous(), begins, rows[:, -1].to(torch.int32), weights, self.V)
 
+    @_memory_errors()
     def loss_sum(self, pairs: Pairs) -> float:
         """The sum of weights times cross-entropies, in nats, added up in float64."""
         if pairs.contexts.shape[1] != self.T or pairs.V > self.V:
@@ -440,6 +463,7 @@ class NativeModel:
             )
         return losses.sum().item()
 
+    @_memory_errors()
     def sample(self, context: Sequence[int], count: int, seed: int) -> list[int]:
         """Draws `count` tokens after a context of T, one xorshift64* uniform each, the generator starting at `seed`."""
         _check_count("count", count, least=0)
