@@ -90,5 +90,5 @@ def test_a_forked_child_computes_what_its_parent_would() -> None:
 
 
 @pytest.mark.long
-def test_a_forked_child_compiles_and_computes_what_its_parent_would(tmp_path: Path) -> None:
+def test_a_forked_child_compiles_and_computes_as_well(tmp_path: Path) -> None:
     check(COMPILED, seconds=300, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
