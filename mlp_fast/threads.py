@@ -39,10 +39,12 @@ def use(count: int | None) -> None:
 
 
 def use_available() -> None:
-    """Leaves torch as many threads as there are processors to use, unless OMP_NUM_THREADS says how many."""
-    import torch
+    """Leaves torch as many threads as there are processors to use, unless OMP_NUM_THREADS says how many.
 
-    if not os.environ.get("OMP_NUM_THREADS"):
+    A command that has not imported torch has no use for them.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and not os.environ.get("OMP_NUM_THREADS"):
         use(min(torch.get_num_threads(), available()))
 
 
