@@ -10,6 +10,7 @@
     start-up     processes that import, print their help, train one step
     run          whole training processes, from start to end, beside the reference's way of working
     scale        words, bytes, large vocabularies, several processes
+    busy         a step of native on a machine that is not its own
 
 `pytest bench --benchmark-only` times them by pytest-benchmark, `python -m bench.record` by itself: the same cases.
 Where two sides are compared, a round of each rival comes before every round of the case, off its clock.
@@ -18,6 +19,7 @@ Where two sides are compared, a round of each rival comes before every round of 
 from collections.abc import Callable, Iterator
 
 from bench import floor
+from bench.busy import busy_cases
 from bench.case import Case, Entry, Plan, Timer, spread_ms
 from bench.inference import evaluation_cases, sampling_cases
 from bench.operators import kernel_cases
@@ -63,11 +65,12 @@ GROUPS: dict[str, Callable[[Plan], Iterator[Case]]] = {
     "start-up": start_up_cases,
     "run": run_cases,
     "scale": scale_cases,
+    "busy": busy_cases,
 }
 
 
 # Groups that take long: measured by --full, or by naming them.
-LONG = ("scale",)
+LONG = ("scale", "busy")
 
 
 def usual(plan: Plan) -> list[str]:

@@ -4,14 +4,17 @@ The shared library is built by setup.py, where a C compiler is at hand, and uses
 and the processor have (MLP_FAST_ISA=avx2 or baseline forces a lesser one). ctypes releases the GIL for the time of a
 call, and calls that compute are kept short, so that signals are answered; no result depends on where the work is cut.
 No argument reaches C unchecked: sizes, dtypes, layouts and the range of tokens are verified here, and wrong ones raise
-ValueError or TypeError.
+ValueError or TypeError. C allocates nothing; where memory is refused here, all calls raise MemoryError, and leave the
+model as it was.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.machinery
 import math
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,6 +26,7 @@ from torch import Tensor
 
 FORMS = ("auto", "table", "gather")  # FORM_* of train_step.c
 RESPONSE_TIME = 0.04  # seconds that one call of C takes, where its least piece of work allows it
+PAUSE, LONGEST_PAUSE = 0.25, 4.0  # seconds for which fewer threads work after they lacked processors
 LEAST_CONTEXTS = 16  # of one call: fewer cost nearly as much, since they read all weights
 MAX_VOCAB = 2**31 - 1  # tokens are int32
 ALIGNMENT = 64
@@ -215,14 +219,53 @@ class Pairs:
             raise ValueError(f"the pairs' begins must rise from 0 to {len(self.targets)}")
 
 
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Makes torch's refusal of memory, a RuntimeError, what it is; also as a decorator."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = re.search(r"you tried to allocate \d+ bytes|bad_alloc", str(error))
+        if told is None:
+            raise
+        raise MemoryError(f"native: the memory was refused ({told[0]})") from None
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+class _Crew:
+    """How many threads work: torch.get_num_threads(), but fewer for a while where other work wants the processors.
+
+    Half as many after a call that C broke off, for PAUSE seconds and twice as long each time that it happens again, up
+    to LONGEST_PAUSE; then all are tried anew.
+    """
+
+    def __init__(self) -> None:
+        self._most, self._until, self._pause = 0, 0.0, PAUSE
+
+    def threads(self) -> int:
+        threads = torch.get_num_threads()
+        return threads if time.monotonic() >= self._until else min(threads, self._most)
+
+    def worked(self, threads: int, *, crowded: bool) -> None:
+        """Told after every call how many worked, and whether they lacked processors."""
+        if crowded:
+            self._most, self._until = max(1, threads // 2), time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        elif time.monotonic() >= self._until:
+            self._pause = PAUSE
+
+
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
 class NativeModel:
     """A model and its AdamW state in the kernel's packed layout.
 
-    Training and evaluations of large models use torch.get_num_threads() threads, at most one per 32 hidden units;
-    evaluations of small ones at most one per 64 contexts; sampling one. The same number of threads gives the same bits.
+    Training and evaluations of large models use torch.get_num_threads() threads, at most one per 64 hidden units, or
+    32 where there are few; evaluations of small ones at most one per 64 contexts; sampling one. Training uses fewer
+    while other work wants the processors. The bits do not depend on the number of threads.
 
     Args:
         V, T, E, H: vocabulary, context length, embedding, hidden units.
@@ -230,6 +273,7 @@ class NativeModel:
         isa: one of instruction_sets(); the best, or MLP_FAST_ISA, if None.
     """
 
+    @_memory_errors()
     def __init__(self, V: int, T: int, E: int, H: int, form: str = "auto", isa: str | None = None) -> None:
         self._library = _library()
         self.V = _check_count("V", V, most=MAX_VOCAB)
@@ -247,6 +291,7 @@ class NativeModel:
         memory = torch.zeros(3 * stride)
         self._packed = [memory[i * stride :][:floats] for i in range(3)]
         self._step = ctypes.c_int64(0)
+        self._crew = _Crew()
         self._pace: dict[tuple[str | int, ...], int] = {}  # kind of work -> pieces of it in RESPONSE_TIME
         self._memory: dict[str, Tensor] = {}
 
@@ -260,6 +305,7 @@ class NativeModel:
         """Shapes of wte, W1, b1, W2, b2."""
         return ((self.V, self.E), (self.H, self.T * self.E), (self.H,), (self.V, self.H), (self.V,))
 
+    @_memory_errors()
     def load(
         self, parameters: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor], step: int
     ) -> None:
@@ -283,6 +329,7 @@ class NativeModel:
             )
         self._step.value = step
 
+    @_memory_errors()
     def store(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Copies of the parameters and both moments, each as load() takes them."""
         stored = []
@@ -294,6 +341,7 @@ class NativeModel:
             stored.append(tensors)
         return stored[0], stored[1], stored[2]
 
+    @_memory_errors()
     def set_tape(self, tokens: Tensor, *, copy: bool = True) -> None:
         """The tokens to train on, (n,), n > T, in 0..V-1; they are checked here and only here.
 
@@ -307,6 +355,7 @@ class NativeModel:
         _check_tokens("the tape's tokens", tokens, self.V)
         self._tape = tokens.clone(memory_format=torch.contiguous_format) if copy else tokens.contiguous()
 
+    @_memory_errors()
     def train(self, batch_size: int, steps: int, num_steps: int, learning_rate: float, weight_decay: float) -> Tensor:
         """Does `steps` steps of AdamW from the present one on and returns their batch losses, (steps,), float64.
 
@@ -324,10 +373,13 @@ class NativeModel:
         if not hasattr(self, "_tape"):
             raise RuntimeError("set_tape() comes before train()")
         windows = _windows(self._tape, stride=1, count=len(self._tape) - self.T, has_target=True)
-        threads = torch.get_num_threads()
-        memory = self._workspace("mlp_workspace_bytes", batch_size, threads)
         losses = torch.empty(steps, dtype=torch.float64)
-        for first, count in self._calls(("steps", batch_size, threads), steps):
+        memory = self._workspace("mlp_workspace_bytes", batch_size, torch.get_num_threads())
+        begin = self.step
+        while (first := self.step - begin) < steps:
+            threads = self._crew.threads()
+            work = ("steps", batch_size, threads)
+            count, start = min(self._pace.get(work, 1), steps - first), time.perf_counter()
             self._library.mlp_train(
                 self._isa,
                 ctypes.byref(self._shape),
@@ -344,8 +396,12 @@ class NativeModel:
                 self._form,
                 losses[first:].data_ptr(),
             )
+            done = self.step - begin - first
+            self._timed(work, done, time.perf_counter() - start)
+            self._crew.worked(threads, crowded=done < count)
         return losses
 
+    @_memory_errors()
     def logits(self, contexts: Tensor) -> Tensor:
         """Contexts (N, T), integer, in 0..V-1 -> logits (N, V), float32."""
         contexts = _check_tensor("contexts", contexts, TOKEN_TYPES, (None, self.T))
@@ -365,6 +421,7 @@ class NativeModel:
             )
         return logits
 
+    @_memory_errors()
     def pairs(self, rows: Tensor, weights: Tensor) -> Pairs:
         """What loss_sum takes; it is worth keeping, where the same pairs are evaluated again.
 
@@ -382,6 +439,7 @@ class NativeModel:
         begins = differ.nonzero().flatten()
         return Pairs(contexts[begins[:-1]].contiguous(), begins, rows[:, -1].to(torch.int32), weights, self.V)
 
+    @_memory_errors()
     def loss_sum(self, pairs: Pairs) -> float:
         """The sum of weights times cross-entropies, in nats, added up in float64."""
         if pairs.contexts.shape[1] != self.T or pairs.V > self.V:
@@ -406,6 +464,7 @@ class NativeModel:
             )
         return losses.sum().item()
 
+    @_memory_errors()
     def sample(self, context: Sequence[int], count: int, seed: int) -> list[int]:
         """Draws `count` tokens after a context of T, one xorshift64* uniform each, the generator starting at `seed`."""
         _check_count("count", count, least=0)
@@ -441,9 +500,13 @@ class NativeModel:
             count = min(pace, pieces - first)
             start = time.perf_counter()
             yield first, count
-            per_piece = max(time.perf_counter() - start, 1e-9) / count
-            self._pace[work] = max(least, min(2 * pace, int(RESPONSE_TIME / per_piece)))
+            self._timed(work, count, time.perf_counter() - start, least)
             first += count
+
+    def _timed(self, work: tuple[str | int, ...], pieces: int, seconds: float, least: int = 1) -> None:
+        """Notes how long a call took, for the next one."""
+        pace = self._pace.get(work, least)
+        self._pace[work] = max(least, min(2 * pace, int(RESPONSE_TIME * pieces / max(seconds, 1e-9))))
 
     def _workspace(self, measure: str, windows: int, threads: int) -> int:
         """The address of as many bytes as the library's `measure` asks for; kept from call to call."""

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from mlp_fast import threads
 from mlp_fast.errors import EXIT_NOT_SAVED, UserError, discard_stdout, report
 
 _exit_code: int | None = None  # of a command that has come to its end
@@ -41,6 +42,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     gc.enable()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the terminal's encoding
+    threads.use_available()
     try:
         code = main() or 0
         sys.stdout.flush()

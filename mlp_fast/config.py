@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "data",  # another name or place of the same corpus: its fingerprint is compared
     "eval_every",
     "device",
+    "threads",
     "precision",
     "form",
     "reduction",
@@ -44,6 +45,7 @@ MAX_SEED = 2**64 - 1
 MAX_SIZE = 2**24
 # Some backends keep the learning rate and the loss of every step on the device: 16 bytes a step.
 MAX_STEPS = 10**8
+MAX_THREADS = 1024
 
 # --preset NAME sets these options; one given by itself on the command line wins.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -100,6 +102,7 @@ class Config:
     seed: int = _option(1337, "seed of the initial values", least=1, most=MAX_SEED)
     eval_every: int = _option(200, "steps between evaluations", least=1)
     device: str = _option("auto", "where to compute", choices=DEVICES)
+    threads: int | None = _option(None, "CPU threads; if not given, one per processor", least=1, most=MAX_THREADS)
     precision: str = _option("fp32", "arithmetic of the matrix products", choices=PRECISIONS)
     form: str = _option("auto", "first layer as a table per token or as gathered rows", choices=FORMS)
     reduction: str = _option("deterministic", "sums across programs: repeatable, or fast", choices=REDUCTIONS)

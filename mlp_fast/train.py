@@ -135,7 +135,7 @@ class Trainer:
             parameters=self.shape.num_parameters,
             floor=self.floor("val"),
         )
-        log.message(self._title())
+        log.message(self._title(backends.passed_over(config, self.shape, self.tapes["train"], type(self.backend))))
         if config.resume is not None:
             log.message(f"going on after {self.first_step} of {config.last_step} steps, from {config.resume}")
             log.event("resume", step=self.first_step)
@@ -199,11 +199,12 @@ class Trainer:
             losses += f" | floor val {val_floor:.6f}, test {test_floor:.6f}"
         return f"{time_line}\n{losses}"
 
-    def _title(self) -> str:
+    def _title(self, note: str = "") -> str:
         processes = f", in {self.world.size} processes" if self.world.size > 1 else ""
         title = (
-            f"backend {self.backend.name} on {describe_device(self.backend)}{processes} | {self.corpus.name} corpus, "
-            f"{len(self.corpus.train)} training tokens | {self.shape.num_parameters} parameters"
+            f"backend {self.backend.name}{note} on {describe_device(self.backend)}{processes} | "
+            f"{self.corpus.name} corpus, {len(self.corpus.train)} training tokens | "
+            f"{self.shape.num_parameters} parameters"
         )
         floor = self.floor("val")
         return title if floor is None else f"{title} | floor of val_loss {floor:.6f}"

@@ -120,6 +120,27 @@ def test_losses_and_logits_of_given_windows_are_the_baselines(name: str) -> None
     assert other.sample([0, 1], 30, 42) == baseline.sample([0, 1], 30, 42)
 
 
+@pytest.mark.parametrize(
+    ("settings", "native_missing", "told"),
+    [
+        ({}, None, ""),
+        ({}, "its C library was not built", " (not native: its C library was not built)"),
+        ({"direct": True}, None, " (not native: it computes no direct connections; leave out --direct)"),
+        ({"backend": "eager"}, "its C library was not built", ""),
+    ],
+)
+def test_auto_says_why_not_the_better_backend(
+    settings: dict[str, Any], native_missing: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "unavailable", lambda: native_missing)
+    monkeypatch.setattr(CompileStep, "unavailable", classmethod(lambda cls, device: None))
+    config = Config(device="cpu", **settings)
+    tape = Tape(torch.arange(50) % 11, 2)
+    chosen = backends.backend_class(backends.resolve(config, SMALL, tape))
+    assert backends.passed_over(config, SMALL, tape, chosen) == told
+    assert bool(told) == (chosen.name == "compile-step")
+
+
 def test_auto_on_a_cpu_is_the_fastest_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(device="cpu")
     monkeypatch.setattr(native, "unavailable", lambda: None)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -311,19 +312,75 @@ def test_no_call_of_c_is_long(isa: str, sizes: tuple[int, int, int, int]) -> Non
     assert max(watched.seconds) < 0.1
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 64])
-@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[7]], ids=["default", "odd", "chunks"])
-def test_same_threads_same_bits(case: Case, count: int) -> None:
+LARGE = [
+    Case(V=27, T=3, E=16, H=1100, B=50, n=400),  # 17 groups, of two blocks or three
+    Case(V=200, T=2, E=8, H=300, B=33, n=400),  # logits split by vocabulary
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[7], *LARGE], ids=["default", "odd", "chunks", "H", "V"])
+def test_the_bits_do_not_depend_on_the_number_of_threads(case: Case, isa: str) -> None:
+    """Nor on how the steps are cut; so a run may change the number as it goes."""
     runs = []
-    for pieces in ([6], [6], [1, 3, 2]):
-        model = case.model()
-        with threads(count):
-            losses = [loss for piece in pieces for loss in case.train(model, piece)]
+    for counts, pieces in (([1], [6]), ([2], [6]), ([3], [1, 3, 2]), ([4], [6]), ([64], [6]), ([5, 1, 2], [1, 3, 2])):
+        model, losses = case.model(isa=isa), []
+        for i, piece in enumerate(pieces):
+            with threads(counts[i % len(counts)]):
+                losses += case.train(model, piece)
         runs.append((losses, model.store()))
     for losses, parts in runs[1:]:
         assert losses == runs[0][0]
         for mine, first in zip(parts, runs[0][1], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine, first, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no choice of processors on this system")
+def test_threads_without_processors_become_fewer() -> None:
+    """Two threads on one processor: C breaks off, one thread goes on, with the bits that two have elsewhere."""
+    code = """
+copy = native.NativeModel(27, 3, 48, 512)
+copy.set_tape(torch.arange(5000) % 27)
+copy.load(*model.store(), model.step)
+losses = []
+torch.set_num_threads(1)
+losses.append(copy.train(128, 400, 10**9, 1e-3, 1e-4))
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+torch.set_num_threads(2)
+threads = model._crew.threads
+model._crew.threads = lambda: (used.append(threads()), used[-1])[1]
+used = []
+losses.append(model.train(128, 400, 10**9, 1e-3, 1e-4))
+print(*used)
+print(torch.equal(*losses), model.step, copy.step)
+"""
+    process = python(SETUP + code)
+    out, err = process.communicate(timeout=120)
+    used, same = out.splitlines()
+    assert used.split()[0] == "2", err
+    assert "1" in used.split(), "two threads went on for 400 steps"
+    assert same == "True 450 450"
+
+
+def test_a_crew_is_smaller_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, crew = [100.0], native._Crew()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert crew.threads() == 8
+    for fewer in (4, 2, 1):
+        crew.worked(crew.threads(), crowded=True)
+        assert crew.threads() == fewer
+    clock[0] += 8 * native.PAUSE  # twice as long each time
+    assert crew.threads() == 8
+    for _ in range(9):
+        crew.worked(8, crowded=True)
+    clock[0] += native.LONGEST_PAUSE - 0.01
+    assert crew.threads() == 4
+    clock[0] += 0.02
+    crew.worked(crew.threads(), crowded=False)
+    crew.worked(8, crowded=True)
+    clock[0] += native.PAUSE + 0.01
+    assert crew.threads() == 8
 
 
 def test_state_goes_in_and_out_unchanged() -> None:
@@ -659,6 +716,44 @@ except KeyboardInterrupt:
     answered, step = out.split()
     assert float(answered) - sent < 0.1, err
     assert int(step) > 50 if work == "train" else int(step) == 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_refused_memory_is_a_memory_error_and_the_model_stays() -> None:
+    code = """
+import re, resource
+large = native.NativeModel(27, 3, 48, 200_000)
+tape, narrow = torch.zeros(10**8, dtype=torch.uint8), torch.zeros(1, 4, dtype=torch.uint8)
+rows, weights = narrow.expand(2 * 10**7, 4), torch.zeros(1, dtype=torch.float64).expand(2 * 10**7)
+small = [[torch.zeros(1).expand(shape) for shape in large.shapes] for _ in range(3)]
+held = 1024 * int(re.search(r"VmSize:\\s*(\\d+)", open("/proc/self/status").read())[1])
+resource.setrlimit(resource.RLIMIT_AS, (held + 6 * 10**7,) * 2)
+calls = {
+    "init": lambda: native.NativeModel(27, 3, 48, 10**6),
+    "load": lambda: large.load(*small, 0),
+    "store": lambda: large.store(),
+    "set_tape": lambda: model.set_tape(tape),
+    "train": lambda: model.train(10**6, 1, 10, 1e-3, 1e-4),
+    "losses": lambda: model.train(1, 10**8, 10**8, 1e-3, 1e-4),
+    "logits": lambda: model.logits(rows[:, :3]),
+    "pairs": lambda: model.pairs(rows, weights),
+    "sample": lambda: model.sample([0, 0, 0], 10**8, 1),
+}
+for name, call in calls.items():
+    try:
+        call()
+        print(name, "was done")
+    except MemoryError as error:
+        print(name, error)
+print(model.step, model.train(128, 3, 10**9, 1e-3, 1e-4).isfinite().all().item(), model.step)
+"""
+    out, err = python(SETUP + code).communicate(timeout=60)
+    *lines, last = out.splitlines()
+    assert len(lines) == 9, err
+    assert all(
+        re.fullmatch(r"\w+ native: the memory was refused \(you tried to allocate \d+ bytes\)", x) for x in lines
+    )
+    assert last == "50 True 53"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -16,7 +16,7 @@ DRIVER = Path(__file__).parent / "native" / "driver.c"
 
 
 def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
 
 
 def compiler(name: str) -> str:
@@ -36,7 +36,14 @@ def test_compiles_without_a_warning(cc: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cc", "sanitizers"), [("gcc", "address,undefined"), ("gcc", "thread"), ("clang", "thread")], ids=str
+    ("cc", "sanitizers"),
+    [
+        ("gcc", "address,undefined"),
+        ("gcc", "thread"),
+        ("clang", "thread"),
+        pytest.param("clang", "address,undefined", marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_sanitizers_find_nothing(cc: str, sanitizers: str, tmp_path: Path) -> None:
     """Every entry point on exactly sized buffers, poisoned in between: odd sizes, both forms, several threads."""
@@ -52,6 +59,30 @@ def test_sanitizers_find_nothing(cc: str, sanitizers: str, tmp_path: Path) -> No
     checked = run(program, *(["races"] if sanitizers == "thread" else []))
     assert checked.returncode == 0, checked.stderr
     assert int(checked.stdout.split()[0]) >= 48
+
+
+@pytest.mark.parametrize(
+    ("cc", "cases"),
+    [
+        ("aarch64-linux-gnu-gcc", 2),
+        pytest.param("aarch64-linux-gnu-gcc", 100, marks=pytest.mark.long),
+        pytest.param("clang", 100, marks=pytest.mark.long),
+    ],
+)
+def test_the_kernel_runs_on_aarch64(cc: str, cases: int, tmp_path: Path) -> None:
+    """NEON under an emulator: the driver compares losses with float64, and the bits on one to three threads."""
+    emulator, path, program = compiler("qemu-aarch64"), compiler(cc), tmp_path / "driver"
+    flags = [*(["--target=aarch64-linux-gnu"] if cc == "clang" else []), "-static", "-pthread"]
+    empty = tmp_path / "empty.c"
+    empty.write_text("int main(void) { return 0; }\n")
+    if run(path, *flags, empty, "-o", program).returncode != 0:
+        pytest.skip(f"{cc} cannot build programs for aarch64 here")
+    optimised = ["-std=gnu11", "-O1" if cases < 100 else "-O3", "-ffp-contract=fast"]
+    built = run(path, *flags, *optimised, "-Wall", "-Wextra", "-Werror", DRIVER, "-o", program, "-lm")
+    assert built.returncode == 0, built.stderr
+    checked = run(emulator, program, cases)
+    assert checked.returncode == 0, checked.stderr
+    assert int(checked.stdout.split()[0]) >= 9 * min(cases, 10)
 
 
 def install(tmp_path: Path, cc: str) -> Path:

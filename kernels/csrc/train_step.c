@@ -16,12 +16,13 @@
  *
  * Work is split by hidden units: a thread owns whole blocks of UNITS = 32 of them, with their rows of W1 and b1, their
  * columns of W2, and the moments of all these, which therefore never leave its core's cache. Two sums cross threads, the
- * logits (B, V) and dwte (U, E). Each thread writes a partial sum of its own and the partial sums are added in the order
- * of the threads, so the same number of threads gives the same bits. Where one (B, V) buffer per thread would outgrow
- * the hidden layer (threads * V > H), the logits are split by vocabulary instead; where even one outgrows the
- * parameters, the batch is cut into chunks. Training takes memory of O(parameters + B (H + T)), of which wte counts once
- * for every thread. An evaluation divides the windows instead, where the model is small enough: see divide(). Its sums
- * are the same in both forms and however many windows come together, so it can be cut into calls of any length.
+ * logits (B, V) and dwte (U, E). Blocks form groups, as many as the sizes of the model say; each group has a partial sum
+ * of its own, and these are added in pairs, pairs of pairs, and so on. A thread owns whole groups and adds what pairs it
+ * has both parts of, so the bits do not depend on the number of threads. Where one (B, V) buffer per group would outgrow
+ * the hidden layer (groups * V > H), the logits are split by vocabulary instead; where even one outgrows the
+ * parameters, the batch is cut into chunks. Training takes memory of O(parameters + B (H + T)). An evaluation divides
+ * the windows instead, where the model is small enough: see divide(). Its sums are the same in both forms and however
+ * many windows come together, so it can be cut into calls of any length.
  *
  * Parameters and moments live in packed arrays, each block of units contiguous and the units innermost, padded with
  * zeros; mlp_pack and mlp_unpack convert. The floating-point code is in train_step_simd.h, compiled once for every
@@ -32,6 +33,7 @@
 
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -52,8 +54,14 @@ enum { STRIP_BLOCKS = 4 };        /* blocks of units, likewise: 16 KB of W2 tran
 enum { FORM_AUTO, FORM_TABLE, FORM_GATHER };
 enum { TABLE_FLOATS = 1 << 15 };  /* slots whose tables are held at once: as many as fit, at least one, */
 enum { MAX_SLOTS = 4 };           /* at most these */
+enum { GROUP_BLOCKS = 2 };        /* blocks of a group, */
+enum { FEW_GROUPS = 4, MAX_GROUPS = 32 }; /* unless these were fewer groups than so many, or more */
 enum { AHEAD = 16 };              /* rows of logits that are fetched from other cores ahead of their use */
-enum { SPIN_NANOSECONDS = 200000 }; /* how long a thread waits for others before it sleeps */
+enum { SPIN_NANOSECONDS = 10000 };   /* how long a thread that waits for others keeps its core, */
+enum { YIELD_NANOSECONDS = 200000 }; /* and how long it offers it to them before it sleeps */
+enum { TAKEN_NANOSECONDS = 20000 };  /* an offer that took so long was accepted, */
+enum { CROWDED_NANOSECONDS = 4000000 }; /* and so much lost in one call is too much */
+enum { LOSS_ROWS = 16 };             /* windows whose losses are summed together, by one thread */
 #ifndef CHUNK_FLOATS              /* tests make these smaller */
 #define CHUNK_FLOATS (1 << 20)    /* a logits buffer of this size is never cut */
 #define FORWARD_ROWS 512          /* windows of one pass of an evaluation */
@@ -110,6 +118,7 @@ typedef struct {
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_int round;
     atomic_int sleepers;
+    _Alignas(64) atomic_llong lost; /* nanoseconds for which other work had the cores of waiting threads */
     int64_t threads; /* 0 until it is known */
     pthread_mutex_t mutex;
     pthread_cond_t next_round;
@@ -117,28 +126,35 @@ typedef struct {
 
 typedef struct worker worker;
 
+/* Partial sums to add: number `from` to number `to`, in this order. */
+typedef struct {
+    int64_t n, to[MAX_GROUPS], from[MAX_GROUPS];
+} pairs;
+
 typedef struct {
     mlp_shape shape;
     int64_t Ep, Vp, blocks;
-    int64_t threads;
+    int64_t groups;  /* of blocks; each has partial sums of its own */
+    int64_t threads; /* at most one per group */
     int64_t max_rows; /* windows of a batch */
     int64_t max_U;    /* distinct tokens of a batch, at most */
     int64_t chunk;    /* windows whose logits are held at once */
     int64_t by_vocab; /* logits split by vocabulary (1) or by hidden units (0) */
     int64_t backward; /* whether there is memory for the second batch and all that only a backward pass needs */
     int64_t form;
+    int crowded; /* whether the threads lack cores, and had better be fewer */
     packed p, m, v;
     batch batches[2];
     float *h;           /* (blocks, max_rows, UNITS) */
-    float *logits;      /* (threads or 1, chunk, Vp): partial sums; the first becomes dlogits */
+    float *logits;      /* (groups or 1, chunk, Vp): partial sums; the first becomes dlogits */
     float *dw2;         /* (blocks, V, UNITS), where the batch is cut into chunks */
     float *db2;         /* (Vp) */
-    float *dwte;        /* (threads, max_U, Ep) partial sums */
+    float *dwte;        /* (groups, max_U, Ep) partial sums */
     int64_t *row_units; /* 0, UNITS, 2 UNITS, ...: rows of a matrix as gemm_* want them */
     int64_t *row_vocab; /* 0, Vp, 2 Vp, ... */
     float *scratch;     /* (threads, scratch_floats) */
     int64_t scratch_floats;
-    double *loss_parts; /* (threads, LANES) */
+    double *losses;     /* (max_rows / LOSS_ROWS, rounded up): sums over so many windows */
     barrier sync;
     worker *workers; /* (threads) */
 } workspace;
@@ -178,6 +194,33 @@ static int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Things are dealt out in order: part i of n things in `parts` begins at begin_of(n, i, parts), and thing k belongs to
+ * part_of(n, k, parts). */
+static int64_t begin_of(int64_t n, int64_t i, int64_t parts) { return n * i / parts; }
+static int64_t part_of(int64_t n, int64_t k, int64_t parts) { return ((k + 1) * parts - 1) / n; }
+
+/* The first of a thread's share of n windows: a multiple of LOSS_ROWS, or n. */
+static int64_t first_row(int64_t n, int64_t thread, int64_t threads) {
+    return at_most(n, begin_of(padded(n, LOSS_ROWS) / LOSS_ROWS, thread, threads) * LOSS_ROWS);
+}
+
+enum { ACROSS = -1 };
+
+/* The pairs of partial sums that a thread adds by itself, because it owns all groups in both; or those that remain,
+ * ACROSS threads: the last pair of all among them, and last. */
+static pairs pairs_of(int64_t groups, int64_t threads, int64_t thread) {
+    pairs p = {0};
+    for (int64_t s = 1; s < groups; s *= 2)
+        for (int64_t i = 0; i + s < groups; i += 2 * s) {
+            int64_t first = part_of(groups, i, threads), last = part_of(groups, at_most(i + 2 * s, groups) - 1, threads);
+            if ((first == last && 2 * s < groups ? first : ACROSS) == thread) {
+                p.to[p.n] = i;
+                p.from[p.n++] = i + s;
+            }
+        }
+    return p;
+}
+
 /* ---- threads --------------------------------------------------------------------------------------------------- */
 
 static inline void relax(void) {
@@ -213,20 +256,25 @@ static int64_t nanoseconds(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Waits until all threads have arrived. A step is a hundred microseconds long or more, so waiting spins; later, when a
- * thread has lost its core or has more to do, it sleeps. (Sleeping after a quarter of the time cost a tenth of a step of
- * two threads: waking up takes longer than most waits.) */
+/* Waits until all threads have arrived. A step is a hundred microseconds long or more, so waiting spins; soon it offers
+ * its core to others, among whom may be the thread that is waited for; and when that has more to do, it sleeps. (Sleeping
+ * after a quarter of the time cost a tenth of a step of two threads: waking up takes longer than most waits.) */
 static void await(barrier *b, int round) {
     if (round == ALONE) return;
-    int64_t end = 0, now;
+    int64_t start = 0, waited;
     do {
         for (int spins = 0; spins < 64; spins++) { /* a pause takes 10 to 140 cycles, a look at the clock about 80 */
             if (atomic_load_explicit(&b->round, memory_order_acquire) != round) return;
             relax();
         }
-        now = nanoseconds();
-        if (end == 0) end = now + SPIN_NANOSECONDS;
-    } while (now < end);
+        int64_t now = nanoseconds();
+        if (start == 0) start = now;
+        waited = now - start;
+        if (waited < SPIN_NANOSECONDS) continue;
+        sched_yield();
+        int64_t taken = nanoseconds() - now;
+        if (taken > TAKEN_NANOSECONDS) atomic_fetch_add_explicit(&b->lost, taken, memory_order_relaxed);
+    } while (waited < YIELD_NANOSECONDS);
     pthread_mutex_lock(&b->mutex);
     atomic_fetch_add(&b->sleepers, 1);
     while (atomic_load(&b->round) == round) pthread_cond_wait(&b->next_round, &b->mutex);
@@ -264,6 +312,7 @@ static void run_threads(workspace *ws, work *work, const void *run, int64_t want
     atomic_init(&b->arrived, 0);
     atomic_init(&b->round, 0);
     atomic_init(&b->sleepers, 0);
+    atomic_init(&b->lost, 0);
     b->threads = 0;
     pthread_mutex_init(&b->mutex, NULL);
     pthread_cond_init(&b->next_round, NULL);
@@ -511,22 +560,32 @@ static scratch thread_scratch(const workspace *ws, int64_t thread) {
     return scratch_at(ws, ws->scratch + thread * ws->scratch_floats, NULL);
 }
 
+/* Groups of blocks of units: fewer where their partial sums of dwte would take more than twice the parameters' memory. */
+static int64_t groups_of(const mlp_shape *s) {
+    int64_t blocks = padded(s->H, UNITS) / UNITS, wte = s->V * padded(s->E, LANES);
+    int64_t parameters = blocks * UNITS * (s->T * s->E + s->V) + wte;
+    int64_t groups = at_most(MAX_GROUPS, at_least(blocks / GROUP_BLOCKS, at_most(blocks, FEW_GROUPS)));
+    return at_most(groups, 2 * parameters / wte);
+}
+
 /* Lays a workspace out in memory (NULL: only measures) and returns the bytes it takes, itself included. */
-static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t rows, int64_t threads, int backward) {
+static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t rows, int64_t groups, int64_t threads,
+                       int backward) {
     arena a = {base, 0};
     take(&a, (int64_t)sizeof(workspace));
     ws->shape = *s;
     ws->Ep = padded(s->E, LANES);
     ws->Vp = padded_vocab(s->V);
     ws->blocks = padded(s->H, UNITS) / UNITS;
-    ws->threads = at_most(threads, ws->blocks);
+    ws->groups = groups;
+    ws->threads = at_most(threads, groups);
     ws->max_rows = rows;
     ws->max_U = at_most(s->V, rows * s->T);
     ws->backward = backward;
-    ws->by_vocab = ws->threads > 1 && ws->threads * ws->Vp > ws->blocks * UNITS;
+    ws->by_vocab = groups > 1 && groups * ws->Vp > ws->blocks * UNITS;
     int64_t parameters = ws->blocks * UNITS * (s->T * s->E + s->V) + s->V * ws->Ep;
     int64_t held = at_least(CHUNK_FLOATS, at_least(parameters, rows * ws->blocks * UNITS));
-    ws->chunk = at_most(rows, at_least(LANES, held / ws->Vp));
+    ws->chunk = at_most(rows, at_least(1, held / ws->Vp / LOSS_ROWS) * LOSS_ROWS);
     for (int i = 0; i < 1 + backward; i++) {
         batch *b = &ws->batches[i];
         b->rows = b->U = 0;
@@ -539,16 +598,16 @@ static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t ro
         if (base) memset(b->slot, -1, (size_t)s->V * 4);
     }
     ws->h = take_floats(&a, ws->blocks * rows * UNITS);
-    ws->logits = take_floats(&a, (ws->by_vocab ? 1 : ws->threads) * ws->chunk * ws->Vp);
+    ws->logits = take_floats(&a, (ws->by_vocab ? 1 : groups) * ws->chunk * ws->Vp);
     ws->dw2 = take_floats(&a, backward && ws->chunk < rows ? ws->blocks * s->V * UNITS : 0);
     ws->db2 = take_floats(&a, backward * ws->Vp);
-    ws->dwte = take_floats(&a, backward * ws->threads * ws->max_U * ws->Ep);
+    ws->dwte = take_floats(&a, backward * groups * ws->max_U * ws->Ep);
     int64_t n = backward ? at_least(rows, ws->max_U) : rows;
     ws->row_units = take(&a, n * 8);
     ws->row_vocab = take(&a, backward * ws->chunk * 8);
     scratch_at(ws, NULL, &ws->scratch_floats);
     ws->scratch = take_floats(&a, ws->threads * ws->scratch_floats);
-    ws->loss_parts = take(&a, backward * ws->threads * LANES * 8);
+    ws->losses = take(&a, backward * padded(rows, LOSS_ROWS) / LOSS_ROWS * 8);
     ws->workers = take(&a, ws->threads * (int64_t)sizeof(worker));
     if (base) {
         for (int64_t i = 0; i < n; i++) ws->row_units[i] = i * UNITS;
@@ -585,7 +644,7 @@ EXPORT int64_t mlp_packed_floats(const mlp_shape *shape) {
 /* Bytes of memory for training on batches of `rows` windows. */
 EXPORT int64_t mlp_workspace_bytes(const mlp_shape *shape, int64_t rows, int64_t threads) {
     workspace ws;
-    return lay_out(&ws, NULL, shape, rows, threads, 1);
+    return lay_out(&ws, NULL, shape, rows, groups_of(shape), threads, 1);
 }
 
 /* torch's layouts, wte (V, E), W1 (H, T*E), b1 (H), W2 (V, H), b2 (V), to a packed array; b2_pad fills b2's padding. */
@@ -631,7 +690,8 @@ EXPORT void mlp_unpack(const mlp_shape *s, float *array, float *wte, float *w1, 
     memcpy(b2, p.b2, (size_t)s->V * sizeof(float));
 }
 
-/* Trains: `steps` steps from number *step on, of num_steps, on the windows of a tape.
+/* Trains: `steps` steps from number *step on, of num_steps, on the windows of a tape; fewer, but at least one, where the
+ * threads wait for cores that other work has.
  *
  * step: the number of steps done, counted up with every step, so that it always agrees with the state. parameters,
  * exp_avg, exp_avg_sq: packed, updated in place. memory: mlp_workspace_bytes() of it, 64-byte aligned.
@@ -643,7 +703,7 @@ EXPORT void mlp_train(int64_t isa, const mlp_shape *shape, float *parameters, fl
     workspace *ws = memory;
     training run = {*tape, batch_size, *step, steps, num_steps, step, learning_rate, weight_decay, losses};
     if (steps == 0) return;
-    lay_out(ws, memory, shape, batch_size, threads, 1);
+    lay_out(ws, memory, shape, batch_size, groups_of(shape), threads, 1);
     ws->form = form;
     ws->p = packed_at(shape, parameters, NULL);
     ws->m = packed_at(shape, exp_avg, NULL);
@@ -668,7 +728,7 @@ static division divide(const mlp_shape *s, int64_t count, int64_t threads) {
     if (FORWARD_ROWS * widest > CHUNK_FLOATS || Hp * (s->T * s->E + s->V) > APART_WEIGHTS) return d;
     d.threads = at_most(threads, (count + APART_ROWS - 1) / APART_ROWS);
     d.rows = at_most(FORWARD_ROWS, (count + d.threads - 1) / d.threads);
-    d.apart = lay_out(&ws, NULL, s, d.rows, 1, 0);
+    d.apart = lay_out(&ws, NULL, s, d.rows, 1, 1, 0);
     return d;
 }
 
@@ -681,7 +741,7 @@ static workspace *workspace_of(void *memory, int64_t bytes, int64_t thread) {
 EXPORT int64_t mlp_forward_bytes(const mlp_shape *shape, int64_t count, int64_t threads) {
     workspace ws;
     division d = divide(shape, count, threads);
-    if (d.apart == 0) return lay_out(&ws, NULL, shape, d.rows, d.threads, 0);
+    if (d.apart == 0) return lay_out(&ws, NULL, shape, d.rows, groups_of(shape), d.threads, 0);
     return d.threads * (d.apart + (int64_t)sizeof(worker));
 }
 
@@ -692,7 +752,8 @@ static void run_forward(int64_t isa, const mlp_shape *shape, float *parameters, 
     run->apart = d.apart;
     for (int64_t i = 0; i < (d.apart == 0 ? 1 : d.threads); i++) {
         workspace *ws = workspace_of(memory, d.apart, i);
-        lay_out(ws, (char *)ws, shape, d.rows, d.apart == 0 ? d.threads : 1, 0);
+        if (d.apart == 0) lay_out(ws, (char *)ws, shape, d.rows, groups_of(shape), d.threads, 0);
+        else lay_out(ws, (char *)ws, shape, d.rows, 1, 1, 0);
         ws->form = form;
         ws->p = packed_at(shape, parameters, NULL);
     }

@@ -380,45 +380,72 @@ static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch
     }
 }
 
-/* The logits without b2 of windows first .. first+n-1: of all tokens and this thread's units, a partial sum, or of this
- * thread's tokens and all units. Returns the round in which it has arrived.
- *
- * Of a partial sum, rows r0 .. r1-1, which this thread adds up itself, come last: no other waits for them. */
-static int F(partial_logits)(workspace *ws, const scratch *s, int64_t thread, int64_t threads, int64_t first, int64_t n,
-                             int64_t r0, int64_t r1) {
-    int64_t V = ws->shape.V, Vp = ws->Vp, tiles = (Vp + UNITS - 1) / UNITS;
-    int64_t tile0 = ws->by_vocab ? tiles * thread / threads : 0;
-    int64_t tile1 = ws->by_vocab ? tiles * (thread + 1) / threads : tiles;
-    int64_t block0 = ws->by_vocab ? 0 : ws->blocks * thread / threads;
-    int64_t block1 = ws->by_vocab ? ws->blocks : ws->blocks * (thread + 1) / threads;
-    float *logits = ws->logits + (ws->by_vocab ? 0 : thread * ws->chunk * Vp);
-    int round = 0;
-    for (int64_t v = tile0 * UNITS; v < at_most(Vp, tile1 * UNITS); v += UNITS)
-        for (int64_t block = block0; block < block1; block += STRIP_BLOCKS) {
-            int64_t width = at_most(UNITS, Vp - v), blocks = at_most(STRIP_BLOCKS, block1 - block);
-            if (V - v < width) memset(s->w2t, 0, (size_t)(blocks * UNITS * UNITS) * sizeof(float));
-            for (int64_t i = 0; i < blocks; i++)
-                F(transpose)(ws->p.w2 + ((block + i) * V + v) * UNITS, at_least(0, at_most(UNITS, V - v)),
-                             s->w2t + i * UNITS * UNITS, UNITS);
-            product p = {.width = width, .A = ws->h + (block * ws->max_rows + first) * UNITS, .rows = ws->row_units,
-                         .parts = blocks, .a_step = ws->max_rows * UNITS, .K = UNITS, .B = s->w2t, .ldb = UNITS,
-                         .C = logits + v, .ldc = Vp, .accumulate = block > block0};
-            F(gemm_some_rows)(p, 0, r0);
-            F(gemm_some_rows)(p, r1, n);
-            int last = block + STRIP_BLOCKS >= block1 && v + UNITS >= at_most(Vp, tile1 * UNITS);
-            if (last && !ws->by_vocab) round = arrive(&ws->sync, threads);
-            F(gemm_some_rows)(p, r0, r1);
-        }
-    return ws->by_vocab ? arrive(&ws->sync, threads) : round;
+/* Adds pairs of partial sums, `stride` floats apart, of so many floats. */
+static void F(add_pairs)(const pairs *p, float *parts, int64_t stride, int64_t floats) {
+    for (int64_t i = 0; i < p->n; i++) {
+        float *to = parts + p->to[i] * stride, *from = parts + p->from[i] * stride;
+        for (int64_t j = 0; j < floats; j += W) F(store)(to + j, F(load)(to + j) + F(load)(from + j));
+    }
 }
 
-/* Adds up the partial logits of a row, in the order of the threads, and b2; returns the largest, in every lane. */
-INLINE vec F(add_parts)(const workspace *ws, float *row, int64_t parts) {
+/* The sum of all groups, given the pairs ACROSS threads. */
+INLINE vec F(add_across)(const pairs *p, float *parts, int64_t stride) {
+    for (int64_t i = 0; i < p->n - 1; i++) {
+        float *to = parts + p->to[i] * stride;
+        F(store)(to, F(load)(to) + F(load)(parts + p->from[i] * stride));
+    }
+    vec sum = F(load)(parts);
+    return p->n > 0 ? sum + F(load)(parts + p->from[p->n - 1] * stride) : sum;
+}
+
+/* The logits without b2 of windows first .. first+n-1: of all tokens and this thread's groups, a partial sum each, added
+ * within this thread; or of this thread's tokens and all units. Returns the round in which it has arrived.
+ *
+ * Of partial sums, rows r0 .. r1-1, which this thread adds up itself, come last: no other waits for them. */
+static int F(partial_logits)(workspace *ws, const scratch *s, int64_t thread, int64_t threads, int64_t first, int64_t n,
+                             int64_t r0, int64_t r1) {
+    int64_t V = ws->shape.V, Vp = ws->Vp, tiles = (Vp + UNITS - 1) / UNITS, groups = ws->by_vocab ? 1 : ws->groups;
+    int64_t tile0 = ws->by_vocab ? begin_of(tiles, thread, threads) : 0;
+    int64_t tile1 = ws->by_vocab ? begin_of(tiles, thread + 1, threads) : tiles;
+    int64_t group0 = ws->by_vocab ? 0 : begin_of(groups, thread, threads);
+    int64_t group1 = ws->by_vocab ? 1 : begin_of(groups, thread + 1, threads);
+    int64_t stride = ws->chunk * Vp;
+    pairs within = pairs_of(groups, threads, thread);
+    int round = 0;
+    for (int64_t group = group0; group < group1; group++)
+        for (int64_t v = tile0 * UNITS; v < at_most(Vp, tile1 * UNITS); v += UNITS) {
+            int64_t block0 = begin_of(ws->blocks, group, groups), block1 = begin_of(ws->blocks, group + 1, groups);
+            for (int64_t block = block0; block < block1; block += STRIP_BLOCKS) {
+                int64_t width = at_most(UNITS, Vp - v), blocks = at_most(STRIP_BLOCKS, block1 - block);
+                if (V - v < width) memset(s->w2t, 0, (size_t)(blocks * UNITS * UNITS) * sizeof(float));
+                for (int64_t i = 0; i < blocks; i++)
+                    F(transpose)(ws->p.w2 + ((block + i) * V + v) * UNITS, at_least(0, at_most(UNITS, V - v)),
+                                 s->w2t + i * UNITS * UNITS, UNITS);
+                product p = {.width = width, .A = ws->h + (block * ws->max_rows + first) * UNITS,
+                             .rows = ws->row_units, .parts = blocks, .a_step = ws->max_rows * UNITS, .K = UNITS,
+                             .B = s->w2t, .ldb = UNITS, .C = ws->logits + group * stride + v, .ldc = Vp,
+                             .accumulate = block > block0};
+                F(gemm_some_rows)(p, 0, r0);
+                F(gemm_some_rows)(p, r1, n);
+                int last = group == group1 - 1 && v + UNITS >= Vp && block + STRIP_BLOCKS >= block1;
+                if (last && !ws->by_vocab) {
+                    F(add_pairs)(&within, ws->logits, stride, r0 * Vp);
+                    F(add_pairs)(&within, ws->logits + r1 * Vp, stride, (n - r1) * Vp);
+                    round = arrive(&ws->sync, threads);
+                }
+                F(gemm_some_rows)(p, r0, r1);
+            }
+        }
+    if (ws->by_vocab) return arrive(&ws->sync, threads);
+    F(add_pairs)(&within, ws->logits + r0 * Vp, stride, (r1 - r0) * Vp);
+    return round;
+}
+
+/* Adds up the partial logits of a row, and b2; returns the largest, in every lane. */
+INLINE vec F(add_parts)(const workspace *ws, float *row, const pairs *across) {
     vec largest = F(all)(-INFINITY);
     for (int64_t v = 0; v < ws->Vp; v += W) {
-        vec x = F(load)(row + v);
-        for (int64_t i = 1; i < parts; i++) x += F(load)(row + i * ws->chunk * ws->Vp + v);
-        x += F(load)(ws->p.b2 + v);
+        vec x = F(add_across)(across, row + v, ws->chunk * ws->Vp) + F(load)(ws->p.b2 + v);
         F(store)(row + v, x);
         largest = F(most)(largest, x);
     }
@@ -439,21 +466,20 @@ INLINE vec F(exponentials)(float *row, int64_t Vp, vec largest, int32_t but) {
     return F(sum)(sum);
 }
 
-/* Partial logits to dlogits, for rows r0 .. r1-1 of the chunk that begins at window `first`; returns the sum of their
- * losses.
+/* Partial logits to dlogits, for rows r0 .. r1-1 of the chunk that begins at window `first`; their losses to ws->losses.
  *
  * With s the sum of exponentials, e that of the target, and o = s - e summed by itself, the target's dlogits is -o / s
  * rather than e / s - 1, and the loss uses e + o in float64: a model that is nearly sure keeps its digits. */
-static double F(softmax)(const workspace *ws, const batch *b, int64_t parts, int64_t first, int64_t r0, int64_t r1) {
+static void F(softmax)(const workspace *ws, const batch *b, const pairs *across, int64_t first, int64_t r0,
+                       int64_t r1) {
     double loss = 0, sums = 1;
     for (int64_t r = r0; r < r1; r++) {
         float *row = ws->logits + r * ws->Vp;
         int32_t target = b->target[first + r];
-        if (parts > 1 && r + AHEAD < r1) /* from the other cores' caches */
-            for (int64_t i = 0; i < parts; i++)
-                for (int64_t v = 0; v < ws->Vp; v += LANES)
-                    __builtin_prefetch(ws->logits + (i * ws->chunk + r + AHEAD) * ws->Vp + v);
-        vec largest = F(add_parts)(ws, row, parts);
+        for (int64_t i = 0; i < across->n && r + AHEAD < r1; i++) /* from the other cores' caches */
+            for (int64_t v = 0; v < ws->Vp; v += LANES)
+                __builtin_prefetch(ws->logits + (across->from[i] * ws->chunk + r + AHEAD) * ws->Vp + v);
+        vec largest = F(add_parts)(ws, row, across);
         float at_target = row[target], others = F(exponentials)(row, ws->Vp, largest, target)[0];
         double sum = (double)others + (double)row[target];
         float factor = (float)(1 / (sum * (double)b->rows));
@@ -462,10 +488,13 @@ static double F(softmax)(const workspace *ws, const batch *b, int64_t parts, int
         /* The logarithm of a product in place of a sum of logarithms; 1 <= sum <= 2^31, so 32 factors fit a double. */
         loss += (double)largest[0] - (double)at_target;
         sums *= sum;
-        if ((r - r0) % 32 == 31) loss += log(sums), sums = 1;
+        if (r % LOSS_ROWS == LOSS_ROWS - 1 || r == r1 - 1) {
+            ws->losses[(first + r) / LOSS_ROWS] = loss + log(sums);
+            loss = 0, sums = 1;
+        }
     }
-    return loss + log(sums);
 }
+_Static_assert(LOSS_ROWS <= 32, "see the product of sums");
 
 /* ---- backward -------------------------------------------------------------------------------------------------- */
 
@@ -514,9 +543,10 @@ INLINE void F(sum_by_token)(const int SLOTS, const float *dpre, int64_t n, int64
     }
 }
 
-/* From dpre (rows, UNITS) of a block: db1 and dW1 into AdamW, dwte added to this thread's partial sum. */
-static void F(backward_input)(const workspace *ws, const scratch *s, const batch *b, const float *dpre, int64_t block,
-                              float *dwte) {
+/* From dpre (rows, UNITS) of a block: db1 and dW1 into AdamW, dwte added to the partial sum of its group. */
+static void F(backward_input)(const workspace *ws, const scratch *s, const batch *b, const float *dpre,
+                              int64_t block) {
+    float *dwte = ws->dwte + part_of(ws->blocks, block, ws->groups) * ws->max_U * ws->Ep;
     int64_t T = ws->shape.T, E = ws->shape.E, Ep = ws->Ep, n = b->rows, U = b->U, tiles = F(tiles)(E);
     int64_t held = slots_held(&ws->shape, ws->max_U);
     for (int64_t t = 0; t < T; t++) {
@@ -557,13 +587,12 @@ static void F(backward_input)(const workspace *ws, const scratch *s, const batch
 }
 
 /* AdamW on some rows of wte. A token that the batch lacks has gradient 0, but decays and moves on all the same. */
-static void F(update_wte)(const workspace *ws, const batch *b, int64_t threads, int64_t first, int64_t last) {
+static void F(update_wte)(const workspace *ws, const batch *b, const pairs *across, int64_t first, int64_t last) {
     int64_t Ep = ws->Ep;
     for (int64_t v = first; v < last; v++) {
         int32_t u = b->slot[v];
         for (int64_t j = 0; j < Ep; j += W) {
-            vec g = {0};
-            for (int64_t i = 0; u >= 0 && i < threads; i++) g += F(load)(ws->dwte + (i * ws->max_U + u) * Ep + j);
+            vec g = u < 0 ? (vec){0} : F(add_across)(across, ws->dwte + u * Ep + j, ws->max_U * Ep);
             int64_t at = v * Ep + j;
             F(adamw_vector)(b->rates, ws->p.wte + at, ws->m.wte + at, ws->v.wte + at, g);
         }
@@ -576,21 +605,24 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
     const training *run = argument;
     const scratch s = thread_scratch(ws, thread);
     const int64_t B = run->batch_size, V = ws->shape.V, Vp = ws->Vp, Ep = ws->Ep;
-    const int64_t block0 = ws->blocks * thread / threads, block1 = ws->blocks * (thread + 1) / threads;
-    const int64_t parts = ws->by_vocab ? 1 : threads;
+    const int64_t groups = ws->groups, dwte_floats = ws->max_U * Ep;
+    const int64_t group0 = begin_of(groups, thread, threads), group1 = begin_of(groups, thread + 1, threads);
+    const int64_t block0 = begin_of(ws->blocks, group0, groups), block1 = begin_of(ws->blocks, group1, groups);
+    const pairs within = pairs_of(groups, threads, thread), across = pairs_of(groups, threads, ACROSS);
+    const pairs across_logits = pairs_of(ws->by_vocab ? 1 : groups, threads, ACROSS);
     const int cut = ws->chunk < B;
-    float *dwte = ws->dwte + thread * ws->max_U * Ep;
     for (int64_t i = 0; i < run->steps; i++) {
         const int64_t step = run->first_step + i;
         const batch *b = &ws->batches[step & 1];
-        double loss = 0;
         F(forward_hidden)(ws, &s, b, block0, block1);
         if (ws->by_vocab) wait_for_all(&ws->sync, threads);
-        memset(dwte, 0, (size_t)(b->U * Ep) * sizeof(float));
+        for (int64_t group = group0; group < group1; group++)
+            memset(ws->dwte + group * dwte_floats, 0, (size_t)(b->U * Ep) * sizeof(float));
         for (int64_t first = 0; first < B; first += ws->chunk) {
-            int64_t n = at_most(ws->chunk, B - first), r0 = n * thread / threads, r1 = n * (thread + 1) / threads;
+            int64_t n = at_most(ws->chunk, B - first);
+            int64_t r0 = first_row(n, thread, threads), r1 = first_row(n, thread + 1, threads);
             await(&ws->sync, F(partial_logits)(ws, &s, thread, threads, first, n, r0, r1));
-            loss += F(softmax)(ws, b, parts, first, r0, r1);
+            F(softmax)(ws, b, &across_logits, first, r0, r1);
             int round = arrive(&ws->sync, threads);
             F(backward_hidden)(ws, &s, block0, first, r0, r1);
             await(&ws->sync, round); /* for the rows of the others */
@@ -602,7 +634,7 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
                 if (cut) /* h of these windows is not needed any more */
                     memcpy(ws->h + (block * ws->max_rows + first) * UNITS, s.dpre + first * UNITS,
                            (size_t)(n * UNITS) * sizeof(float));
-                else F(backward_input)(ws, &s, b, s.dpre, block, dwte);
+                else F(backward_input)(ws, &s, b, s.dpre, block);
             }
             for (int64_t v = 0; thread == threads - 1 && v < Vp; v += W) {
                 vec db2 = F(sum_rows)(ws->logits + v, n, Vp);
@@ -613,9 +645,9 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
         for (int64_t block = block0; cut && block < block1; block++) {
             int64_t at = block * V * UNITS;
             F(adamw)(b->rates, ws->p.w2 + at, ws->m.w2 + at, ws->v.w2 + at, ws->dw2 + at, V * UNITS);
-            F(backward_input)(ws, &s, b, ws->h + block * ws->max_rows * UNITS, block, dwte);
+            F(backward_input)(ws, &s, b, ws->h + block * ws->max_rows * UNITS, block);
         }
-        ws->loss_parts[thread * LANES] = loss;
+        F(add_pairs)(&within, ws->dwte, dwte_floats, b->U * Ep);
         int round = arrive(&ws->sync, threads);
         if (thread == threads - 1) {
             F(adamw)(b->rates, ws->p.b2, ws->m.b2, ws->v.b2, ws->db2, Vp);
@@ -625,13 +657,16 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
         /* In place of the batch of the step before this one, which all have done with. */
         if (thread == 0 && i + 1 < run->steps) prepare_step(ws, &ws->batches[(step + 1) & 1], run, step + 1);
         await(&ws->sync, round);
-        F(update_wte)(ws, b, threads, V * thread / threads, V * (thread + 1) / threads);
+        F(update_wte)(ws, b, &across, begin_of(V, thread, threads), begin_of(V, thread + 1, threads));
         if (thread == 0) {
-            for (int64_t other = 1; other < threads; other++) loss += ws->loss_parts[other * LANES];
+            double loss = 0;
+            for (int64_t r = 0; r < B; r += LOSS_ROWS) loss += ws->losses[r / LOSS_ROWS];
             run->losses[i] = loss / (double)B;
             *run->step = step + 1;
+            ws->crowded = atomic_load_explicit(&ws->sync.lost, memory_order_relaxed) > CROWDED_NANOSECONDS;
         }
         wait_for_all(&ws->sync, threads);
+        if (ws->crowded) break;
     }
 }
 
@@ -646,13 +681,16 @@ static void F(forward)(workspace *ws, const void *argument, int64_t thread, int6
         threads = 1;
     }
     const scratch s = thread_scratch(ws, thread);
-    const int64_t V = ws->shape.V, Vp = ws->Vp;
+    const int64_t V = ws->shape.V, Vp = ws->Vp, groups = ws->groups;
+    const int64_t block0 = begin_of(ws->blocks, begin_of(groups, thread, threads), groups);
+    const int64_t block1 = begin_of(ws->blocks, begin_of(groups, thread + 1, threads), groups);
+    const pairs across = pairs_of(ws->by_vocab ? 1 : groups, threads, ACROSS);
     batch *b = &ws->batches[0];
     for (; begin < end; begin += ws->max_rows) {
         int64_t rows = at_most(ws->max_rows, end - begin);
         if (thread == 0) index_windows(ws, b, &run->windows, begin, rows);
         wait_for_all(&ws->sync, threads);
-        F(forward_hidden)(ws, &s, b, ws->blocks * thread / threads, ws->blocks * (thread + 1) / threads);
+        F(forward_hidden)(ws, &s, b, block0, block1);
         if (ws->by_vocab) wait_for_all(&ws->sync, threads);
         for (int64_t first = 0; first < rows; first += ws->chunk) {
             int64_t n = at_most(ws->chunk, rows - first);
@@ -660,7 +698,7 @@ static void F(forward)(workspace *ws, const void *argument, int64_t thread, int6
             await(&ws->sync, F(partial_logits)(ws, &s, thread, threads, first, n, r0, r1));
             for (int64_t r = r0; r < r1; r++) {
                 float *row = ws->logits + r * Vp;
-                vec largest = F(add_parts)(ws, row, ws->by_vocab ? 1 : threads);
+                vec largest = F(add_parts)(ws, row, &across);
                 int64_t window = begin + first + r;
                 if (run->logits) {
                     memcpy(run->logits + window * V, row, (size_t)V * sizeof(float));

@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from mlp_fast import distributed
+from mlp_fast import distributed, threads
 from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
@@ -115,9 +115,22 @@ def resolve(config: Config, shape: Shape, tape: Tape | None = None) -> str:
     raise UserError(f"--backend {config.backend} found none; {'; '.join(reasons)}")
 
 
+def passed_over(config: Config, shape: Shape, tape: Tape, chosen: type[Backend]) -> str:
+    """Why an alias does not mean a backend that is better than the chosen one, and made for its device; or ""."""
+    device = device_of(chosen, config.device).type
+    reasons = []
+    for name in ALIASES.get(config.backend, ()):
+        if name == chosen.name:
+            break
+        if backend_class(name).devices[0] == device:
+            reasons.append(f"{name}: {obstacle(name, config, shape, tape)}")
+    return f" (not {'; '.join(reasons)})" if reasons else ""
+
+
 def create(config: Config, shape: Shape, tape: Tape, state: TrainState) -> Backend:
     """The backend that config asks for, at `state`."""
     cls = backend_class(resolve(config, shape, tape))
+    threads.use(config.threads)
     return cls(config, shape, tape, state, device_of(cls, config.device))
 
 

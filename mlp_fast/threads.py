@@ -1,0 +1,95 @@
+"""How many threads compute on the CPU: as many as this process may use, or --threads; in a forked child one."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlp_fast.errors import UserError
+
+_forked = False  # whether this process is a forked child
+
+
+def after_fork() -> None:
+    """Makes torch compute and compile on one thread: it would wait for ever for those that a forked child lacks."""
+    global _forked
+    _forked = True
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    if "torch._inductor.config" in sys.modules:
+        sys.modules["torch._inductor.config"].compile_threads = 1  # type: ignore[attr-defined]
+
+
+def use(count: int | None) -> None:
+    """Lets torch, and `native` with it, compute on `count` threads; None changes nothing.
+
+    Raises:
+        UserError: more than one in a forked child.
+    """
+    if count is None:
+        return
+    if _forked and count > 1:
+        raise UserError(
+            f"--threads {count}: this process was forked, where torch can use one thread only; leave it out"
+        )
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def use_available() -> None:
+    """Leaves torch as many threads as there are processors to use, unless OMP_NUM_THREADS says how many.
+
+    A command that has not imported torch has no use for them.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and not os.environ.get("OMP_NUM_THREADS"):
+        use(min(torch.get_num_threads(), available()))
+
+
+def available(root: Path = Path("/")) -> int:
+    """Processors that this process may use: of its affinity, and of the quotas of its control groups, rounded.
+
+    Args:
+        root: of the file system with proc/self/{cgroup,mountinfo}, for tests.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min([count, *(quota + 0.5 for quota in _quotas(root))])))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Processors' worth of time that each control group above this process grants (versions 1 and 2)."""
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return
+    for mount in mounts:
+        fields, _, kind = mount.partition(" - ")
+        version_1 = bool(re.match(r"cgroup \S+ (\S*,)?cpu(,|$)", kind))
+        if not version_1 and not kind.startswith("cgroup2 "):
+            continue
+        top, point = (re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), field) for field in fields.split()[3:5])
+        for number, controllers, path in groups:
+            if "cpu" in controllers.split(",") if version_1 else number == "0":
+                # Of a group that lies outside what is mounted, all that can be seen is the top.
+                below = path.removeprefix(top.rstrip("/")) if path.startswith(top.rstrip("/") + "/") else ""
+                folder = root / point.lstrip("/")
+                for part in ("", *below.strip("/").split("/")):
+                    folder /= part
+                    quota = _quota(folder, version_1)
+                    if quota is not None:
+                        yield quota
+
+
+def _quota(folder: Path, version_1: bool) -> float | None:
+    """What one control group grants, in processors, or None where it sets no limit."""
+    try:
+        if version_1:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        else:
+            quota, period = (folder / "cpu.max").read_text().split()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
+        return None
