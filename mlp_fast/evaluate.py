@@ -12,7 +12,7 @@ from pathlib import Path
 from mlp_fast import backends, checkpoint, distributed
 from mlp_fast.command import run_main
 from mlp_fast.config import DEVICES, Parser
-from mlp_fast.corpus import Corpus, check_sizes, load
+from mlp_fast.corpus import Corpus, check_sizes, load_for
 from mlp_fast.errors import UserError
 from mlp_fast.tape import TRAIN_EVAL_BATCHES, Tape, evaluated_windows
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             data = arguments.data or saved.config.data
             config = dataclasses.replace(saved.config, backend=arguments.backend, device=arguments.device, data=data)
             backends.check(config)
-            corpus = load(config.data, config.tokens, config.min_count)
+            corpus = load_for(config, saved.given_vocabulary)
         for split, loss in losses_of(dataclasses.replace(saved, config=config), corpus).items():
             if world.rank == 0:
                 print(f"{split}_loss {loss:.6f}")

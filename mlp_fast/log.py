@@ -15,7 +15,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from mlp_fast.config import Config
-from mlp_fast.errors import UserError, discard_stdout, report
+from mlp_fast.errors import UserError, discard_stdout, for_terminal, report
 from mlp_fast.files import open_to_append
 
 
@@ -82,7 +82,7 @@ class RunLog:
         if self._quiet:
             return
         try:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(for_terminal(text), file=sys.stdout)
             sys.stdout.flush()
         except OSError as error:  # a full disk, or a reader that has gone
             self._quiet = True
