@@ -1,5 +1,6 @@
 """Errors meant for people, and the exit codes of the commands."""
 
+import errno
 import os
 import re
 import sys
@@ -9,6 +10,8 @@ EXIT_NOT_SAVED = 3  # the work was done, but not all of its output could be writ
 EXIT_NON_FINITE = 4  # training stopped at a loss that is not a finite number
 EXIT_SIGNAL = 128  # plus the signal's number: 130 for SIGINT, 143 for SIGTERM
 
+# What torch, Python and the C++ library say where memory or room for a thread's stack is refused.
+_NO_MEMORY = re.compile("not enough memory|allocate memory|out of memory|bad_alloc|start new thread", re.IGNORECASE)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for the tab and the newline
 
 
@@ -16,6 +19,13 @@ class UserError(Exception):
     """What the user asked for cannot be done; the message is one line: what was wrong, what to do."""
 
     exit_code = EXIT_USER_ERROR
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory was refused; torch's own are RuntimeErrors with such a text."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def report(text: str) -> None:

@@ -23,6 +23,8 @@ def check_plot(path: str) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("--plot needs matplotlib; install it with: pip install 'mlp-fast[plot]'") from None
+    except OSError as error:
+        raise UserError(f"--plot: {' '.join(str(error).split())}") from None
 
 
 def draw_losses(path: str, evaluations: Sequence["Evaluation"], title: str, floor: float | None) -> None:

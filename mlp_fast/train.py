@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mlp_fast import backends, checkpoint, distributed
+from mlp_fast import backends, checkpoint, distributed, machine
 from mlp_fast.backends.base import Backend
 from mlp_fast.checkpoint import Checkpoint
 from mlp_fast.command import run_main
@@ -351,20 +350,18 @@ def checked_shape(config: Config, corpus: Corpus) -> Shape:
 
 
 def check_memory(shape: Shape, batch_size: int) -> None:
-    """UserError where a model of these sizes is larger than this machine's memory, before any of it is taken.
+    """UserError where a model of these sizes is larger than this process's memory, before any of it is taken.
 
     What is counted is the least that any backend needs: parameters, two moments, gradients, the initial values, and one
     batch's embeddings, hidden units and their gradients, in float32.
     """
     numbers = 5 * shape.num_parameters + 2 * batch_size * (shape.T * shape.E + shape.H)
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # a system that does not say
-        return
-    if 4 * numbers > memory:
+    memory = machine.memory()
+    if memory is not None and 4 * numbers > memory:
         raise UserError(
             f"a model of {shape.num_parameters:,} parameters in batches of {batch_size:,} needs at least "
-            f"{4 * numbers / 2**30:,.0f} GiB of memory, this machine has {memory / 2**30:,.0f}; choose smaller sizes"
+            f"{4 * numbers / 2**30:,.1f} GiB of memory, of which this process may have {memory / 2**30:,.1f}; "
+            "choose smaller sizes"
         )
 
 
