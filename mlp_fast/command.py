@@ -23,11 +23,19 @@ def begin() -> None:
     Ctrl-C ends them without a traceback. No garbage is collected meanwhile: the million objects that they make stay,
     and looking through them again and again would take a fifth of that second.
     """
+    _open_missing_streams()
     _probe_memory()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.disable()
     atexit.register(_end)  # the first of all, hence called after all others
+
+
+def _open_missing_streams() -> None:
+    """Opens stdout and stderr where there are none (>&-, pythonw): the next file opened would take their place."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _probe_memory() -> None:
@@ -79,6 +87,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits: its code, or that of a UserError or failed write, with one line on stderr."""
     gc.freeze()  # what was imported, also for the collections at exit
     gc.enable()
+    _open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the terminal's encoding
     try:

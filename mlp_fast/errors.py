@@ -30,6 +30,8 @@ def out_of_memory(error: Exception) -> bool:
 
 def report(text: str) -> None:
     """One line on stderr; characters that would break the line or the terminal are escaped."""
+    if sys.stderr is None:
+        return
     line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
     print(f"mlp_fast: {line}", file=sys.stderr)
 

@@ -70,7 +70,7 @@ class RunLog:
             unit="step",
             leave=False,
             dynamic_ncols=True,
-            disable=True if config.quiet else None,  # None: shown on a terminal only
+            disable=True if config.quiet or sys.stderr is None else None,  # None: shown on a terminal only
         )
 
     def config(self, config: Config, **facts: Any) -> None:
@@ -79,7 +79,7 @@ class RunLog:
 
     def message(self, text: str) -> None:
         """A line for people, on stdout."""
-        if self._quiet:
+        if self._quiet or sys.stdout is None:
             return
         try:
             tqdm.write(for_terminal(text), file=sys.stdout)

@@ -385,7 +385,8 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
     world = distributed.world()
     if world.rank:
         config = dataclasses.replace(config, out=None, plot=None, log_json=None, quiet=True)
-    with contextlib.ExitStack() as stack:
+    # Whatever the caller is in: training needs gradients.
+    with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
         with world.agreed():
             backends.check(config)
             if config.checkpoint_every is not None and config.out is None and not world.rank:

@@ -3,18 +3,22 @@
 import ast
 import functools
 import os
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from mlp_fast import backends, command, files, machine, plot, train
+from mlp_fast import __main__ as commands
+from mlp_fast import backends, checkpoint, command, errors, files, machine, plot, train
 from mlp_fast.backends import compiled, triton_step
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
@@ -274,3 +278,62 @@ def test_no_module_imports_what_windows_lacks_at_its_top() -> None:
 def test_a_system_that_opens_no_folders_is_left_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "os", SimpleNamespace(name="nt"))
     files.sync_folder(tmp_path)
+
+
+# --- what surrounds a run ---------------------------------------------------------------------------------------------
+
+SMALL = ("--backend=eager", "--hidden-size=8", "--embedding-size=4", "--num-steps=3")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("backend", ["eager", "eager-raw", "native"])
+def test_training_makes_its_own_gradients(mode: Callable[[], Any], backend: str) -> None:
+    config = Config(backend=backend, device="cpu", hidden_size=8, embedding_size=4, num_steps=3, quiet=True)
+    expected = train.train(config)
+    with mode():
+        result = train.train(config)
+        assert not torch.is_grad_enabled()
+    for name, tensor in expected.state.parameters.items():
+        torch.testing.assert_close(result.state.parameters[name], tensor)
+
+
+@pytest.mark.parametrize("name", ["语料", "a$b$c$", "tab\there", "\N{GRINNING FACE}"])
+def test_a_title_that_the_font_cannot_draw_is_drawn_without_a_warning(tmp_path: Path, name: str) -> None:
+    """Warnings are errors here. What lies between dollars is no formula."""
+    (tmp_path / name).write_text("anna\nbob\n" * 100)
+    picture = tmp_path / "curve.svg"
+    data = f"--data={tmp_path / name}"
+    assert train.main([*SMALL, data, "--batch-size=4", "--quiet", f"--plot={picture}"]) == 0
+    assert picture.stat().st_size > 1000
+    assert plot.drawable("ab 语$\t") == "ab U+8BED$U+0009"
+
+
+@pytest.mark.parametrize("closed", ["1", "0 1 2"])
+def test_a_command_without_stdout_or_stderr_trains(closed: str, tmp_path: Path) -> None:
+    script = f"exec {shlex.join([sys.executable, '-m', 'mlp_fast.train', *SMALL])} --out run"
+    closing = " ".join(f"{stream}>&-" for stream in closed.split())
+    done = subprocess.run(
+        ["sh", "-c", f"{script} {closing}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert ("test_loss" in done.stdout) is ("1" not in closed)
+    assert checkpoint.load(tmp_path / "run").state.step == 3
+
+
+def test_the_library_trains_without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    errors.report("nobody hears it")
+    result = train.train(Config(backend="eager", hidden_size=8, embedding_size=4, num_steps=3))
+    assert len(result.evaluations) == 2
+
+
+def test_the_package_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main([]) == 0
+    listed = re.findall(r"python -m mlp_fast\.(\w+)", capsys.readouterr().out)
+    folder = Path(commands.__file__).parent
+    there = {path.stem for path in folder.glob("*.py") if "\n    run_main(" in path.read_text()} - {"__main__"}
+    assert sorted(listed) == sorted(there)
+    with pytest.raises(UserError, match="unrecognized arguments: train"):
+        commands.main(["train"])
