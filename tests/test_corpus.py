@@ -567,7 +567,7 @@ def test_any_folder_loads_whole_or_is_refused_in_one_line(train: bytes, other: b
 # --- large files ------------------------------------------------------------------------------------------------------
 
 MEASURE = """
-import re, sys, time
+import re, sys
 from pathlib import Path
 from mlp_fast import corpus
 
@@ -575,16 +575,13 @@ def resident(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 corpus.load("embedded")  # whatever is loaded once is loaded
-seconds = []
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
 before = resident("VmRSS")
 for _ in range(int(sys.argv[2])):
-    start = time.process_time()
     loaded = corpus.load(sys.argv[1])
-    seconds.append(time.process_time() - start)
     tokens = sum(len(tape) for tape in loaded.tapes.values())
     del loaded
-print(resident("VmHWM") - before, min(seconds), tokens)
+print(resident("VmHWM") - before, tokens)
 """
 
 LINE = "the quick brown fox jumps over the lazy dog\n"
@@ -610,29 +607,27 @@ def large_corpus(kind: str, path: Path, size: int) -> str:
     return folder(path, train=b"abcdefghijklmnopqrstuvwxyz\n" + train, val=val, test=val[:1000])
 
 
-def assert_lean_and_quick(data: str, repeats: int, speed: float = 50e6) -> None:
+def assert_lean(data: str, repeats: int) -> None:
     path = Path(data)
     size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEASURE, data, str(repeats)]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    memory, seconds, tokens = output.split()
+    memory, tokens = output.split()
     assert size / 3 < int(tokens) <= size + 1  # a newline may be added
-    print(f"{size / float(seconds) / 1e6:.0f} MB/s, {int(memory) / size:.2f} times the file")
     assert int(memory) <= 4 * size, f"{int(memory) / size:.2f} times the file"
-    assert size / float(seconds) >= speed, f"{size / float(seconds) / 1e6:.0f} MB/s"
 
 
 @pytest.mark.parametrize("kind", ["text", "folder", "giant line"])
-def test_20_megabytes_load_lean_and_quick(kind: str, tmp_path: Path) -> None:
-    assert_lean_and_quick(large_corpus(kind, tmp_path / "c", 20_000_000), repeats=4)
+def test_20_megabytes_load_lean(kind: str, tmp_path: Path) -> None:
+    assert_lean(large_corpus(kind, tmp_path / "c", 20_000_000), repeats=4)
 
 
 def test_lines_of_5_bytes_load_in_four_times_their_size(tmp_path: Path) -> None:
-    assert_lean_and_quick(large_corpus("lines of 5", tmp_path / "c", 20_000_000), repeats=1, speed=0)
+    assert_lean(large_corpus("lines of 5", tmp_path / "c", 20_000_000), repeats=1)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["text", "folder", "wide", "giant line", "names"])
-def test_200_megabytes_load_lean_and_quick(kind: str, tmp_path: Path) -> None:
-    assert_lean_and_quick(large_corpus(kind, tmp_path / "c", 200_000_000), repeats=3)
+def test_200_megabytes_load_lean(kind: str, tmp_path: Path) -> None:
+    assert_lean(large_corpus(kind, tmp_path / "c", 200_000_000), repeats=3)
