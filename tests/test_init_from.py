@@ -31,7 +31,7 @@ def other_corpus(path: Path, train_text: str = "bob\nnan\n") -> str:
     return str(path)
 
 
-def test_the_first_steps_are_torchs_own_from_the_saved_parameters(tmp_path: Path, parent: Path) -> None:
+def test_its_first_steps_are_those_of_torchs_adamw(tmp_path: Path, parent: Path) -> None:
     """The schedule and the moments begin anew: against torch.optim.AdamW in float64."""
     out = tmp_path / "child"
     options = ["--backend=eager", "--batch-size=8", "--num-steps=5", "--learning-rate=0.01", "--quiet"]

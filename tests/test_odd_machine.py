@@ -193,7 +193,7 @@ def test_too_little_memory_to_start_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA takes address space by the hundred gigabytes")
 @pytest.mark.parametrize("backend", ["eager", "native"])
-def test_a_model_that_a_limit_forbids_is_one_line_and_nothing_is_written(tmp_path: Path, backend: str) -> None:
+def test_a_model_that_a_limit_forbids_is_refused_in_one_line(tmp_path: Path, backend: str) -> None:
     """It holds torch and the parameters, but not their gradients and moments as well."""
     out = tmp_path / "run"
     done = limited(1300, f"--backend={backend}", "--hidden-size=250000", f"--out={out}", "--batch-size=8")
@@ -253,7 +253,7 @@ print(machine.facts(torch.device("cpu"))["threads"])
 """
 
 
-def test_everything_but_the_kernels_works_without_what_windows_lacks(tmp_path: Path) -> None:
+def test_all_but_the_kernels_works_without_what_windows_lacks(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", ABSENT + EVERYTHING, str(tmp_path)],
         capture_output=True,
