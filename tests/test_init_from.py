@@ -88,6 +88,25 @@ def test_another_corpus_is_read_in_the_models_tokens(
     assert "test_loss" in capsys.readouterr().out
 
 
+def test_a_model_is_evaluated_on_a_text_in_another_form(
+    tmp_path: Path, corpus_folder: str, parent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In order, in another encoding: as train, val and test of the same characters."""
+    text = (Path(corpus_folder) / "train.txt").read_text() * 4
+    (tmp_path / "text.txt").write_bytes(text.encode("utf-16"))
+    k = (3 * len(text) + 50) // 100
+    parts = {"train": text[: -2 * k], "val": text[-2 * k : -k], "test": text[-k:]}
+    (tmp_path / "parts").mkdir()
+    for split, part in parts.items():
+        (tmp_path / "parts" / f"{split}.txt").write_text(part)
+    told = []
+    for options in ([f"{tmp_path / 'text.txt'}", "--split=contiguous", "--encoding=utf-16"], [f"{tmp_path / 'parts'}"]):
+        assert evaluate.main([str(parent), "--data", *options]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+    assert told[0].count("_loss ") == 3
+
+
 def test_a_character_that_the_model_does_not_know_is_named(tmp_path: Path, parent: Path) -> None:
     other = other_corpus(tmp_path / "other", "bob\nzoe\n")
     with pytest.raises(UserError, match=r"train\.txt, line 2: the character 'z' .* not in the vocabulary of the model"):
