@@ -13,6 +13,7 @@ from collections.abc import Callable
 from mlp_fast.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR, UserError, discard_stdout, out_of_memory, report
 
 PROBE_SECONDS = 10  # of a processor: many times what the imports take
+PROBE_NUMBERS = 2**24  # 64 MiB: less is of no use to any run
 
 _exit_code: int | None = None  # of a command that has come to its end
 
@@ -52,12 +53,15 @@ def _probe_memory() -> None:
     spec = sys.modules["__main__"].__spec__
     child = os.fork()
     if child == 0:
-        resource.setrlimit(resource.RLIMIT_CPU, (PROBE_SECONDS, PROBE_SECONDS))
+        with contextlib.suppress(ValueError):  # less is allowed already
+            resource.setrlimit(resource.RLIMIT_CPU, (PROBE_SECONDS, PROBE_SECONDS))
         with open(os.devnull, "w") as nowhere:
             for stream in (1, 2):
                 os.dup2(nowhere.fileno(), stream)
         try:
             importlib.import_module(spec.name if spec else "torch")
+            # The threads that a fill of this size starts end the process themselves where they find no room.
+            importlib.import_module("torch").ones(PROBE_NUMBERS)
         except BaseException:
             os._exit(1)
         os._exit(0)

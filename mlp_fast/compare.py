@@ -5,6 +5,11 @@ turns; eager is always among them, as the baseline. A backend that does not comp
 says how that is decided.
 """
 
+if __name__ == "__main__":
+    from mlp_fast.command import begin
+
+    begin()
+
 import dataclasses
 import json
 import time

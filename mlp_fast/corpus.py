@@ -8,6 +8,11 @@ numpy lookup tables: loading needs the file and its tape in memory, and never a 
 more text than STREAMED_ABOVE, the tapes are files that are mapped into memory (token_cache.py).
 """
 
+if __name__ == "__main__":
+    from mlp_fast.command import begin
+
+    begin()
+
 import codecs
 import contextlib
 import hashlib

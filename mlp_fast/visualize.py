@@ -8,6 +8,11 @@
 The pictures need matplotlib.
 """
 
+if __name__ == "__main__":
+    from mlp_fast.command import begin
+
+    begin()
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -170,11 +170,11 @@ def test_other_errors_keep_their_traceback() -> None:
         command.run_main(main)
 
 
-def limited(megabytes: int, *options: str) -> "subprocess.CompletedProcess[str]":
-    """A training command under a limit of its address space."""
+def limited(megabytes: int, *command: str) -> "subprocess.CompletedProcess[str]":
+    """A command of the package under a limit of its address space."""
     limit = (megabytes * 10**6,) * 2
     return subprocess.run(
-        [sys.executable, "-m", "mlp_fast.train", "--device=cpu", "--num-steps=2", "--quiet", *options],
+        [sys.executable, "-m", *command],
         capture_output=True,
         text=True,
         check=False,
@@ -183,8 +183,9 @@ def limited(megabytes: int, *options: str) -> "subprocess.CompletedProcess[str]"
     )
 
 
-def test_too_little_memory_to_start_is_one_line(tmp_path: Path) -> None:
-    done = limited(200, f"--out={tmp_path / 'run'}")
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_too_little_memory_to_start_is_one_line(name: str) -> None:
+    done = limited(200, f"mlp_fast.{name}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "mlp_fast: not enough memory to start, under the limit of this process (ulimit -v); raise it\n"
@@ -196,7 +197,8 @@ def test_too_little_memory_to_start_is_one_line(tmp_path: Path) -> None:
 def test_a_model_that_a_limit_forbids_is_refused_in_one_line(tmp_path: Path, backend: str) -> None:
     """It holds torch and the parameters, but not their gradients and moments as well."""
     out = tmp_path / "run"
-    done = limited(1300, f"--backend={backend}", "--hidden-size=250000", f"--out={out}", "--batch-size=8")
+    sizes = ["--hidden-size=250000", "--batch-size=8", "--num-steps=2"]
+    done = limited(1300, "mlp_fast.train", "--device=cpu", f"--backend={backend}", *sizes, "--quiet", f"--out={out}")
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("mlp_fast: ")
     assert "memory" in done.stderr
