@@ -193,7 +193,7 @@ def test_too_little_memory_to_start_is_one_line(name: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA takes address space by the hundred gigabytes")
-@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.long), "native"])
 def test_a_model_that_a_limit_forbids_is_refused_in_one_line(tmp_path: Path, backend: str) -> None:
     """It holds torch and the parameters, but not their gradients and moments as well."""
     out = tmp_path / "run"
@@ -310,7 +310,7 @@ def test_a_title_that_the_font_cannot_draw_is_drawn_without_a_warning(tmp_path: 
     assert plot.drawable("ab 语$\t") == "ab U+8BED$U+0009"
 
 
-@pytest.mark.parametrize("closed", ["1", "0 1 2"])
+@pytest.mark.parametrize("closed", [pytest.param("1", marks=pytest.mark.long), "0 1 2"])
 def test_a_command_without_stdout_or_stderr_trains(closed: str, tmp_path: Path) -> None:
     script = f"exec {shlex.join([sys.executable, '-m', 'mlp_fast.train', *SMALL])} --out run"
     closing = " ".join(f"{stream}>&-" for stream in closed.split())
