@@ -46,6 +46,7 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.4",
         "tqdm>=4.66",
+        "filelock>=3.12",
     ],
     extras_require={
         "plot": ["matplotlib>=3.8"],

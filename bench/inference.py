@@ -99,7 +99,7 @@ def sampling_cases(plan: Plan) -> Iterator[Case]:
     length = 3 if plan.dry else SAMPLE_LENGTH
 
     def task_of(backend: Backend, corpus: Corpus, model: MLP) -> Task:
-        prompt = default_prompt(corpus.vocabulary, backend.shape.T, corpus.train)
+        prompt = default_prompt(corpus.vocabulary, backend.shape.T, corpus.train[: backend.shape.T].tolist())
 
         def error(drawn: list[int]) -> float:
             return sample_error(drawn, prompt, length, model, backend.shape.T)

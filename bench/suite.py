@@ -7,6 +7,7 @@
     evaluation   the mean loss of the val split
     sampling     200 characters
     rng          random numbers, vectorised and one by one
+    reading      text into tokens, beside the plain way of Python
     start-up     processes that import, print their help, train one step
     run          whole training processes, from start to end, beside the reference's way of working
     scale        words, bytes, large vocabularies, several processes
@@ -24,6 +25,7 @@ from bench.case import Case, Entry, Plan, Timer, spread_ms
 from bench.inference import evaluation_cases, sampling_cases
 from bench.operators import kernel_cases
 from bench.processes import run_cases, start_up_cases
+from bench.reading import reading_cases
 from bench.scale import scale_cases
 from bench.steps import step_cases, sweep_cases, thread_cases
 from mlp_fast.rng import RNG
@@ -62,6 +64,7 @@ GROUPS: dict[str, Callable[[Plan], Iterator[Case]]] = {
     "evaluation": evaluation_cases,
     "sampling": sampling_cases,
     "rng": rng_cases,
+    "reading": reading_cases,
     "start-up": start_up_cases,
     "run": run_cases,
     "scale": scale_cases,

@@ -2,8 +2,8 @@
 
 `step-00001000.safetensors` holds the parameters under the nn.Module's state_dict names, AdamW's moments under
 "exp_avg." and "exp_avg_sq." + name, and in its metadata a JSON document (format version, step, config, vocabulary, the
-corpus' fingerprint, the latest evaluation) and a SHA-256 over this document and every tensor. The file appears whole or
-not at all. Which files a run keeps is run_folder's business.
+corpus' fingerprint and beginning, the latest evaluation) and a SHA-256 over this document and every tensor. The file
+appears whole or not at all. Which files a run keeps is run_folder's business.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from mlp_fast.models import MLP, Shape
 from mlp_fast.state import TrainState
 from mlp_fast.tokens import Vocabulary, from_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _FILE = re.compile(r"step-(\d{8,})\.safetensors")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -51,6 +51,7 @@ class Checkpoint:
         vocabulary: the tokens of the model.
         fingerprint: the corpus'; see Corpus.
         losses: of the latest evaluation: "evaluated_at" (its step), "train_loss" and "val_loss" in nats; or empty.
+        beginning: the first T tokens of train, which stand before a short prompt; empty in files of version 2.
     """
 
     state: TrainState
@@ -58,6 +59,7 @@ class Checkpoint:
     vocabulary: Vocabulary
     fingerprint: str
     losses: dict[str, float] = field(default_factory=dict)
+    beginning: tuple[int, ...] = ()
 
     @property
     def shape(self) -> Shape:
@@ -65,6 +67,11 @@ class Checkpoint:
         config = self.config
         sizes = (config.context_length, config.embedding_size, config.hidden_size)
         return Shape(len(self.vocabulary), *sizes, config.direct)
+
+    @property
+    def given_vocabulary(self) -> Vocabulary | None:
+        """What the run's corpus is read with: the model's tokens where --init-from brought them, else its own."""
+        return self.vocabulary if self.config.init_from is not None else None
 
     def model(self) -> MLP:
         """The trained nn.Module."""
@@ -101,6 +108,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "vocabulary": checkpoint.vocabulary.as_json(),
         "corpus_fingerprint": checkpoint.fingerprint,
         "losses": checkpoint.losses,
+        "beginning": list(checkpoint.beginning),
     }
     document = json.dumps(facts)
     metadata = {"mlp_fast": document, "sha256": _checksum(document, tensors)}
@@ -192,7 +200,11 @@ def _checkpoint(facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
     if {key: tuple(t.shape) for key, t in tensors.items() if t.dtype == torch.float32} != wanted:
         raise ValueError("the tensors do not fit the config")
     parts = {kind: {name: tensors[key] for name, key in group.items()} for kind, group in groups.items()}
-    return Checkpoint(TrainState(**parts, step=step), config, vocabulary, str(facts["corpus_fingerprint"]), losses)
+    beginning = tuple(facts["beginning"])
+    if not all(type(token) is int and 0 <= token < len(vocabulary) for token in beginning):
+        raise ValueError("the beginning is not of the vocabulary")
+    state = TrainState(**parts, step=step)
+    return Checkpoint(state, config, vocabulary, str(facts["corpus_fingerprint"]), losses, beginning)
 
 
 def _from_version_1(facts: Facts) -> Facts:
@@ -201,8 +213,13 @@ def _from_version_1(facts: Facts) -> Facts:
     return facts | {"config": config, "losses": {}}
 
 
+def _from_version_2(facts: Facts) -> Facts:
+    """Version 2 did not keep the beginning of the corpus."""
+    return facts | {"beginning": []}
+
+
 # version -> what makes a document of the next version of it
-UPGRADES: dict[int, Callable[[Facts], Facts]] = {1: _from_version_1}
+UPGRADES: dict[int, Callable[[Facts], Facts]] = {1: _from_version_1, 2: _from_version_2}
 
 
 def _upgraded(facts: Facts) -> Facts:

@@ -5,6 +5,11 @@ turns; eager is always among them, as the baseline. A backend that does not comp
 says how that is decided.
 """
 
+if __name__ == "__main__":
+    from mlp_fast.command import begin
+
+    begin()
+
 import dataclasses
 import json
 import time
@@ -22,7 +27,7 @@ from mlp_fast.config import RUN_ONLY, Config, Parser, add_config_arguments, conf
 from mlp_fast.errors import UserError
 from mlp_fast.files import check_writable
 from mlp_fast.models import Shape
-from mlp_fast.plot import check_plot
+from mlp_fast.plot import check_plot, drawable
 from mlp_fast.state import TrainState
 from mlp_fast.tape import Tape
 from mlp_fast.timing import BASELINE, Contender, Judge, NotEquivalent, Spread, measure, subject
@@ -195,7 +200,8 @@ def draw(path: str, results: Sequence[Result], title: str) -> None:
         capsize=3,
     )
     axes.bar_label(bars, [f" {spread.median:.3g}" for spread in spreads])
-    axes.set(title=title, xlabel="ms per step (median; whiskers: fastest and slowest round)")
+    axes.set_title(drawable(title), parse_math=False)
+    axes.set(xlabel="ms per step (median; whiskers: fastest and slowest round)")
     try:
         figure.savefig(path)
     except OSError as error:

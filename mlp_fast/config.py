@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+import numpy as np
 
 from mlp_fast.errors import UserError
 
@@ -16,6 +19,7 @@ FORMS = ("auto", "table", "gather")
 REDUCTIONS = ("deterministic", "fast")
 DEVICES = ("auto", "cpu", "cuda")
 TOKENS = ("char", "byte", "word")
+SPLITTING = ("shuffled", "contiguous")
 ON_NAN = ("stop", "continue")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -24,7 +28,9 @@ PER_COMMAND = ("stop_after", "out", "log_json", "plot", "quiet", "resume")
 # What --resume takes from the checkpoint but lets the command line change. All else defines the run.
 MAY_CHANGE = (
     "backend",
-    "data",  # another name or place of the same corpus: its fingerprint is compared
+    "data",  # another name, place or form of the same corpus: its fingerprint is compared
+    "split",
+    "encoding",
     "eval_every",
     "device",
     "threads",
@@ -37,8 +43,11 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep",
 )
+# What --init-from takes from the model, and what from its run where the command line does not name another corpus.
+OF_THE_MODEL = ("tokens", "min_count", "context_length", "embedding_size", "hidden_size", "direct")
+OF_THE_CORPUS = ("data", "split", "encoding")
 # What only a whole training run needs: commands that make a few steps do not offer it.
-RUN_ONLY = (*PER_COMMAND, "eval_every", "on_nan", "checkpoint_every", "keep")
+RUN_ONLY = (*PER_COMMAND, "init_from", "eval_every", "on_nan", "checkpoint_every", "keep")
 
 MAX_SEED = 2**64 - 1
 # Sizes past these would need more memory than any machine has; the bound turns a typing slip into one clear line.
@@ -88,6 +97,8 @@ class Config:
 
     backend: str = _option("auto", "who computes the steps; see --list-backends", metavar="NAME")
     data: str = _option("embedded", "embedded, names, a folder with train/val/test.txt, or one text file")
+    split: str = _option("shuffled", "how one text file is split: its lines shuffled, or in order", choices=SPLITTING)
+    encoding: str = _option("utf-8", "of text files, by a name that Python knows (gbk, latin-1, ...)", metavar="NAME")
     tokens: str = _option("char", "what a token is", choices=TOKENS)
     min_count: int = _option(1, "words that train has fewer times than this become <unk>", least=1, most=MAX_STEPS)
     context_length: int = _option(3, "tokens that predict the next one (T)", least=1, most=4096)
@@ -113,6 +124,7 @@ class Config:
     checkpoint_every: int | None = _option(None, "steps between two checkpoints in --out", least=1)
     keep: int = _option(3, "checkpoints to keep: so many of the newest, and the best", least=1)
     resume: str | None = _option(None, "go on with a run: its folder, or one of its checkpoint files", metavar="RUN")
+    init_from: str | None = _option(None, "start from the model of another run, with a new schedule", metavar="RUN")
     log_json: str | None = _option(None, "write the log as JSON Lines", metavar="FILE")
     plot: str | None = _option(None, "draw the loss curves (PNG, SVG or PDF)", metavar="FILE")
     quiet: bool = _option(False, "print nothing but errors")
@@ -120,11 +132,15 @@ class Config:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Config)
         for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
             _check(field, hints[field.name], getattr(self, field.name))
         if self.stop_after is not None and self.stop_after > self.num_steps:
             raise UserError(f"--stop-after must be at most --num-steps, {self.num_steps} (got {self.stop_after})")
         if self.min_count > 1 and self.tokens != "word":
             raise UserError(f"--min-count {self.min_count} is for words; add --tokens word")
+        _check_encoding(self.encoding)
+        if self.encoding != "utf-8" and self.tokens == "byte":
+            raise UserError(f"--encoding {self.encoding} is for text; bytes are read as they are: leave it out")
 
     @property
     def last_step(self) -> int:
@@ -135,6 +151,13 @@ class Config:
 def flag(name: str) -> str:
     """The command-line spelling of a setting: batch_size -> --batch-size."""
     return "--" + name.replace("_", "-")
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers as Python's, and a path as its name: what JSON can hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
@@ -157,6 +180,18 @@ def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
         raise UserError(f"{flag(field.name)} is empty; give it a value, or leave it out")
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{flag(field.name)} contains a NUL character; remove it")
+
+
+def _check_encoding(name: str) -> None:
+    """UserError unless Python can read text by it; some of its codecs are no encodings of text."""
+    try:
+        b"a".decode(name)
+    except UnicodeError:  # it is one, of which this is not a text
+        return
+    except (LookupError, ValueError):
+        raise UserError(
+            f"--encoding {name!r} is unknown; give a name that Python knows, as utf-8, utf-16, gbk or latin-1"
+        ) from None
 
 
 class Parser(argparse.ArgumentParser):

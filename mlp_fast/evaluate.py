@@ -11,8 +11,8 @@ from pathlib import Path
 
 from mlp_fast import backends, checkpoint, distributed
 from mlp_fast.command import run_main
-from mlp_fast.config import DEVICES, Parser
-from mlp_fast.corpus import Corpus, check_sizes, load
+from mlp_fast.config import DEVICES, OF_THE_CORPUS, SPLITTING, Parser
+from mlp_fast.corpus import Corpus, check_sizes, load_for
 from mlp_fast.errors import UserError
 from mlp_fast.tape import TRAIN_EVAL_BATCHES, Tape, evaluated_windows
 
@@ -38,16 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m mlp_fast.evaluate", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a folder that --out wrote, or one of its checkpoint files")
     parser.add_argument("--data", help="another corpus than the one of the run (default: the run's)")
+    parser.add_argument("--split", choices=SPLITTING, help="how one text file is split (default: as the run's)")
+    parser.add_argument("--encoding", metavar="NAME", help="of text files (default: the run's)")
     parser.add_argument("--backend", default="eager", help="who computes; see mlp_fast.train --list-backends")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
     with distributed.joined() as world:
         with world.agreed():
             arguments = parser.parse_args(argv)
             saved = checkpoint.load(Path(arguments.run))
-            data = arguments.data or saved.config.data
-            config = dataclasses.replace(saved.config, backend=arguments.backend, device=arguments.device, data=data)
+            given = {name: value for name in OF_THE_CORPUS if (value := getattr(arguments, name)) is not None}
+            config = dataclasses.replace(saved.config, backend=arguments.backend, device=arguments.device, **given)
             backends.check(config)
-            corpus = load(config.data, config.tokens, config.min_count)
+            corpus = load_for(config, saved.given_vocabulary)
         for split, loss in losses_of(dataclasses.replace(saved, config=config), corpus).items():
             if world.rank == 0:
                 print(f"{split}_loss {loss:.6f}")

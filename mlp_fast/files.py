@@ -27,6 +27,19 @@ def file_mode(path: Path) -> int:
         raise UserError(f"{shown(path)}: not a possible file name") from None
 
 
+def code_obstacle(folder: Path) -> str | None:
+    """Why compiled code cannot be kept in a folder and run from there, or None; it may be yet to be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"{shown(folder)} cannot be written"
+    try:
+        flags = os.statvfs(folder).f_flag
+    except (AttributeError, OSError):  # a system that does not say
+        return None
+    return f"{shown(folder)} is mounted noexec" if flags & getattr(os, "ST_NOEXEC", 0) else None
+
+
 def check_writable(path: Path, option: str) -> None:
     """UserError, naming the option, where a file cannot be written; none is left behind that was not there."""
     try:
@@ -40,13 +53,15 @@ def check_writable(path: Path, option: str) -> None:
 
 def open_to_append(path: Path) -> int:
     """A handle that writes at the end of a file, made if it is missing; a FIFO that nobody reads is an OSError."""
+    no_wait = getattr(os, "O_NONBLOCK", 0)  # would wait for a reader; Windows has neither FIFOs nor this
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)  # would wait for a reader
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | no_wait, 0o666)
     except OSError as error:
         if error.errno == errno.ENXIO:
             raise OSError(errno.ENXIO, "nobody reads from it") from None
         raise
-    os.set_blocking(handle, True)  # a reader that is slow is waited for
+    if no_wait:
+        os.set_blocking(handle, True)  # a reader that is slow is waited for
     return handle
 
 
@@ -66,7 +81,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
+    """Waits until the names in a folder are on the disk; Windows, which opens no folders, is left to itself."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,19 +1,21 @@
-"""One run at a time in a folder: an advisory lock that ends with the process that holds it, however it ends."""
+"""One run at a time in a folder: a lock of the operating system's that ends with its process, however it ends."""
 
 import contextlib
-import fcntl
+import errno
 import os
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from mlp_fast.errors import UserError
 
-LOCK = ".lock"
+LOCK, HOLDER = ".lock", ".holder"
 
 
 class FolderLock:
     """Holds the lock of a folder until close() or the end of the process.
 
-    The file stays when the lock is given back: removing it would let two processes lock two files of the same name.
+    The files stay when the lock is given back: removing them would let two processes lock two files of the same name.
 
     Args:
         folder: exists, and can be written.
@@ -25,17 +27,20 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock = FileLock(self._path, timeout=0, thread_local=False)
+        holder = folder / HOLDER  # beside the lock: what is locked cannot be read on every system
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self._handle, 0)
-            os.pwrite(self._handle, str(os.getpid()).encode(), 0)
-        except BlockingIOError:
-            holder = os.pread(self._handle, 20, 0).decode("ascii", "replace") or "number unknown"
-            self.close()
+            self._lock.acquire()
+        except Timeout:
+            process = holder.read_text("ascii", "replace") if holder.exists() else "number unknown"
             raise UserError(
-                f"{folder} is in use by another run (process {holder}); wait for its end, or choose another folder"
+                f"{folder} is in use by another run (process {process}); wait for its end, or choose another folder"
             ) from None
+        except NotImplementedError as error:  # a file system without locks
+            raise OSError(errno.ENOSYS, str(error)) from None
+        try:
+            self._status = self._path.stat()
+            holder.write_text(str(os.getpid()), "ascii")
         except OSError:
             self.close()
             raise
@@ -44,9 +49,9 @@ class FolderLock:
     def held(self) -> bool:
         """Whether the folder has the locked file still: both may have been removed, and made anew by another run."""
         with contextlib.suppress(OSError):
-            return os.path.samestat(os.fstat(self._handle), os.stat(self._path))
+            return os.path.samestat(self._status, os.stat(self._path))
         return False
 
     def close(self) -> None:
         """Gives the lock back."""
-        os.close(self._handle)
+        self._lock.release()

@@ -15,7 +15,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from mlp_fast.config import Config
-from mlp_fast.errors import UserError, discard_stdout, report
+from mlp_fast.errors import UserError, discard_stdout, for_terminal, report
 from mlp_fast.files import open_to_append
 
 
@@ -70,7 +70,7 @@ class RunLog:
             unit="step",
             leave=False,
             dynamic_ncols=True,
-            disable=True if config.quiet else None,  # None: shown on a terminal only
+            disable=True if config.quiet or sys.stderr is None else None,  # None: shown on a terminal only
         )
 
     def config(self, config: Config, **facts: Any) -> None:
@@ -79,10 +79,10 @@ class RunLog:
 
     def message(self, text: str) -> None:
         """A line for people, on stdout."""
-        if self._quiet:
+        if self._quiet or sys.stdout is None:
             return
         try:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(for_terminal(text), file=sys.stdout)
             sys.stdout.flush()
         except OSError as error:  # a full disk, or a reader that has gone
             self._quiet = True

@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +95,7 @@ class PeakMemory:
 
 def _reset_resident_peak() -> int:
     """Makes the resident peak equal to what is resident now, where the system allows it; returns the peak then."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what was freed, so that its next use counts
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -104,13 +103,41 @@ def _reset_resident_peak() -> int:
 
 
 def resident_peak() -> int:
-    """The most memory that this process has had resident, in bytes; what it was forked from does not count on Linux."""
+    """The most memory that this process has had resident, in bytes, or 0 where the system does not say.
+
+    What it was forked from does not count on Linux.
+    """
     with contextlib.suppress(OSError):
         match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         if match:
             return int(match[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # no POSIX system
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory() -> int | None:
+    """Bytes of memory that this process may have: this machine's, or less under a limit; None where nothing says."""
+    sizes = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = address_space_limit()
+    if limit is not None:
+        sizes.append(limit)
+    return min(sizes, default=None)
+
+
+def address_space_limit() -> int | None:
+    """Bytes of address space that this process may have (ulimit -v), or None without a limit."""
+    try:
+        import resource
+    except ImportError:  # no POSIX system
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _processor() -> str:

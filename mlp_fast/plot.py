@@ -23,6 +23,16 @@ def check_plot(path: str) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("--plot needs matplotlib; install it with: pip install 'mlp-fast[plot]'") from None
+    except OSError as error:
+        raise UserError(f"--plot: {' '.join(str(error).split())}") from None
+
+
+def drawable(text: str) -> str:
+    """A text for a picture: characters that the font lacks, or that cannot be seen, as their code points."""
+    from matplotlib import font_manager
+
+    glyphs = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    return "".join(c if c.isprintable() and ord(c) in glyphs else f"U+{ord(c):04X}" for c in text)
 
 
 def draw_losses(path: str, evaluations: Sequence["Evaluation"], title: str, floor: float | None) -> None:
@@ -38,7 +48,8 @@ def draw_losses(path: str, evaluations: Sequence["Evaluation"], title: str, floo
     axes.plot(steps, [e.val_loss for e in evaluations], label="val")
     if floor is not None:
         axes.axhline(floor, color="grey", linestyle="--", label="floor (entropy of the source on val)")
-    axes.set(title=textwrap.fill(title, 60), xlabel="step", ylabel="mean cross-entropy (nats per token)")
+    axes.set_title(textwrap.fill(drawable(title), 60), parse_math=False)
+    axes.set(xlabel="step", ylabel="mean cross-entropy (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3)
     try:

@@ -9,6 +9,11 @@ The same steps in three ways, on any machine:
 docs/profiling.md tells how to read what comes out.
 """
 
+if __name__ == "__main__":
+    from mlp_fast.command import begin
+
+    begin()
+
 import contextlib
 import dataclasses
 import importlib.util

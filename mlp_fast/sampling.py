@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mlp_fast.errors import UserError
 from mlp_fast.rng import RNG
 from mlp_fast.tokens import Vocabulary
 
@@ -27,8 +28,30 @@ def draw(logits: Tensor, uniform: float) -> int:
     return len(probabilities) - 1
 
 
+def shaped(logits: Tensor, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+    """Logits (V,) of the distribution to draw from.
+
+    Args:
+        temperature: divides them; 0 leaves the likeliest token alone.
+        top_k: how many of the likeliest tokens remain, all for None; of equals, those that come first.
+    """
+    if temperature == 0:
+        temperature, top_k = 1.0, 1
+    if temperature != 1:
+        logits = logits / temperature
+    if top_k is not None:
+        unlikely = logits.sort(descending=True, stable=True).indices[top_k:]
+        logits = logits.index_fill(0, unlikely, -torch.inf)
+    return logits
+
+
 def sample(
-    logits_of: Callable[[Sequence[int]], Tensor], prompt: Sequence[int], count: int, rng: RNG, context_length: int
+    logits_of: Callable[[Sequence[int]], Tensor],
+    prompt: Sequence[int],
+    count: int,
+    rng: RNG,
+    context_length: int,
+    stop: int | None = None,
 ) -> list[int]:
     """Continues a prompt.
 
@@ -36,27 +59,47 @@ def sample(
         logits_of: maps a context of T tokens to logits (V,).
         prompt: at least T tokens; the last T are the first context.
         count: how many tokens to draw, one uniform of `rng` each.
+        stop: a token that ends the text before that.
 
     Returns:
-        The drawn tokens, without the prompt.
+        The drawn tokens, without the prompt and without `stop`.
     """
     if len(prompt) < context_length:
         raise ValueError(f"the prompt has {len(prompt)} tokens, the context {context_length}")
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(draw(logits_of(tokens[-context_length:]), rng.random()))
+        token = draw(logits_of(tokens[-context_length:]), rng.random())
+        if token == stop:
+            break
+        tokens.append(token)
     return tokens[len(prompt) :]
 
 
-def default_prompt(vocabulary: Vocabulary, context_length: int, train: Tensor) -> list[int]:
-    """What a training run's sample begins with: PROMPT, with more newlines before it where the context is longer.
+def default_prompt(vocabulary: Vocabulary, context_length: int, beginning: Sequence[int]) -> list[int]:
+    """What a sample begins with unless told otherwise: PROMPT, padded to T tokens.
 
     A corpus whose vocabulary lacks one of its tokens is continued from its own beginning.
+
+    Args:
+        beginning: the first T tokens of train.
     """
-    if not vocabulary.knows(PROMPT):
-        return train[:context_length].tolist()
-    prompt = vocabulary.encode(PROMPT)
-    return vocabulary.encode("\n") * (context_length - len(prompt)) + prompt
+    prompt = vocabulary.encode(PROMPT) if vocabulary.knows(PROMPT) else list(beginning)
+    return padded(prompt, vocabulary, context_length, beginning)
+
+
+def padded(prompt: Sequence[int], vocabulary: Vocabulary, context_length: int, beginning: Sequence[int]) -> list[int]:
+    """A prompt of at least T tokens: before a shorter one come newlines, the ends of texts.
+
+    Where the vocabulary has no newline, the corpus' beginning comes before it. UserError where that is not known.
+    """
+    missing = max(0, context_length - len(prompt))
+    before = vocabulary.encode("\n") * missing if vocabulary.knows("\n") else list(beginning[:missing])
+    if len(before) < missing:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, the model's context {context_length}, and this older checkpoint "
+            f"does not tell how its corpus begins; give at least {context_length}"
+        )
+    return [*before, *prompt]
 
 
 def continuation(vocabulary: Vocabulary, prompt: Sequence[int], drawn: Sequence[int]) -> str:

@@ -25,7 +25,11 @@ class TrainState:
     @classmethod
     def initial(cls, shape: Shape, seed: int) -> "TrainState":
         """The state before the first step."""
-        parameters = initial_parameters(shape, seed)
+        return cls.of(initial_parameters(shape, seed))
+
+    @classmethod
+    def of(cls, parameters: Parameters) -> "TrainState":
+        """The state before the first step from these parameters, which are not copied."""
         return cls(parameters, _zeros_like(parameters), _zeros_like(parameters))
 
     def clone(self) -> "TrainState":

@@ -26,7 +26,7 @@ from torch import Tensor
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
-from mlp_fast.corpus import check_sizes, load
+from mlp_fast.corpus import check_sizes, load_for
 from mlp_fast.models import MLP, Parameters, Shape, initial_parameters
 from mlp_fast.optim import BETA1, BETA2, EPS, learning_rate
 from mlp_fast.state import TrainState
@@ -68,7 +68,7 @@ class Spread:
 
 def subject(config: Config) -> tuple[Shape, Tape]:
     """The model's sizes and the training tape, on the CPU, of a run with these settings; UserError as in training."""
-    corpus = load(config.data, config.tokens, config.min_count)
+    corpus = load_for(config)
     check_sizes(corpus, config.context_length, config.batch_size)
     T, E, H = config.context_length, config.embedding_size, config.hidden_size
     return Shape(len(corpus.vocabulary), T, E, H, config.direct), Tape(corpus.train, T)

@@ -6,20 +6,19 @@ want it (those of torchrun, say) wait for the one that makes it; it appears whol
 at any time.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from filelock import FileLock
 
 from mlp_fast.errors import UserError
 
@@ -48,13 +47,14 @@ def entry(key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict
     folder = tapes / key
     try:
         tapes.mkdir(parents=True, exist_ok=True)
-        with _locked(tapes / f"{key}.lock"):
+        with FileLock(tapes / f"{key}.lock", poll_interval=0.1):  # ends with the process, however it ends
             description = _described(folder)
             if description is None:
                 description = _built(folder, build)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"the token cache {folder} cannot be written ({error.strerror}); make room, or set XDG_CACHE_HOME"
+            f"the token cache {folder} cannot be written ({reason}); make room, or set XDG_CACHE_HOME"
         ) from None
     return folder, description
 
@@ -111,10 +111,3 @@ def _built(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return description
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however it ends
-        yield

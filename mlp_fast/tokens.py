@@ -5,7 +5,8 @@
 `word`  As in Bengio et al. 2003: a word is a run of letters, digits and underscores, with single apostrophes or hyphens
         inside it; every other visible character is a word of its own, and so is the newline, the end of a text. Case
         is kept. Words that occur in train fewer than `min_count` times, and words that train lacks, are <unk>; so is
-        "<unk>" where the text has it.
+        "<unk>" where the text has it. Of a script that puts no spaces between words, as Chinese, a whole run of
+        characters is one word: `char` suits it better.
 """
 
 import codecs
@@ -29,6 +30,10 @@ CHUNK = 1 << 18  # bytes decoded at a time
 UNKNOWN = "<unk>"
 _CODE_POINTS = sys.maxunicode + 1
 _WORD = re.compile(r"\n|<unk>|\w+(?:['’-]\w+)*|[^\w\s]")
+# Scripts written without spaces between words: Thai to Khmer, Japanese, Chinese.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 _SPACES = b" \n\t\r\v\f"  # as bytes: no character of several bytes holds any of them, and no word does
 # Between two words stands a space, but not before these or after those; nor beside a newline.
 _CLOSING, _OPENING = frozenset(".,;:!?%)]}…"), frozenset("([{")
@@ -216,6 +221,12 @@ class Words(Vocabulary):
     def knows(self, text: str) -> bool:
         """Whether every word is in the vocabulary."""
         return all(word in self._tokens for word in _WORD.findall(text))
+
+    @property
+    def unspaced(self) -> bool:
+        """Whether most words are of scripts without spaces: then they are no words, but runs of characters."""
+        words = [word for word in self.words if word[0].isalnum()]
+        return 2 * sum(_UNSPACED.search(word) is not None for word in words) > len(words)
 
     def as_json(self) -> list[str]:
         """The words."""

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,23 +17,24 @@ from typing import Any
 
 import torch
 
-from mlp_fast import backends, checkpoint, distributed
+from mlp_fast import backends, checkpoint, distributed, machine
 from mlp_fast.backends.base import Backend
 from mlp_fast.checkpoint import Checkpoint
 from mlp_fast.command import run_main
 from mlp_fast.config import Config, Parser, add_config_arguments, config_from
-from mlp_fast.corpus import Corpus, check_sizes, load
+from mlp_fast.corpus import Corpus, check_sizes, load_for
 from mlp_fast.errors import EXIT_NON_FINITE, EXIT_NOT_SAVED, UserError, report
 from mlp_fast.interrupt import Interrupt, Interrupted
 from mlp_fast.log import Evaluation, RunLog
 from mlp_fast.models import Shape
 from mlp_fast.optim import learning_rate
 from mlp_fast.plot import check_plot, draw_losses
-from mlp_fast.resume import check_same_run, resume_command, resumed_config
+from mlp_fast.resume import check_same_model, check_same_run, initialised_config, resume_command, resumed_config
 from mlp_fast.run_folder import RunFolder, same_folder
 from mlp_fast.sampling import SAMPLE_LENGTH, SAMPLE_SEED, continuation, default_prompt
 from mlp_fast.state import TrainState
 from mlp_fast.tape import TRAIN_EVAL_BATCHES, Tape, evaluated_positions, evaluated_windows
+from mlp_fast.tokens import Words
 
 # Work asked of a backend at a time, so that signals are answered: seconds, and the steps to begin with.
 RESPONSE_TIME = {"cpu": 0.05, "cuda": 0.5}
@@ -85,7 +85,7 @@ class Trainer:
         corpus: the three splits.
         log: where to report.
         folder: where to save; None saves nothing.
-        start: the checkpoint to go on from.
+        start: the checkpoint to go on from; at step 0, with another run's parameters, for --init-from.
         interrupt: what may ask the run to end early.
     """
 
@@ -104,6 +104,7 @@ class Trainer:
         self.interrupt = interrupt or Interrupt()
         T, B = config.context_length, config.batch_size
         self.tapes = {"train": Tape(corpus.train, T), "val": Tape(corpus.val, T), "test": Tape(corpus.test, T)}
+        self.beginning = tuple(corpus.train[:T].tolist())
         state = start.state if start else TrainState.initial(self.shape, config.seed)
         self.first_step = self.step = state.step
         self.losses = start.losses if start else {}  # of the latest evaluation, as a checkpoint keeps them
@@ -136,6 +137,14 @@ class Trainer:
             floor=self.floor("val"),
         )
         log.message(self._title(backends.passed_over(config, self.shape, self.tapes["train"], type(self.backend))))
+        vocabulary = self.corpus.vocabulary
+        if isinstance(vocabulary, Words) and vocabulary.unspaced:
+            log.warning(
+                "--tokens word takes a run of letters as one word, and most of this text has no spaces between words; "
+                "--tokens char suits it better"
+            )
+        if config.resume is None and config.init_from is not None:
+            log.message(f"starting from the model in {config.init_from}")
         if config.resume is not None:
             log.message(f"going on after {self.first_step} of {config.last_step} steps, from {config.resume}")
             log.event("resume", step=self.first_step)
@@ -145,7 +154,7 @@ class Trainer:
         with self.interrupt.deferred():
             self._train()
         with self.evaluating:
-            prompt = default_prompt(self.corpus.vocabulary, self.shape.T, self.corpus.train)
+            prompt = default_prompt(self.corpus.vocabulary, self.shape.T, self.beginning)
             drawn = self.backend.sample(prompt, SAMPLE_LENGTH, SAMPLE_SEED)
             text = continuation(self.corpus.vocabulary, prompt, drawn)
             test_loss = self.backend.shared_mean_loss(self.windows["test"])
@@ -322,7 +331,8 @@ class Trainer:
             self.log.unsaved_because(f"the checkpoint of step {self.step} (it is not finite; the last good one stays)")
             return
         losses = self.losses if all(math.isfinite(value) for value in self.losses.values()) else {}
-        new = Checkpoint(state, self.config, self.corpus.vocabulary, self.corpus.fingerprint, losses)
+        vocabulary, fingerprint = self.corpus.vocabulary, self.corpus.fingerprint
+        new = Checkpoint(state, self.config, vocabulary, fingerprint, losses, self.beginning)
         with self.log.noting_failure(f"the checkpoint of step {self.step}"):
             path = self.folder.save(new)
             self.log.event("checkpoint", step=self.step, file=str(path), best=self.folder.best)
@@ -341,20 +351,18 @@ def checked_shape(config: Config, corpus: Corpus) -> Shape:
 
 
 def check_memory(shape: Shape, batch_size: int) -> None:
-    """UserError where a model of these sizes is larger than this machine's memory, before any of it is taken.
+    """UserError where a model of these sizes is larger than this process's memory, before any of it is taken.
 
     What is counted is the least that any backend needs: parameters, two moments, gradients, the initial values, and one
     batch's embeddings, hidden units and their gradients, in float32.
     """
     numbers = 5 * shape.num_parameters + 2 * batch_size * (shape.T * shape.E + shape.H)
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # a system that does not say
-        return
-    if 4 * numbers > memory:
+    memory = machine.memory()
+    if memory is not None and 4 * numbers > memory:
         raise UserError(
             f"a model of {shape.num_parameters:,} parameters in batches of {batch_size:,} needs at least "
-            f"{4 * numbers / 2**30:,.0f} GiB of memory, this machine has {memory / 2**30:,.0f}; choose smaller sizes"
+            f"{4 * numbers / 2**30:,.1f} GiB of memory, of which this process may have {memory / 2**30:,.1f}; "
+            "choose smaller sizes"
         )
 
 
@@ -378,7 +386,8 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
     world = distributed.world()
     if world.rank:
         config = dataclasses.replace(config, out=None, plot=None, log_json=None, quiet=True)
-    with contextlib.ExitStack() as stack:
+    # Whatever the caller is in: training needs gradients.
+    with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
         with world.agreed():
             backends.check(config)
             if config.checkpoint_every is not None and config.out is None and not world.rank:
@@ -405,8 +414,11 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
 
 def _corpus(config: Config) -> Corpus:
     """The run's corpus; where a resumed run's cannot be had, the error says what else may be done."""
+    vocabulary = None
+    if config.init_from is not None:
+        vocabulary = checkpoint.load(Path(config.resume or config.init_from)).vocabulary
     try:
-        return load(config.data, config.tokens, config.min_count)
+        return load_for(config, vocabulary)
     except UserError as error:
         if config.resume is None:
             raise
@@ -414,8 +426,13 @@ def _corpus(config: Config) -> Corpus:
 
 
 def _start(config: Config, corpus: Corpus, folder: RunFolder | None) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, if any; and the folder made ready for what follows."""
+    """The checkpoint that the run starts from, if any; and the folder made ready for what follows."""
     path = start = None
+    if config.resume is None and config.init_from is not None:
+        model = checkpoint.load(Path(config.init_from))
+        check_same_model(config, model.config)
+        state = TrainState.of(model.state.parameters)
+        start = Checkpoint(state, config, corpus.vocabulary, corpus.fingerprint)
     if config.resume is not None:
         path = checkpoint.locate(Path(config.resume))
         start = checkpoint.load(path)
@@ -445,7 +462,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Interrupt() as interrupt, distributed.joined() as world:
             with world.agreed():
                 arguments: argparse.Namespace = parser.parse_args(argv)
-                config = config_from(arguments) if arguments.resume is None else resumed_config(parser.given(argv))
+                if arguments.resume is not None:
+                    config = resumed_config(parser.given(argv))
+                elif arguments.init_from is not None:
+                    config = initialised_config(parser.given(argv))
+                else:
+                    config = config_from(arguments)
             if arguments.list_backends:
                 if world.rank == 0:
                     print(backends.listing(config))

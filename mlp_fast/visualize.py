@@ -8,6 +8,11 @@
 The pictures need matplotlib.
 """
 
+if __name__ == "__main__":
+    from mlp_fast.command import begin
+
+    begin()
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +29,7 @@ from mlp_fast.config import Parser
 from mlp_fast.corpus import Vocabulary
 from mlp_fast.errors import UserError
 from mlp_fast.models import MLP
+from mlp_fast.plot import drawable
 from mlp_fast.sample import unescape
 
 PICTURES = ("embeddings", "probabilities", "graph")
@@ -217,19 +223,15 @@ def _rows(operations: Sequence[Operation]) -> list[list[Operation]]:
 
 def _label(vocabulary: Vocabulary, token: int) -> str:
     r"""A token as the pictures show it: itself; \n, \x00 or a code point where it cannot be seen or drawn."""
-    from matplotlib import font_manager
-
-    drawable = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
-    text = vocabulary.decode([token])
-    return "".join(_shown(character, drawable) for character in text) or "''"
+    return "".join(map(_shown, vocabulary.decode([token]))) or "''"
 
 
-def _shown(character: str, drawable: dict[int, Any]) -> str:
+def _shown(character: str) -> str:
     if character == " ":
         return "' '"
     if not character.isprintable():
         return character.encode("unicode_escape").decode()
-    return character if ord(character) in drawable else f"U+{ord(character):04X}"
+    return drawable(character)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

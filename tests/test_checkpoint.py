@@ -77,12 +77,13 @@ def test_what_is_saved_comes_back_bit_for_bit(corpus_folder: str, tmp_path: Path
     for tensor in tensors_of(state).values():
         tensor += torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
     state.step = 7
-    saved = Checkpoint(state, config, corpus.vocabulary, corpus.fingerprint, {"val_loss": 1.25})
+    saved = Checkpoint(state, config, corpus.vocabulary, corpus.fingerprint, {"val_loss": 1.25}, (1, 4, 4))
     path = tmp_path / checkpoint.file_name(7)
     checkpoint.save(path, saved)
     back = checkpoint.load(path)
     assert_same(back.state, state)
     assert (back.vocabulary, back.fingerprint, back.losses) == (saved.vocabulary, saved.fingerprint, saved.losses)
+    assert back.beginning == (1, 4, 4)
     assert back.config == Config(**{**vars(config), "out": None})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007.safetensors"]
 
@@ -111,16 +112,17 @@ def test_a_file_of_version_1_still_loads() -> None:
     """Against the program itself: seven steps of the same run, computed now."""
     old = checkpoint.load(GOLDEN_V1)
     assert old.losses == {}
+    assert old.beginning == ()
     assert old.config.out is None
     result = train.train(Config(**{**vars(old.config), "stop_after": 7, "quiet": True}))
     assert_same(old.state, result.state, tolerance=1e-5)
 
 
 def test_an_older_version_is_upgraded_step_by_step(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 4)
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 5)
     renamed = {
-        2: lambda facts: facts | {"seen": [2]},
-        3: lambda facts: facts | {"losses": {"seen": len(facts["seen"])}},
+        3: lambda facts: facts | {"seen": [2]},
+        4: lambda facts: facts | {"losses": {"seen": len(facts["seen"])}},
     }
     monkeypatch.setattr(checkpoint, "UPGRADES", checkpoint.UPGRADES | renamed)
     assert checkpoint.load(run).losses == {"seen": 1}
@@ -128,8 +130,8 @@ def test_an_older_version_is_upgraded_step_by_step(run: Path, monkeypatch: pytes
 
 
 def test_a_newer_version_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 1)
-    with pytest.raises(UserError, match=r"format version 2 is newer than 1; update"):
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    with pytest.raises(UserError, match=r"format version 3 is newer than 2; update"):
         checkpoint.load(run)
 
 

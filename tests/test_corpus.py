@@ -19,11 +19,12 @@ import torch
 from hypothesis import example, given, settings
 
 from mlp_fast import corpus, tokens
+from mlp_fast.config import SPLITTING, Config
 from mlp_fast.corpus import SPLITS, Corpus
 from mlp_fast.data import synthesize
 from mlp_fast.errors import UserError
 from mlp_fast.rng import RNG
-from mlp_fast.tokens import Characters
+from mlp_fast.tokens import Characters, Words
 
 
 def folder(path: Path, **splits: bytes) -> str:
@@ -233,14 +234,186 @@ def test_a_character_train_lacks_is_named_with_file_and_line(tmp_path: Path, spl
         corpus.load(folder(tmp_path / "c", **{split: content}))
 
 
-def test_a_character_train_lacks_is_found_in_the_one_file_form(tmp_path: Path) -> None:
-    """Every line has a character of its own: the first line of val is named where it stands in the file."""
+@pytest.mark.parametrize("split", SPLITTING)
+def test_one_file_has_the_characters_of_all_of_it(tmp_path: Path, split: str) -> None:
+    """Every line has a character of its own: which of them go to train is the program's doing, not the user's."""
     lines = [chr(0x4E00 + i) for i in range(50)]
-    path = one_file(tmp_path / "c.txt", "\n".join(lines).encode())
-    expected = plain_split("\n".join(lines))["val"]
-    line = min(lines.index(character) for character in expected.split()) + 1
-    with pytest.raises(UserError, match=rf"c\.txt, line {line}: the character '{lines[line - 1]}' .*val split"):
-        corpus.load(path)
+    text = "\n".join(lines) + "\n"
+    loaded = corpus.load(one_file(tmp_path / "c.txt", text.encode()), split=split)
+    assert loaded.vocabulary.characters == "".join(sorted(set(text)))
+    expected = plain_split(text) if split == "shuffled" else plain_cut(text.encode(), "char")
+    assert texts(loaded) == expected
+    assert not set(expected["val"]) <= set(expected["train"])
+
+
+def test_a_character_that_a_given_vocabulary_lacks_is_named_with_file_and_line(tmp_path: Path) -> None:
+    content = "anna\r\nbob\rbéb\nzoé\n".encode()
+    known = Characters("\nabno")
+    for data, of in (
+        (one_file(tmp_path / "c.txt", content), ""),
+        (folder(tmp_path / "t", train=content), " of the train split"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"line 3: the character 'é' \(U\+00E9\){of} is not in the vocabulary of the"
+        ):
+            corpus.load(data, vocabulary=known)
+    loaded = corpus.load(folder(tmp_path / "c"), vocabulary=Characters("\nabnoxyz"))
+    assert loaded.train.tolist() == [1, 3, 3, 1, 0, 2, 4, 2, 0]
+    assert len(loaded.vocabulary) == 8
+    words = corpus.load(folder(tmp_path / "c"), "word", vocabulary=Words(("<unk>", "\n", "bob")))
+    assert words.train.tolist() == [0, 1, 2, 1]
+
+
+# --- in order ---------------------------------------------------------------------------------------------------------
+
+
+def plain_cut(text: bytes, kind: str) -> dict[str, str]:
+    """The splits of a text in its order: 94% of the bytes, 3% and 3%, the places moved on to the next token's begin."""
+    k = max(1, (3 * len(text) + 50) // 100)
+    places = []
+    for place in (len(text) - 2 * k, len(text) - k):
+        while kind != "byte" and place < len(text) and text[place] in range(0x80, 0xC0):
+            place += 1
+        if kind == "word" and any(c in b" \t\n\r\v\f" for c in text[place:]):
+            place = next(i for i in range(place, len(text)) if text[i] in b" \t\n\r\v\f") + 1
+        places.append(place)
+    a, b = places
+    return {"train": text[:a].decode(), "val": text[a:b].decode(), "test": text[b:].decode()}
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It was the best of times, it was the worst of times, " * 40,  # prose in one line
+        "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。" * 40,
+        "one\ntwo\n" * 50,
+        "ab" * 20,  # two lines would be too few
+    ],
+)
+def test_a_text_whose_order_matters_is_cut_in_its_order(
+    tmp_path: Path, text: str, streamed: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = one_file(tmp_path / "c.txt", text.encode())
+    expected = plain_cut(text.encode(), kind)
+    assert "".join(expected.values()) == text
+    if streamed:
+        monkeypatch.setattr(corpus, "STREAMED_ABOVE", dict.fromkeys(corpus.STREAMED_ABOVE, -1))
+        monkeypatch.setattr(tokens, "CHUNK", 7)
+    loaded = corpus.load(data, kind, split="contiguous")
+    if kind == "char":
+        assert texts(loaded) == expected
+    else:
+        words = Words.of([expected["train"].encode()], 1)
+        assert loaded.vocabulary == words
+        assert {split: tape.tolist() for split, tape in loaded.tapes.items()} == {
+            split: words.encode(part) for split, part in expected.items()
+        }
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_bytes_in_order_are_cut_anywhere(tmp_path: Path, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if streamed:
+        monkeypatch.setattr(corpus, "STREAMED_ABOVE", dict.fromkeys(corpus.STREAMED_ABOVE, -1))
+        monkeypatch.setattr(tokens, "CHUNK", 7)
+    content = bytes(range(0x80, 0xC0)) * 16  # none of them begins a character
+    loaded = corpus.load(one_file(tmp_path / "c.bin", content), "byte", split="contiguous")
+    assert {split: len(tape) for split, tape in loaded.tapes.items()} == {"train": 962, "val": 31, "test": 31}
+    assert b"".join(bytes(tape.tolist()) for tape in loaded.tapes.values()) == content
+
+
+@pytest.mark.parametrize("content", ["a", "ab", "é", "中", "éa"])
+def test_a_text_too_short_to_be_cut_is_refused(tmp_path: Path, content: str) -> None:
+    with pytest.raises(UserError, match=r"c\.txt is too short for train, val and test"):
+        corpus.load(one_file(tmp_path / "c.txt", content.encode()), split="contiguous")
+
+
+def test_too_few_lines_name_the_other_way(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--split contiguous"):
+        corpus.load(one_file(tmp_path / "c.txt", b"prose in one line"))
+
+
+# --- other encodings --------------------------------------------------------------------------------------------------
+
+ENCODED = {
+    "gbk": "中文，名字\r\n天地\n",
+    "big5": "中文名字\n",
+    "shift_jis": "日本語\n",
+    "iso2022_jp": "日本語 abc\n",  # keeps a state between characters
+    "latin-1": "café\rnaïve\n",
+    "utf-16": "añ中😀\n",
+    "utf-16-le": "añ中😀\n",
+    "utf-8-sig": "añ中\n",
+    "UTF8": "añ中\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODED)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_text_in_another_encoding_reads_as_python_reads_it(
+    tmp_path: Path, encoding: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content = (ENCODED[encoding] * 50).encode(encoding)
+    data = folder(tmp_path / "c", train=content, val=content, test=content)
+    with (tmp_path / "c" / "val.txt").open(encoding=encoding) as file:
+        expected = file.read()
+    if streamed:
+        monkeypatch.setattr(corpus, "STREAMED_ABOVE", dict.fromkeys(corpus.STREAMED_ABOVE, -1))
+    monkeypatch.setattr(tokens, "CHUNK", 7)  # cuts through characters
+    loaded = corpus.load(data, encoding=encoding)
+    assert texts(loaded) == dict.fromkeys(SPLITS, expected)
+    assert (
+        loaded.fingerprint
+        == corpus.load(folder(tmp_path / "u", **dict.fromkeys(SPLITS, expected.encode()))).fingerprint
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "content", "told"),
+    [
+        ("gbk", b"ab\xff\xffcd", "c.txt is not gbk: byte 0xff at offset 2 "),
+        ("gbk", b"a" * 20 + b"\xd6", "c.txt is not gbk: byte 0xd6 at offset 20 "),  # cut in the middle
+        ("ascii", b"a" * 9 + b"\xe9", "c.txt is not ascii: byte 0xe9 at offset 9 "),
+        ("utf-16-le", b"a\0b\0\x00\xd8c\0", "c.txt is not utf-16-le: byte 0x00 at offset 4 "),
+        ("utf-7", b"a+2AA-\n", "c.txt "),  # a lone surrogate
+        ("utf-8", b"\xd6\xd0", "c.txt is not UTF-8: byte 0xd6 at offset 0 "),
+    ],
+)
+def test_bytes_that_are_not_of_the_encoding_are_named_with_their_offset(
+    tmp_path: Path, encoding: str, content: bytes, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "CHUNK", 7)
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        corpus.load(one_file(tmp_path / "c.txt", content), encoding=encoding)
+    assert "\n" not in str(error.value)
+    assert "--encoding" in str(error.value)
+
+
+def test_a_character_is_named_in_its_encoding(tmp_path: Path) -> None:
+    data = folder(tmp_path / "c", train=b"ab\n", val="a\n俾\n".encode("gbk"), test=b"a\n")
+    with pytest.raises(UserError, match=r"val\.txt, line 2: the character '俾'"):
+        corpus.load(data, encoding="gbk")
+
+
+@pytest.mark.parametrize("name", ["klingon", "hex", "rot13", "base64", "", "a\0b"])
+def test_what_is_no_encoding_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="--encoding"):
+        Config(encoding=name)
+
+
+def test_bytes_have_no_encoding() -> None:
+    with pytest.raises(UserError, match="--encoding gbk is for text"):
+        Config(encoding="gbk", tokens="byte")
+
+
+def test_words_of_a_script_without_spaces_are_told_from_others() -> None:
+    chinese, english = ("天地玄黄，宇宙洪荒。日月盈昃。", "the cat sat on 中文 mats.\n")
+    assert Words.of([chinese.encode()], 1).unspaced
+    assert not Words.of([english.encode()], 1).unspaced
 
 
 def test_missing_and_strange_names_are_one_line(tmp_path: Path) -> None:
@@ -353,14 +526,14 @@ ANY_BYTES = st.one_of(
 )
 
 
-def as_it_should_load(read: Callable[[], dict[str, str]]) -> dict[str, str] | None:
+def as_it_should_load(read: Callable[[], dict[str, str]], *, one_file: bool = False) -> dict[str, str] | None:
     """The splits as plain Python makes them; None where no corpus can be made."""
     try:
         splits = read()
     except UnicodeDecodeError:
         return None
-    whole = all(splits.values()) and set(splits["val"] + splits["test"]) <= set(splits["train"])
-    return splits if whole else None
+    known = one_file or set(splits["val"] + splits["test"]) <= set(splits["train"])
+    return splits if all(splits.values()) and known else None
 
 
 def assert_loads(data: str, expected: dict[str, str] | None) -> None:
@@ -379,7 +552,7 @@ def assert_loads(data: str, expected: dict[str, str] | None) -> None:
 def test_any_file_loads_whole_or_is_refused_in_one_line(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
         data = one_file(Path(name) / "c.txt", content)
-        assert_loads(data, as_it_should_load(lambda: plain_split(plain_read(Path(data)))))
+        assert_loads(data, as_it_should_load(lambda: plain_split(plain_read(Path(data))), one_file=True))
 
 
 @settings(max_examples=200, deadline=None)
@@ -394,7 +567,7 @@ def test_any_folder_loads_whole_or_is_refused_in_one_line(train: bytes, other: b
 # --- large files ------------------------------------------------------------------------------------------------------
 
 MEASURE = """
-import re, sys, time
+import re, sys
 from pathlib import Path
 from mlp_fast import corpus
 
@@ -402,16 +575,13 @@ def resident(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 corpus.load("embedded")  # whatever is loaded once is loaded
-seconds = []
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
 before = resident("VmRSS")
 for _ in range(int(sys.argv[2])):
-    start = time.process_time()
     loaded = corpus.load(sys.argv[1])
-    seconds.append(time.process_time() - start)
     tokens = sum(len(tape) for tape in loaded.tapes.values())
     del loaded
-print(resident("VmHWM") - before, min(seconds), tokens)
+print(resident("VmHWM") - before, tokens)
 """
 
 LINE = "the quick brown fox jumps over the lazy dog\n"
@@ -437,29 +607,27 @@ def large_corpus(kind: str, path: Path, size: int) -> str:
     return folder(path, train=b"abcdefghijklmnopqrstuvwxyz\n" + train, val=val, test=val[:1000])
 
 
-def assert_lean_and_quick(data: str, repeats: int, speed: float = 50e6) -> None:
+def assert_lean(data: str, repeats: int) -> None:
     path = Path(data)
     size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEASURE, data, str(repeats)]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    memory, seconds, tokens = output.split()
+    memory, tokens = output.split()
     assert size / 3 < int(tokens) <= size + 1  # a newline may be added
-    print(f"{size / float(seconds) / 1e6:.0f} MB/s, {int(memory) / size:.2f} times the file")
     assert int(memory) <= 4 * size, f"{int(memory) / size:.2f} times the file"
-    assert size / float(seconds) >= speed, f"{size / float(seconds) / 1e6:.0f} MB/s"
 
 
 @pytest.mark.parametrize("kind", ["text", "folder", "giant line"])
-def test_20_megabytes_load_lean_and_quick(kind: str, tmp_path: Path) -> None:
-    assert_lean_and_quick(large_corpus(kind, tmp_path / "c", 20_000_000), repeats=4)
+def test_20_megabytes_load_lean(kind: str, tmp_path: Path) -> None:
+    assert_lean(large_corpus(kind, tmp_path / "c", 20_000_000), repeats=2)
 
 
 def test_lines_of_5_bytes_load_in_four_times_their_size(tmp_path: Path) -> None:
-    assert_lean_and_quick(large_corpus("lines of 5", tmp_path / "c", 20_000_000), repeats=1, speed=0)
+    assert_lean(large_corpus("lines of 5", tmp_path / "c", 20_000_000), repeats=1)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["text", "folder", "wide", "giant line", "names"])
-def test_200_megabytes_load_lean_and_quick(kind: str, tmp_path: Path) -> None:
-    assert_lean_and_quick(large_corpus(kind, tmp_path / "c", 200_000_000), repeats=3)
+def test_200_megabytes_load_lean(kind: str, tmp_path: Path) -> None:
+    assert_lean(large_corpus(kind, tmp_path / "c", 200_000_000), repeats=3)

@@ -401,3 +401,13 @@ def test_ten_million_words_train_within_4_gib(tmp_path: Path) -> None:
     assert len(loaded.train) >= 10_000_000
     known = {generate_words.spelled(rank) for rank in range(generate_words.VOCABULARY)}
     assert set(loaded.vocabulary.as_json()) == known | {".", "\n", UNKNOWN}
+
+
+@pytest.mark.parametrize(("text", "told"), [("天地玄黄，宇宙洪荒。\n", True), ("the cat sat.\n", False)])
+def test_words_where_there_are_no_spaces_are_warned_of(
+    tmp_path: Path, text: str, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.txt").write_text(text * 200, encoding="utf-8")
+    sizes = ["--backend=eager", "--embedding-size=2", "--hidden-size=2", "--batch-size=4", "--num-steps=1", "--quiet"]
+    assert train.main([*sizes, f"--data={tmp_path / 'c.txt'}", "--tokens=word"]) == 0
+    assert ("--tokens char suits it better" in capsys.readouterr().err) is told

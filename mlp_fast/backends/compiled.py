@@ -1,15 +1,24 @@
 """torch.compile: of each baseline's forward and backward, and of the whole step as one graph."""
 
+import os
+import re
+import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlp_fast.backends.base import Backend
 from mlp_fast.backends.cuda_graph import DeviceLoop, StepGraph
 from mlp_fast.backends.eager import MATMUL_PRECISION, Eager, EagerRaw, torch_precision_error
 from mlp_fast.config import Config
+from mlp_fast.errors import UserError
+from mlp_fast.files import code_obstacle, shown
 from mlp_fast.models import B1, B2, DIRECT, W1, W2, WTE, Parameters, Shape
 from mlp_fast.optim import update_scalars
 from mlp_fast.state import TrainState
@@ -24,16 +33,70 @@ def compiler_missing(device: torch.device) -> str | None:
             import triton  # noqa: F401
         except ImportError:
             return "torch.compile needs the package triton for CUDA; install it"
-        return None
+        return code_folder_unusable()
     from torch._inductor import config as inductor
 
     compilers = [name for name in inductor.cpp.cxx if name]
     if sys.platform == "linux" and not any(shutil.which(name) for name in compilers):
         return f"torch.compile needs a C++ compiler on the CPU; install g++ (looked for {', '.join(compilers)})"
-    return None
+    if not _is_one_word(home := os.path.dirname(torch.__file__)):
+        return f"torch.compile cannot build against torch in {shown(home)}; install it below a folder without blanks"
+    return code_folder_unusable()
 
 
-class CompileRaw(EagerRaw):
+def code_folder_unusable() -> str | None:
+    """Why Inductor cannot keep its code where it would, or None where it can."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written and executed from, without blanks in its name"
+    try:
+        folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()).absolute()
+    except OSError as error:  # there is no temporary folder at all
+        return f"torch.compile has no place for its code ({error.strerror}); {remedy}"
+    reason = code_obstacle(folder)
+    if reason is None and not _is_one_word(str(folder)):
+        reason = f"the compiler takes {shown(folder)} for several names"
+    return None if reason is None else f"torch.compile has no place for its code: {reason}; {remedy}"
+
+
+def _is_one_word(path: str) -> bool:
+    """Whether a path survives the command line that Inductor makes of it."""
+    try:
+        return os.name != "posix" or shlex.split(path) == [path]
+    except ValueError:  # a quote without its other half
+        return False
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Makes a UserError of a failure of torch.compile, whose own reports are of a hundred lines."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except (TorchDynamoException, OSError) as error:
+        told = str(getattr(error, "inner_exception", error)).strip()
+        by_compiler = re.search(r"^Output:\n(.+)", told, re.MULTILINE)
+        reason = by_compiler[1] if by_compiler else told.partition("\n")[0]
+        raise UserError(
+            f"--backend {name}: torch.compile failed ({reason}); choose another backend, "
+            "or see all of it by TORCH_LOGS=inductor"
+        ) from error
+
+
+class _Compiled(Backend):
+    """What is the same for all that torch.compile serves."""
+
+    @classmethod
+    def unavailable(cls, device: torch.device) -> str | None:
+        return compiler_missing(device)
+
+    def prepare(self) -> None:
+        with _one_line(self.name):
+            super().prepare()
+
+
+class CompileRaw(_Compiled, EagerRaw):
     """EagerRaw with its loss compiled, and by that the backward pass; AdamW, the batch and the loop stay eager."""
 
     name = "compile-raw"
@@ -43,12 +106,8 @@ class CompileRaw(EagerRaw):
         super().__init__(config, shape, tape, state, device)
         self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
 
-    @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return compiler_missing(device)
 
-
-class Compile(Eager):
+class Compile(_Compiled, Eager):
     """Eager with its loss compiled, and by that the backward pass; AdamW, the batch and the loop stay eager."""
 
     name = "compile"
@@ -58,12 +117,8 @@ class Compile(Eager):
         super().__init__(config, shape, tape, state, device)
         self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
 
-    @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return compiler_missing(device)
 
-
-class CompileStep(DeviceLoop):
+class CompileStep(_Compiled, DeviceLoop):
     """Batch, forward, backward and AdamW of step.py as one compiled graph.
 
     One compilation serves the whole run, and on CUDA a captured run of steps is replayed.
@@ -82,10 +137,6 @@ class CompileStep(DeviceLoop):
         self.compiled = torch.compile(self._update, fullgraph=True, dynamic=False, options=options)
         parameters = {name: torch.empty(size, device=device) for name, size in shape.parameters.items()}
         super().__init__(config, shape, tape, state, device, parameters)
-
-    @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return compiler_missing(device)
 
     @classmethod
     def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from mlp_fast.backends.base import Backend
 from mlp_fast.backends.cuda_graph import StepGraph
 from mlp_fast.config import Config
+from mlp_fast.files import code_obstacle
 from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.models import PARAMETER_NAMES, Shape
 from mlp_fast.optim import update_scalars
@@ -35,6 +37,11 @@ def kernels_missing(device: torch.device) -> str | None:
         return "it needs a CUDA device; --interpret runs the same kernels in Triton's interpreter, slowly"
     if device.type == "cuda" and interpreting():
         return "--interpret runs on the CPU; add --device cpu"
+    if device.type == "cuda":
+        from triton import knobs
+
+        if reason := code_obstacle(Path(knobs.cache.dir)):
+            return f"Triton has no place for its code: {reason}; set TRITON_CACHE_DIR to a folder to execute from"
     return None
 
 
