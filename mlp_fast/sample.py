@@ -28,7 +28,7 @@ def continue_text(saved: checkpoint.Checkpoint, prompt: str, length: int, seed: 
 
     def logits_of(context: Sequence[int]) -> torch.Tensor:
         with torch.no_grad():
-            return model(torch.tensor([context]))[0]
+            return model(torch.tensor([context]))[0][0]
 
     return continuation(saved.vocabulary, tokens, sample(logits_of, tokens, length, RNG(seed), T))
 

@@ -40,7 +40,7 @@ class CompileRaw(EagerRaw):
 
     def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
         super().__init__(config, shape, tape, state, device)
-        self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
+        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
@@ -55,7 +55,7 @@ class Compile(Eager):
 
     def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
         super().__init__(config, shape, tape, state, device)
-        self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
+        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
