@@ -28,7 +28,8 @@ def main(rank: int, store: str, file: str) -> None:
     model = FusedMLP(SHAPE, initial_parameters(SHAPE, 1)).double()
     part = slice(4 * rank, 4 * rank + 4)
     idx, targets = batch()
-    _, loss = DistributedDataParallel(model)(idx[part], targets[part])
+    parallel = DistributedDataParallel(model)  # kept: it exchanges gradients for as long as it lives
+    _, loss = parallel(idx[part], targets[part])
     loss.backward()
     torch.save({name: p.grad for name, p in model.named_parameters()}, file)
     dist.destroy_process_group()
