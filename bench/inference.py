@@ -85,7 +85,7 @@ def evaluation_cases(plan: Plan) -> Iterator[Case]:
 
         def error(loss: float) -> float:
             with torch.no_grad():
-                losses = F.cross_entropy(model(windows.contexts), windows.targets, reduction="none")
+                losses = F.cross_entropy(model(windows.contexts)[0], windows.targets, reduction="none")
             return abs(loss - windows.mean(losses))
 
         return lambda: backend.mean_loss(mine), error
@@ -122,7 +122,7 @@ def sample_error(drawn: Sequence[int], prompt: Sequence[int], length: int, model
     contexts = torch.tensor([*prompt[-context_length:], *drawn[:-1]]).unfold(0, context_length, 1)
     tokens = torch.tensor(drawn)[:, None]
     with torch.no_grad():
-        probabilities = model(contexts).softmax(-1)
+        probabilities = model(contexts)[0].softmax(-1)
     above = probabilities.cumsum(-1).gather(1, tokens)[:, 0]
     below = above - probabilities.gather(1, tokens)[:, 0]
     uniforms = torch.from_numpy(RNG(SAMPLE_SEED).fill_uniform(length))

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import floor
-from bench.case import Case, Entry, Plan, Skipped, Timer
+from bench.case import Case, Entry, Plan, Timer
 from mlp_fast import ops
 from mlp_fast.config import Config
-from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.models import B1, B2, W1, W2, WTE, Shape, initial_parameters
 from mlp_fast.optim import BETA1, BETA2, EPS
 from mlp_fast.timing import NotEquivalent, Spread, seconds
 
 CALLS = 100  # in a captured graph
 TORCH, COMPILE, COPY, EMPTY = "torch", "torch.compile", "copy of as many bytes", "an empty kernel"
+CHUNKED = "F.linear_cross_entropy"  # in chunks of rows, without all logits in memory
 LARGE_BATCH = 65_536
 V = 27
 
@@ -165,8 +165,6 @@ def operator_case(name: str, make: Maker, config: Config, plan: Plan, more: dict
     device, precision = torch.device(plan.device), config.precision
 
     def run(timer: Timer, probes: floor.Probes) -> Entry:
-        if device.type == "cpu" and not interpreting():
-            raise Skipped("on the CPU the operators are plain torch; their kernels need a CUDA device")
         before_precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         try:
@@ -222,6 +220,24 @@ def _compiled(make: Maker) -> Rival:
     return lambda config, device: torch.compile(make(config, device, torch.float32, False), fullgraph=True)
 
 
+def _chunked(backward: bool) -> dict[str, Rival]:
+    """torch's own operator, where this torch has it."""
+    if not hasattr(F, "linear_cross_entropy"):
+        return {}
+
+    def make(config: Config, device: torch.device) -> Callable[[], object]:
+        x = _inputs(config, device, torch.float32)
+        operands = h, weight, bias = [x["h"], x[W2], x[B2]]
+
+        def forward() -> Tensor:
+            options = torch.nn.LinearCrossEntropyOptions()
+            return F.linear_cross_entropy(h, weight, x["targets"], linear_bias=bias, options=options)
+
+        return (lambda: torch.autograd.grad(forward(), operands)) if backward else forward
+
+    return {CHUNKED: make}
+
+
 def _copy(config: Config, device: torch.device) -> Callable[[], object]:
     """Moves as many bytes as the table form must: h written and the tokens read; half read here, and half written."""
     numbers = config.batch_size * (config.hidden_size + 2 * config.context_length)  # of 4 bytes; a token has 8
@@ -253,5 +269,7 @@ def kernel_cases(plan: Plan) -> Iterator[Case]:
         for name, make in OPERATORS.items():
             if name == "adamw" and precision != "fp32":
                 continue  # it has no products
-            yield operator_case(name, make, plan.config(precision=precision), plan)
+            backward = name.endswith("backward")
+            more = _chunked(backward) if name.startswith("linear_cross_entropy") else None
+            yield operator_case(name, make, plan.config(precision=precision), plan, more)
     yield from ceiling_cases(plan)

@@ -63,7 +63,7 @@ class ReferenceLoop:
         for _ in range(steps):
             self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.config)
             contexts, targets = next(self.batches)
-            loss = self.model.loss(contexts, targets)
+            loss = self._loss(contexts, targets)
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -80,7 +80,7 @@ class ReferenceLoop:
         total = 0.0
         for _ in range(count):
             contexts, targets = next(source)
-            total += self.model.loss(contexts, targets).item()
+            total += self._loss(contexts, targets).item()
         return total / count
 
     def run(self) -> list[tuple[int, float, float]]:
@@ -91,6 +91,11 @@ class ReferenceLoop:
                 evaluations.append((step, self.mean_loss("train", TRAIN_EVAL_BATCHES), self.mean_loss("val")))
             self.advance(1)
         return evaluations
+
+    def _loss(self, contexts: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = self.model(contexts, targets)[1]
+        assert loss is not None
+        return loss
 
     def _batches(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return batches(self.splits[split], self.config.context_length, self.config.batch_size)

@@ -3,7 +3,7 @@
     step         a training step of every backend, in rounds beside eager's and other rivals'
     threads      the same on one thread, where the CPU backends differ most
     sweep        a step over batch and hidden sizes; --full: of every backend, over T, V and precisions too
-    kernels      the fused operators beside plain torch, on CUDA
+    kernels      the fused operators beside plain torch
     evaluation   the mean loss of the val split
     sampling     200 characters
     rng          random numbers, vectorised and one by one

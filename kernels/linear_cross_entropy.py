@@ -9,6 +9,7 @@ over blocks of V with an online softmax (Milakov and Gimelshein 2018) and keeps 
 the logarithm of the sum of exponentials above it. Apart, because their sum would round away digits of large logits.
 Backward recomputes each tile of logits and multiplies it on at once: dh by walking over V, dweight by walking over
 rows, each adding to tiles of the result that no other program touches. No atomics, the same bits on every run.
+Losses weighted by row enter the backward pass as coefficients of each row, g = a softmax(logits) - r onehot(targets).
 A target outside [0, V) makes the loss and the gradients NaN. No time has been measured on a GPU yet.
 """
 
@@ -56,9 +57,13 @@ def _logits_tile(
 @triton.jit
 def _g_tile(
     h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, cols, in_rows, in_cols, B, V, H, stride_wv, stride_wh,
-    INPUT_PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+    BY_ROW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """softmax - onehot of rows x cols, fp32; 0 outside the matrix, NaN in rows whose target is invalid."""
+    """g of rows x cols, fp32; 0 outside the matrix, NaN in rows whose target is invalid.
+
+    a = r = 1, or BY_ROW after the two numbers of each row in lse: lse is (2, B), or (4, B).
+    """
     logits = _logits_tile(
         h_ptr, weight_ptr, bias_ptr, rows, cols, in_rows, in_cols, H, stride_wv, stride_wh,
         INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
@@ -68,7 +73,11 @@ def _g_tile(
     targets = tl.load(targets_ptr + rows, mask=in_rows, other=0).to(tl.int64)
     # Rows past the end have no maximum of their own to subtract: zero their logits lest exp overflow.
     p = tl.exp(tl.where(in_rows[:, None], logits - highest[:, None], float("-inf")) - log_sum[:, None])
-    g = p - tl.where(cols[None, :] == targets[:, None], 1.0, 0.0)
+    one_hot = tl.where(cols[None, :] == targets[:, None], 1.0, 0.0)
+    if BY_ROW:
+        p *= tl.load(lse_ptr + 2 * B + rows, mask=in_rows, other=0.0)[:, None]
+        one_hot *= tl.load(lse_ptr + 3 * B + rows, mask=in_rows, other=0.0)[:, None]
+    g = p - one_hot
     g = tl.where(((targets >= 0) & (targets < V))[:, None], g, float("nan"))
     return tl.where(in_rows[:, None] & in_cols[None, :], g, 0.0)
 
@@ -148,13 +157,13 @@ def combine_parts_kernel(parts_ptr, targets_ptr, lse_ptr, loss_ptr, B, V, num_pa
 @triton.jit
 def linear_cross_entropy_dh_kernel(
     h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, dloss_ptr, dh_ptr, B, V, H, stride_wv, stride_wh,
-    blocks_per_part, INPUT_PRECISION: tl.constexpr,
+    blocks_per_part, BY_ROW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dh (BLOCK_B samples, one part of the hidden units), fp32, summed over blocks of V in their order."""
     rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     in_rows = rows < B
-    scale = tl.load(dloss_ptr).to(tl.float32) / B
+    scale = tl.load(dloss_ptr).to(tl.float32) / (1 if BY_ROW else B)
     begin = tl.program_id(1) * blocks_per_part
     end = tl.minimum(begin + blocks_per_part, tl.cdiv(H, BLOCK_H))
     for v0 in range(0, V, BLOCK_V):
@@ -162,7 +171,7 @@ def linear_cross_entropy_dh_kernel(
         in_cols = cols < V
         g = _g_tile(
             h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, cols, in_rows, in_cols, B, V, H,
-            stride_wv, stride_wh, INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
+            stride_wv, stride_wh, BY_ROW, INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
         )  # fmt: skip
         for block in range(begin, end):
             i = block * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -184,14 +193,14 @@ def linear_cross_entropy_dh_kernel(
 @triton.jit
 def linear_cross_entropy_dweight_kernel(
     h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, dloss_ptr, parts_ptr, bias_parts_ptr, B, V, H,
-    stride_wv, stride_wh, rows_per_part, blocks_per_part, INPUT_PRECISION: tl.constexpr,
+    stride_wv, stride_wh, rows_per_part, blocks_per_part, BY_ROW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One part of dweight (BLOCK_V tokens, one part of the hidden units) and dbias, fp32, over its samples in order."""
     part = tl.program_id(2).to(tl.int64)
     cols = (tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
     in_cols = cols < V
-    scale = tl.load(dloss_ptr).to(tl.float32) / B
+    scale = tl.load(dloss_ptr).to(tl.float32) / (1 if BY_ROW else B)
     begin = tl.program_id(1) * blocks_per_part
     end = tl.minimum(begin + blocks_per_part, tl.cdiv(H, BLOCK_H))
     first = part * rows_per_part
@@ -202,7 +211,7 @@ def linear_cross_entropy_dweight_kernel(
         in_rows = rows < last
         g = _g_tile(
             h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, cols, in_rows, in_cols, B, V, H,
-            stride_wv, stride_wh, INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
+            stride_wv, stride_wh, BY_ROW, INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
         )  # fmt: skip
         total += tl.sum(g, axis=0)
         for block in range(begin, end):
@@ -240,14 +249,17 @@ def _cut(blocks: int, programs: int) -> tuple[int, int]:
 
 
 def linear_cross_entropy_fwd(
-    h: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, precision: str
+    h: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, precision: str, mean: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """(loss, a scalar; lse (2, B) for the backward pass), both fp32. Arguments already checked: see mlp_fast.ops."""
+    """(loss, a scalar, or without mean (B,); lse (2, B) for the backward pass), both fp32.
+
+    Arguments already checked: see mlp_fast.ops.
+    """
     (B, H), V = h.shape, weight.shape[0]
     lse = torch.empty((2, B), dtype=torch.float32, device=h.device)
     row_loss = torch.empty((B,), dtype=torch.float32, device=h.device)
     if B == 0:
-        return row_loss.mean(), lse
+        return row_loss.mean() if mean else row_loss, lse
     h, bias, targets = h.contiguous(), bias.contiguous(), targets.contiguous()
     row_blocks = triton.cdiv(B, BLOCK_B)
     num_parts, blocks_per_part = _cut(triton.cdiv(V, BLOCK_V), row_blocks)
@@ -260,14 +272,17 @@ def linear_cross_entropy_fwd(
         combine_parts_kernel[(triton.cdiv(B, COMBINE_ROWS),)](
             parts, targets, lse, row_loss, B, V, num_parts, BLOCK=COMBINE_ROWS, num_warps=4
         )
-    return row_loss.mean(), lse
+    return row_loss.mean() if mean else row_loss, lse
 
 
 def linear_cross_entropy_bwd(
     dloss: Tensor, lse: Tensor, h: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, precision: str,
-    need_h: bool, need_weight: bool,
+    need_h: bool, need_weight: bool, rows: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dh or None if it is not needed, dweight and dbias or None both), each of its input's dtype."""
+    """(dh or None if it is not needed, dweight and dbias or None both), each of its input's dtype.
+
+    dloss is of the mean; with rows, the coefficients a and r (2, B) fp32, it multiplies all gradients as it is.
+    """
     (B, H), V = h.shape, weight.shape[0]
     if B == 0:
         zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (h, weight, bias)]
@@ -275,13 +290,15 @@ def linear_cross_entropy_bwd(
     h, bias, targets = h.contiguous(), bias.contiguous(), targets.contiguous()
     row_blocks, blocks_v, blocks_h = triton.cdiv(B, BLOCK_B), triton.cdiv(V, BLOCK_V), triton.cdiv(H, BLOCK_H)
     dh = dweight = dbias = None
+    by_row = rows is not None
+    lse = torch.cat([lse, rows]) if by_row else lse
     if need_h:
         # fp32 although h may be 16 bits: it is added to once for every block of V.
         dh = torch.empty((B, H), dtype=torch.float32, device=h.device)
         num_parts, blocks_per_part = _cut(blocks_h, row_blocks)
         linear_cross_entropy_dh_kernel[(row_blocks, num_parts)](
             h, weight, bias, targets, lse, dloss, dh, B, V, H, *weight.stride(), blocks_per_part,
-            BLOCK_H=BLOCK_H, **_tiles(precision),
+            BY_ROW=by_row, BLOCK_H=BLOCK_H, **_tiles(precision),
         )  # fmt: skip
         dh = dh.to(h.dtype)
     if need_weight:
@@ -291,7 +308,7 @@ def linear_cross_entropy_bwd(
         num_parts, blocks_per_part = _cut(blocks_h, blocks_v * parts)
         linear_cross_entropy_dweight_kernel[(blocks_v, num_parts, parts)](
             h, weight, bias, targets, lse, dloss, partial, bias_partial, B, V, H, *weight.stride(),
-            rows_per_part, blocks_per_part, BLOCK_H=BLOCK_H, **_tiles(precision),
+            rows_per_part, blocks_per_part, BY_ROW=by_row, BLOCK_H=BLOCK_H, **_tiles(precision),
         )  # fmt: skip
         dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, bias.dtype)
     return dh, dweight, dbias

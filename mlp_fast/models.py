@@ -90,16 +90,19 @@ class MLPRaw:
         named = dict(zip(PARAMETER_NAMES, tensors, strict=True))
         return named if self.direct_weight is None else named | {DIRECT: self.direct_weight}
 
-    def logits(self, idx: Tensor) -> Tensor:
-        """Contexts (B, T), integer -> logits (B, V), float32."""
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Contexts (B, T), integer, and next tokens (B,), int64 -> (logits (B, V), mean cross-entropy in nats).
+
+        Both float32, the loss a scalar; it is None without targets.
+        """
         emb = self.wte[idx].flatten(1)
         hidden = torch.tanh(emb @ self.fc1_weight + self.fc1_bias)
         logits = hidden @ self.fc2_weight + self.fc2_bias
-        return logits if self.direct_weight is None else logits + emb @ self.direct_weight
+        if self.direct_weight is not None:
+            logits = logits + emb @ self.direct_weight
+        return logits, None if targets is None else F.cross_entropy(logits, targets)
 
-    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Contexts (B, T) and next tokens (B,), int64 -> mean cross-entropy in nats, a float32 scalar."""
-        return F.cross_entropy(self.logits(idx), targets)
+    __call__ = forward
 
 
 class MLP(nn.Module):
@@ -118,11 +121,11 @@ class MLP(nn.Module):
         if parameters is not None:
             self.load_state_dict(parameters)
 
-    def forward(self, idx: Tensor) -> Tensor:
-        """Contexts (B, T), integer -> logits (B, V)."""
-        emb = self.wte(idx).flatten(1)
-        return self.mlp(emb) if self.direct is None else self.mlp(emb) + self.direct(emb)
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Contexts (B, T), integer, and next tokens (B,), int64 -> (logits (B, V), mean cross-entropy in nats).
 
-    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Contexts (B, T) and next tokens (B,), int64 -> mean cross-entropy in nats, a scalar."""
-        return F.cross_entropy(self(idx), targets)
+        The loss is a scalar; it is None without targets.
+        """
+        emb = self.wte(idx).flatten(1)
+        logits = self.mlp(emb) if self.direct is None else self.mlp(emb) + self.direct(emb)
+        return logits, None if targets is None else F.cross_entropy(logits, targets)

@@ -56,7 +56,7 @@ def texts(
 
     def logits_of(context: Sequence[int]) -> torch.Tensor:
         with torch.no_grad():
-            return shaped(model(torch.tensor([context]))[0], temperature, top_k)
+            return shaped(model(torch.tensor([context]))[0][0], temperature, top_k)
 
     for _ in range(samples):
         yield shown + continuation(vocabulary, tokens, sample(logits_of, tokens, length, rng, T, end))

@@ -213,7 +213,7 @@ def float64_run(config: Config, shape: Shape, tape: Tape, steps: int) -> tuple[T
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         optimizer.zero_grad()
-        loss = model.loss(*tape.batch(step, config.batch_size))
+        _, loss = model(*tape.batch(step, config.batch_size))
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())

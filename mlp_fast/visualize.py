@@ -58,7 +58,7 @@ def principal_components(embeddings: Tensor) -> tuple[Tensor, Tensor]:
 def next_probabilities(model: MLP, context: Sequence[int]) -> Tensor:
     """The probabilities (V,), float64, of the token after a context of T tokens."""
     with torch.no_grad():
-        return torch.softmax(model(torch.tensor([list(context)]))[0].double(), dim=0)
+        return torch.softmax(model(torch.tensor([list(context)]))[0][0].double(), dim=0)
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,9 @@ class Operation:
     inputs: tuple[str, ...]
 
 
-class _Loss(nn.Module):
-    """The model with the loss behind it, so that the graph ends where the gradient begins."""
-
-    def __init__(self, model: MLP) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(idx), targets)
-
-
 def computation_graph(model: MLP, batch_size: int, context_length: int) -> list[Operation]:
     """The operations from contexts (B, T) and targets (B,) to the loss, each after those that it depends on."""
-    traced = fx.symbolic_trace(_Loss(model))
+    traced = fx.symbolic_trace(model)
     tokens = torch.zeros(batch_size, context_length, dtype=torch.int64)
     ShapeProp(traced).propagate(tokens, tokens[:, 0])
     layers = dict(traced.named_modules())
@@ -112,7 +101,7 @@ def _operation(node: fx.Node, layers: dict[str, nn.Module]) -> Operation:
 
 
 def _name(node: fx.Node) -> str:
-    return str(node.target).removeprefix("model.") if node.op == "call_module" else node.name
+    return str(node.target) if node.op == "call_module" else node.name
 
 
 def _sizes(layer: nn.Module) -> str:

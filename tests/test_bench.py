@@ -77,7 +77,8 @@ def test_the_gather_forms_products_are_what_torch_counts() -> None:
 
     model = MLP(DEFAULT, initial_parameters(DEFAULT, 1))
     with FlopCounterMode(display=False) as counter:
-        model.loss(torch.zeros(128, 3, dtype=torch.int64), torch.zeros(128, dtype=torch.int64)).backward()
+        _, loss = model(torch.zeros(128, 3, dtype=torch.int64), torch.zeros(128, dtype=torch.int64))
+        loss.backward()
     products = floor.step_cost(DEFAULT, 128, "gather").operations - floor.ADAMW_OPERATIONS * DEFAULT.num_parameters
     assert counter.get_total_flops() == products
 
@@ -317,7 +318,7 @@ def test_a_sample_that_rounding_took_across_a_border_is_right() -> None:
     def drawn(shift: float) -> list[int]:
         shifted = iter(uniforms + shift)
         tokens = SimpleNamespace(random=lambda: next(shifted))
-        return sample(lambda context: model(torch.tensor([context]))[0].detach(), prompt, 50, tokens, 3)  # type: ignore[arg-type]
+        return sample(lambda context: model(torch.tensor([context]))[0][0].detach(), prompt, 50, tokens, 3)  # type: ignore[arg-type]
 
     assert inference.sample_error(drawn(0), prompt, 50, model, 3) <= 0
     moved = drawn(0.01)  # as logits that are off by as much would

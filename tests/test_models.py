@@ -1,7 +1,11 @@
 """The two eager models: golden initial values and gradients, and float64 gradients of the hand-written step."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import ddp_program
 import pytest
 import torch
 
@@ -36,7 +40,7 @@ def test_initial_values_and_gradients_are_the_references(
     ):
         assert parameter.detach().double().sum().item() == pytest.approx(total, abs=2e-6)
         assert parameter.detach().double().norm().item() == pytest.approx(norm, abs=2e-6)
-    model.loss(*Tape(names_corpus.train, 3).batch(0, 128)).backward()
+    model(*Tape(names_corpus.train, 3).batch(0, 128))[1].backward()
     for parameter, norm in zip(parameters.values(), expected["grad_l2_step0"], strict=True):
         assert parameter.grad is not None
         assert parameter.grad.double().norm().item() == pytest.approx(norm, abs=2e-6)
@@ -67,7 +71,7 @@ def test_hand_written_gradients_are_autograds(form: str, V: int, T: int, E: int,
     idx = torch.randint(V, (B, T), generator=generator)
     targets = torch.randint(V, (B,), generator=generator)
     model = MLP(shape, initial_parameters(shape, 5)).double()
-    expected = model.loss(idx, targets)
+    _, expected = model(idx, targets)
     expected.backward()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     loss, gradients = loss_and_gradients(parameters, idx, targets, form)
@@ -100,3 +104,16 @@ def test_the_schedule_is_half_a_cosine() -> None:
     assert learning_rate(0, config) == 7e-4
     assert learning_rate(500, config) == pytest.approx(3.5e-4)
     assert learning_rate(1000, config) == pytest.approx(0, abs=1e-18)
+
+
+def test_ranks_of_distributed_data_parallel_have_the_gradients_of_plain_torch(tmp_path: Path) -> None:
+    files = [str(tmp_path / f"{rank}.pt") for rank in range(2)]
+    program = [sys.executable, str(Path(__file__).parent / "ddp_program.py")]
+    ranks = [subprocess.Popen([*program, str(rank), str(tmp_path / "store"), files[rank]]) for rank in range(2)]
+    assert [process.wait(120) for process in ranks] == [0, 0]
+    model = MLP(ddp_program.SHAPE, initial_parameters(ddp_program.SHAPE, 1)).double()
+    model(*ddp_program.batch())[1].backward()
+    for file in files:
+        gradients = torch.load(file)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-12)

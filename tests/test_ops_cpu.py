@@ -3,15 +3,20 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mlp_fast import ops
 from mlp_fast.models import MLP, Shape, initial_parameters
+
+# torch writes some of its tangents in what it has itself deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 SHAPE = Shape(V=11, T=3, E=4, H=6)
 OPERATORS = torch.ops.mlp_fast
@@ -64,7 +69,81 @@ def test_plain_loss_equals_eager(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+# Each option alone, and together; the second target is ignored by some.
+OPTIONS: list[dict[str, Any]] = [
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"ignore_index": -100},
+    {"ignore_index": 3, "reduction": "none"},
+    {"weight": torch.linspace(0.1, 2, SHAPE.V)},
+    {"weight": torch.linspace(0.1, 2, SHAPE.V), "reduction": "sum", "ignore_index": 3},
+    {"label_smoothing": 0.2},
+    {"label_smoothing": 1.0, "reduction": "none"},
+    {"label_smoothing": 0.3, "weight": torch.linspace(0.1, 2, SHAPE.V), "ignore_index": -100},
+]
+
+
+def with_options(x: dict[str, Tensor], options: dict[str, Any], bias: bool) -> dict[str, Any]:
+    """Arguments of torch's own function, by its names."""
+    targets = x["targets"].clone()
+    targets[1] = options.get("ignore_index", targets[1])
+    linear_bias = x["bias2"] if bias else None
+    return {
+        "input": x["h"], "linear_weight": x["weight2"], "linear_bias": linear_bias, "target": targets
+    } | options  # fmt: skip
+
+
+def loss_and_gradients(f: Callable[..., Tensor], arguments: dict[str, Any]) -> list[Tensor]:
+    loss = f(**arguments)
+    dloss = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view_as(loss)
+    operands = [arguments[name] for name in ("input", "linear_weight", "linear_bias")]
+    return [loss, *torch.autograd.grad(loss, [t for t in operands if t is not None], dloss)]
+
+
+def reference_loss(**arguments: Any) -> Tensor:
+    """torch's own, which the oldest torch that the project takes does not have, by its definition."""
+    operands = [arguments.pop(name) for name in ("input", "linear_weight", "linear_bias")]
+    weight = arguments.pop("weight", None)
+    logits = F.linear(*operands)
+    return F.cross_entropy(logits, weight=None if weight is None else weight.to(logits.dtype), **arguments)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_have_the_names_and_meanings_of_torchs(options: dict[str, Any]) -> None:
+    for bias in (True, False):
+        arguments = with_options(inputs(torch.float64), options, bias)
+        expected = loss_and_gradients(reference_loss, arguments)
+        got = loss_and_gradients(ops.linear_cross_entropy, arguments)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+        torchs = getattr(F, "linear_cross_entropy", None)
+        if torchs is not None:
+            wide = {k: v.double() if k == "weight" else v for k, v in arguments.items()}
+            torch.testing.assert_close(loss_and_gradients(torchs, wide), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, OPTIONS[-1]], ids=str)
+def test_options_in_compiled_code(options: dict[str, Any]) -> None:
+    """Which calls the opaque operators: what they compute of gradients is written out, not autograd's."""
+    arguments = with_options(inputs(torch.float64), options, True)
+    compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    expected = loss_and_gradients(reference_loss, arguments)
+    torch.testing.assert_close(loss_and_gradients(compiled, arguments), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_embed_without_a_bias() -> None:
+    x = inputs(torch.float64)
+    got = ops.embed_linear_tanh(x["idx"], x["wte"], x["weight"], None)
+    expected = eager_hidden(x | {"bias": torch.zeros(SHAPE.H, dtype=torch.float64)})
+    torch.testing.assert_close(got, expected)
+    compiled = torch.compile(ops.embed_linear_tanh, fullgraph=True, backend="aot_eager")
+    for h in (got, compiled(x["idx"], x["wte"], x["weight"], None)):
+        gradients = torch.autograd.grad(h.sum(), [x["wte"], x["weight"]])
+        torch.testing.assert_close(
+            gradients, torch.autograd.grad(expected.sum(), [x["wte"], x["weight"]], retain_graph=True)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_integer_dtypes(dtype: torch.dtype) -> None:
     x = inputs()
     expected = ops.embed_linear_tanh(x["idx"], x["wte"], x["weight"], x["bias"])
@@ -80,16 +159,17 @@ def test_opcheck() -> None:
     check(OPERATORS.embed_linear_tanh.default, embed)
     check(OPERATORS.embed_linear_tanh.default, (*embed[:2], x["weight"].t().detach().contiguous().t(), embed[3]))
     check(OPERATORS.embed_linear_tanh.default, (*(t.detach() for t in embed), "gather", "tf32"))
-    loss = (x["h"], x["weight2"], x["bias2"], x["targets"])
+    loss, options = (x["h"], x["weight2"], x["bias2"], x["targets"]), (None, "mean", None, 0.0, "fp32")
     check(OPERATORS.linear_cross_entropy.default, loss)
-    check(OPERATORS.linear_cross_entropy_forward.default, (*loss, "fp32"))
+    check(OPERATORS.linear_cross_entropy.default, (*loss, torch.ones(SHAPE.V), "none", 0, 0.1))
+    check(OPERATORS.linear_cross_entropy_forward.default, (*loss, *options))
     h = eager_hidden(x).detach()
     for needs in ((True, True), (True, False), (False, True)):
         backward = (torch.ones_like(h), h, *(t.detach() for t in embed[:3]), "auto", "fp32", *needs)
         check(OPERATORS.embed_linear_tanh_backward.default, backward)
         detached = [t.detach() for t in loss]
-        lse = OPERATORS.linear_cross_entropy_forward(*detached, "fp32")[1]
-        check(OPERATORS.linear_cross_entropy_backward.default, (torch.ones(()), lse, *detached, "fp32", *needs))
+        lse = OPERATORS.linear_cross_entropy_forward(*detached, *options)[1]
+        check(OPERATORS.linear_cross_entropy_backward.default, (torch.ones(()), lse, *detached, *options, *needs))
 
 
 def test_opcheck_adamw() -> None:
@@ -104,6 +184,104 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         lambda *p: ops.linear_cross_entropy(*p, x["targets"]), [x["h"], x["weight2"], x["bias2"]]
     )
+
+
+def pairs(x: dict[str, Tensor]) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]]:
+    """Of each operator: it, the same function in plain torch, and what both are differentiated by."""
+    idx, targets = x["idx"], x["targets"]
+    return {
+        "embed": (
+            lambda *p: ops.embed_linear_tanh(idx, *p),
+            lambda wte, *p: torch.tanh(F.linear(F.embedding(idx, wte).flatten(1), *p)),
+            tuple(x[name].detach() for name in ("wte", "weight", "bias")),
+        ),
+        "loss": (
+            lambda *p: ops.linear_cross_entropy(*p, targets),
+            lambda *p: F.cross_entropy(F.linear(*p), targets),
+            tuple(x[name].detach() for name in ("h", "weight2", "bias2")),
+        ),
+    }
+
+
+def tangents(parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.cos(3.0 * torch.arange(p.numel())).to(p.dtype).view_as(p) for p in parameters)
+
+
+def dual(f: Callable[..., Tensor], p: tuple[Tensor, ...]) -> Any:
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(f(*map(forward_ad.make_dual, p, tangents(p)))))
+
+
+def dual_in_the_backward_pass(f: Callable[..., Tensor], p: tuple[Tensor, ...]) -> Any:
+    """The tangent reaches an operator that had none on its way forward."""
+    leaves = [t.clone().requires_grad_() for t in p]
+    out = f(*leaves)
+    with forward_ad.dual_level():
+        dout = forward_ad.make_dual(torch.ones_like(out), torch.full_like(out, 2.0))
+        return [tuple(forward_ad.unpack_dual(g)) for g in torch.autograd.grad(out, leaves, dout)]
+
+
+def gradient_of_gradients(f: Callable[..., Tensor], p: tuple[Tensor, ...]) -> Any:
+    leaves = [t.clone().requires_grad_() for t in p]
+    gradients = torch.autograd.grad(f(*leaves).square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+
+
+DERIVATIVES: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Any]] = {
+    "jvp": lambda f, p: torch.func.jvp(f, p, tangents(p)),
+    "jacfwd": lambda f, p: torch.func.jacfwd(f, (0, 1, 2))(*p),
+    "jacrev": lambda f, p: torch.func.jacrev(f, (0, 1, 2))(*p),
+    "grad": lambda f, p: torch.func.grad(lambda *q: f(*q).square().sum(), (0, 1, 2))(*p),
+    "hessian": lambda f, p: torch.func.hessian(lambda *q: f(*q).sum(), (0, 1, 2))(*p),
+    "vmap": lambda f, p: torch.func.vmap(f)(*(torch.stack([t, -t]) for t in p)),
+    "vmap of grad": lambda f, p: torch.func.vmap(torch.func.grad(lambda *q: f(*q).sum(), 1), (None, 0, None))(
+        p[0], torch.stack([p[1], -p[1]]), p[2]
+    ),
+    "dual": dual,
+    "dual in the backward pass": dual_in_the_backward_pass,
+    "gradient of gradients": gradient_of_gradients,
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("operator", ["embed", "loss"])
+def test_derivatives_of_every_kind_are_plain_torchs(operator: str, derivative: str) -> None:
+    ours, plain, parameters = pairs(inputs(torch.float64))[operator]
+    got, expected = (DERIVATIVES[derivative](f, parameters) for f in (ours, plain))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_compiled_tangents_are_plain_torchs() -> None:
+    for ours, plain, parameters in pairs(inputs(torch.float64)).values():
+
+        def jvp(*p: Tensor, ours: Callable[..., Tensor] = ours) -> Any:
+            return torch.func.jvp(ours, p, tangents(p))
+
+        got = torch.compile(jvp, fullgraph=True, backend="aot_eager")(*parameters)
+        torch.testing.assert_close(got, torch.func.jvp(plain, parameters, tangents(parameters)), rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_of_one_sample_at_a_time() -> None:
+    x = inputs(torch.float64)
+    weight, bias = x["weight2"].detach(), x["bias2"].detach()
+
+    def of(loss: Callable[..., Tensor]) -> Tensor:
+        one = torch.func.grad(lambda w, h, target: loss(h[None], w, bias, target[None]))
+        return torch.func.vmap(one, (None, 0, 0))(weight, x["h"].detach(), x["targets"])
+
+    expected = of(lambda h, w, b, target: F.cross_entropy(F.linear(h, w, b), target))
+    torch.testing.assert_close(of(ops.linear_cross_entropy), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_model_in_functional_calls() -> None:
+    x, eager, fused = inputs(), MLP(SHAPE, initial_parameters(SHAPE, 1)), model()
+    parameters = {name: p.detach() for name, p in eager.named_parameters()}
+
+    def gradients(model: torch.nn.Module) -> Any:
+        call = torch.func.functional_call
+        return torch.func.grad(lambda p: call(model, p, (x["idx"], x["targets"]))[1])(parameters)
+
+    torch.testing.assert_close(gradients(fused), gradients(eager))
 
 
 def test_gradients_only_where_needed() -> None:
@@ -121,27 +299,31 @@ def model() -> ops.FusedMLP:
     return ops.FusedMLP(SHAPE, initial_parameters(SHAPE, 1))
 
 
+def loss_by(model: Any, x: dict[str, Tensor]) -> Tensor:
+    return model(x["idx"], x["targets"])[1]
+
+
 @pytest.mark.parametrize("shape", [SHAPE, dataclasses.replace(SHAPE, direct=True)], ids=["plain", "direct"])
 def test_state_dict_goes_both_ways(shape: Shape) -> None:
     eager, fused = MLP(shape), ops.FusedMLP(shape)
     fused.load_state_dict(eager.state_dict())
     x = inputs()
     torch.testing.assert_close(fused(x["idx"]), eager(x["idx"]))
-    torch.testing.assert_close(fused.loss(x["idx"], x["targets"]), eager.loss(x["idx"], x["targets"]))
+    torch.testing.assert_close(loss_by(fused, x), loss_by(eager, x))
     MLP(shape).load_state_dict(fused.state_dict())
 
 
 def test_compiles_as_one_graph() -> None:
     fused = model()
-    compiled = torch.compile(fused.loss, fullgraph=True)
+    compiled = torch.compile(fused, fullgraph=True)
     for B in (5, 6, 9):  # the third is compiled for any B
         x = inputs(B=B)
         fused.zero_grad()
-        expected = fused.loss(x["idx"], x["targets"])
+        expected = loss_by(fused, x)
         expected.backward()
         grads = [p.grad for p in fused.parameters()]
         fused.zero_grad()
-        loss = compiled(x["idx"], x["targets"])
+        loss = loss_by(compiled, x)
         loss.backward()
         assert torch.equal(loss, expected)
         assert all(torch.equal(a, b) for a, b in zip(grads, [p.grad for p in fused.parameters()], strict=True))
@@ -174,28 +356,26 @@ def test_the_loss_exports() -> None:
             self.model = model()
 
         def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-            return self.model.loss(idx, targets)
+            return self.model(idx, targets)[1]
 
     x, B = inputs(), torch.export.Dim("B", min=2)
     program = torch.export.export(Loss(), (x["idx"], x["targets"]), dynamic_shapes=({0: B}, {0: B}))
     assert any("mlp_fast.linear_cross_entropy" in str(node.target) for node in program.graph.nodes)
     other = inputs(B=9)
-    torch.testing.assert_close(
-        program.module()(other["idx"], other["targets"]), model().loss(other["idx"], other["targets"])
-    )
+    torch.testing.assert_close(program.module()(other["idx"], other["targets"]), loss_by(model(), other))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     x, fused = inputs(), model()
-    for call in (fused.loss, torch.compile(fused.loss, fullgraph=True, backend="aot_eager")):
+    for call in (fused, torch.compile(fused, fullgraph=True, backend="aot_eager")):
         with torch.autocast("cpu", dtype=dtype):
             assert fused.hidden(x["idx"]).dtype == dtype
             assert OPERATORS.embed_linear_tanh(x["idx"], x["wte"], x["weight"], x["bias"]).dtype == dtype
-            loss = call(x["idx"], x["targets"])
+            loss = loss_by(call, x)
         loss.backward()
         assert loss.dtype == torch.float32
-        torch.testing.assert_close(loss, fused.loss(x["idx"], x["targets"]), rtol=2e-2, atol=0)
+        torch.testing.assert_close(loss, loss_by(fused, x), rtol=2e-2, atol=0)
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in fused.parameters())
     with torch.autocast("cpu", dtype=dtype):
         double = inputs(torch.float64)
@@ -220,7 +400,7 @@ IDX = torch.zeros(5, 3, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"idx": IDX.float()}, TypeError, "idx must have one dtype of int32, int64, uint8, not float32"),
+        ({"idx": IDX.float()}, TypeError, "idx must have one dtype of int16, int32, int64, int8, uint8, not float32"),
         ({"idx": IDX + 11}, ValueError, r"tokens of idx must be in \[0, 11\), but reach from 11 to 11"),
         ({"idx": IDX - 1}, ValueError, "reach from -1 to -1"),
         ({"idx": IDX[0]}, ValueError, r"shapes must be idx \(B, T\)"),
@@ -244,13 +424,24 @@ def test_embed_errors(changes: dict[str, Any], error: type[Exception], message: 
     ("changes", "error", "message"),
     [
         ({"targets": torch.full((5,), -100)}, ValueError, r"targets must be in \[0, 11\), but reach from -100 to -100"),
-        ({"targets": torch.zeros(5)}, TypeError, "targets must have one dtype of"),
-        ({"targets": torch.zeros(4, dtype=torch.int64)}, ValueError, r"shapes must be h \(B, H\)"),
+        ({"targets": torch.zeros(5)}, TypeError, "target must have one dtype of"),
+        ({"targets": torch.zeros(4, dtype=torch.int64)}, ValueError, r"shapes must be input \(B, H\)"),
         ({"h": torch.zeros(5, 7)}, ValueError, "shapes must be"),
         ({"h": torch.zeros(5, 6, dtype=torch.float16)}, TypeError, "not float16, float32"),
         ({"bias2": torch.zeros(11, device="meta")}, ValueError, "must be on one device"),
         ({"weight2": torch.zeros(0, 6), "bias2": torch.zeros(0)}, ValueError, "none but B zero"),
         ({"precision": "ieee"}, ValueError, "unknown precision"),
+        ({"reduction": "avg"}, ValueError, "unknown reduction 'avg': choose one of mean, sum, none"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], not 1.5"),
+        ({"weight": torch.ones(5)}, ValueError, r"weight must be of the shape \(V,\) = \(11,\), not \(5,\)"),
+        ({"weight": torch.ones(11, dtype=torch.int64)}, TypeError, "weight must have one dtype of"),
+        ({"weight": torch.ones(11, device="meta")}, ValueError, "weight and linear_weight must be on one device"),
+        ({"weight": torch.ones(11, requires_grad=True)}, ValueError, "weight must not require a gradient"),
+        (
+            {"targets": torch.tensor([-1, 11, -1, 0, 0]), "ignore_index": -1},
+            ValueError,
+            r"targets must be in \[0, 11\), but reach from 0 to 11",
+        ),
     ],
 )  # fmt: skip
 def test_loss_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -272,6 +463,7 @@ def test_loss_errors(changes: dict[str, Any], error: type[Exception], message: s
         ({"step": torch.tensor(0)}, ValueError, "step counts from 1 and lr must not be negative: 0 and 0.1"),
         ({"lr": torch.tensor(-0.5)}, ValueError, "must not be negative: 1 and -0.5"),
         ({"lr": torch.tensor(float("nan"))}, ValueError, "must not be negative: 1 and nan"),
+        ({"grads": [None]}, ValueError, r"grads\[0\] is None: backward\(\) has not reached params\[0\]"),
     ],
 )
 def test_adamw_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -296,3 +488,74 @@ def test_adamw_equals_torch() -> None:
         ops.adamw_(ours, grads, m, v, step.add_(1), lr, weight_decay=1e-4)
     for a, b in zip(ours, parameters, strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("operand", ["params", "grads", "exp_avgs", "exp_avg_sqs", "lr"])
+def test_adamw_has_no_derivative_and_says_so(operand: str) -> None:
+    def update(t: Tensor) -> Tensor:
+        arguments: dict[str, Any] = {name: [torch.ones(())] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+        arguments |= {"step": torch.tensor(1), "lr": torch.tensor(0.1)}
+        arguments |= {operand: t.clone() if operand == "lr" else [t.clone()]}
+        ops.adamw_(**arguments)
+        return arguments["params"][0]
+
+    one = torch.ones(())
+    with pytest.raises(RuntimeError, match="adamw_ updates in place and has no derivative"):
+        torch.func.jvp(update, (one,), (one,))
+    with pytest.raises(RuntimeError, match="adamw_ updates in place"), forward_ad.dual_level():
+        update(forward_ad.make_dual(one, one))
+    with pytest.raises(RuntimeError, match="adamw_ updates in place"):
+        torch.func.vmap(update)(torch.ones(3))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# FusedMLP calls no layer, so nothing may be asked of one that then does not happen.
+
+HOOKS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+
+
+@pytest.mark.parametrize("layer", ["wte", "mlp.0", "mlp.1", "mlp.2", "direct"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_on_layers_are_refused(layer: str, kind: str) -> None:
+    fused, x = ops.FusedMLP(dataclasses.replace(SHAPE, direct=True)), inputs()
+    handle = getattr(fused.get_submodule(layer), f"register_{kind}")(lambda *_: None)
+    for targets in (None, x["targets"]):
+        with pytest.raises(RuntimeError, match=rf"would not call the hooks on {layer}: use MLP"):
+            fused(x["idx"], targets)
+    handle.remove()
+    fused(x["idx"], x["targets"])
+
+
+def test_a_layer_put_in_place_of_another_is_refused() -> None:
+    fused, x = model(), inputs()
+    fused.mlp[1] = torch.nn.ReLU()
+    with pytest.raises(RuntimeError, match=r"FusedMLP would not call mlp\.1, a ReLU: use MLP"):
+        fused(x["idx"], x["targets"])
+
+
+def test_hooks_on_the_model_and_parametrised_weights_work() -> None:
+    x, fused, eager = inputs(), model(), MLP(SHAPE, initial_parameters(SHAPE, 1))
+    seen: list[Any] = []
+    fused.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    for m in (fused, eager):
+        torch.nn.utils.parametrizations.weight_norm(m.mlp[0])
+        with torch.no_grad():
+            m.mlp[0].parametrizations.weight.original0.mul_(2)  # type: ignore[union-attr]
+    loss = loss_by(fused, x)
+    torch.testing.assert_close(loss, loss_by(eager, x))
+    assert seen == [(None, loss)]
+
+
+def shapes_within(model: torch.nn.Module, x: dict[str, Tensor]) -> set[tuple[int, ...]]:
+    """Of everything that the model computes between its operators, on the way to the loss."""
+    nodes = torch.export.export(model, (x["idx"], x["targets"])).graph.nodes
+    return {tuple(node.meta["val"].shape) for node in nodes if isinstance(node.meta.get("val"), Tensor)}
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_loss_comes_without_logits(direct: bool) -> None:
+    x, shape = inputs(B=7), dataclasses.replace(SHAPE, direct=direct)
+    assert (7, SHAPE.V) in shapes_within(MLP(shape), x)
+    assert (7, SHAPE.V) not in shapes_within(ops.FusedMLP(shape), x)
+    assert ops.FusedMLP(shape)(x["idx"], x["targets"])[0] is None
+    assert ops.FusedMLP(shape)(x["idx"])[1] is None

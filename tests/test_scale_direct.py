@@ -39,7 +39,7 @@ def test_both_models_add_the_direct_product_to_the_logits(model_class: Any) -> N
     p = initial_parameters(SHAPE, 5)
     model = model_class(p) if model_class is MLPRaw else MLP(SHAPE, p)
     idx, _ = windows(6)
-    logits = (model.logits(idx) if model_class is MLPRaw else model(idx)).detach()
+    logits = model(idx)[0].detach()
     wide = {name: tensor.double() for name, tensor in p.items()}
     emb = wide[WTE][idx].flatten(1)
     truth = torch.tanh(emb @ wide[W1].t() + wide[B1]) @ wide[W2].t() + wide[B2] + emb @ wide[DIRECT].t()
@@ -52,9 +52,9 @@ def test_the_fused_operators_compute_the_same_loss_and_gradients(shape: Shape) -
     values = initial_parameters(shape, 5)
     plain, fused = MLP(shape, values).double(), FusedMLP(shape, values).double()
     idx, targets = windows(9, shape)
-    expected, loss = plain.loss(idx, targets), fused.loss(idx, targets)
+    (_, expected), (_, loss) = plain(idx, targets), fused(idx, targets)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(fused(idx), plain(idx), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused(idx)[0], plain(idx)[0], rtol=1e-12, atol=1e-12)
     expected.backward()
     loss.backward()
     for (name, left), right in zip(fused.named_parameters(), plain.parameters(), strict=True):
@@ -67,7 +67,7 @@ def test_the_fused_operators_compute_the_same_loss_and_gradients(shape: Shape) -
 def test_hand_written_gradients_are_autograds(form: str, shape: Shape, B: int) -> None:
     model = MLP(shape, initial_parameters(shape, 5)).double()
     idx, targets = windows(B, shape)
-    expected = F.cross_entropy(model(idx), targets)
+    expected = F.cross_entropy(model(idx)[0], targets)
     expected.backward()
     loss, gradients = loss_and_gradients({k: p.detach() for k, p in model.named_parameters()}, idx, targets, form)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
@@ -92,7 +92,7 @@ def test_every_backend_trains_with_them_or_says_that_it_does_not(name: str) -> N
     backend = backends.create(config, SHAPE, Tape(tokens, 3), TrainState.initial(SHAPE, 1))
     losses = backend.advance(3).tolist()
     for step in range(3):
-        loss = baseline.loss(*Tape(tokens, 3).batch(step, 16))
+        _, loss = baseline(*Tape(tokens, 3).batch(step, 16))
         loss.backward()
         optimizer.param_groups[0]["lr"] = 7e-4 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / 40)).item())
         optimizer.step()

@@ -43,7 +43,7 @@ def test_components_that_do_not_exist_are_zero(size: tuple[int, int]) -> None:
 
 def test_probabilities_are_the_softmax_of_the_models_logits() -> None:
     model = MLP(Shape(V=5, T=2, E=3, H=4))
-    logits = model(torch.tensor([[3, 1]])).detach()[0].double()
+    logits = model(torch.tensor([[3, 1]]))[0].detach()[0].double()
     probabilities = next_probabilities(model, [3, 1])
     torch.testing.assert_close(probabilities, logits.exp() / logits.exp().sum())
     assert not torch.equal(probabilities, next_probabilities(model, [1, 3]))

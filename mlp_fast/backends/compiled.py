@@ -104,7 +104,7 @@ class CompileRaw(_Compiled, EagerRaw):
 
     def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
         super().__init__(config, shape, tape, state, device)
-        self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
+        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
 
 
 class Compile(_Compiled, Eager):
@@ -115,7 +115,7 @@ class Compile(_Compiled, Eager):
 
     def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
         super().__init__(config, shape, tape, state, device)
-        self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
+        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
 
 
 class CompileStep(_Compiled, DeviceLoop):

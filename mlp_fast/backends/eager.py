@@ -24,7 +24,7 @@ def torch_precision_error(config: Config, device: torch.device) -> str | None:
 
 
 class _Autograd(Backend):
-    """A training loop of loss.backward() and optimizer.step() around a model with .loss() and .logits()."""
+    """A training loop of loss.backward() and optimizer.step() around a model."""
 
     model: Any
     limits = "any sizes, with (B, V) logits in memory"
@@ -37,7 +37,7 @@ class _Autograd(Backend):
         super().__init__(config, shape, tape, state, device)
         torch.set_float32_matmul_precision(MATMUL_PRECISION[config.precision])
         self._build(state.parameters)
-        self.loss = self.model.loss
+        self.loss = self._loss  # the function that the compiled backends replace
         self.optimizer = torch.optim.AdamW(
             self._tensors().values(),
             lr=config.learning_rate,
@@ -87,6 +87,9 @@ class _Autograd(Backend):
         loss.backward()
         return loss.detach()
 
+    def _loss(self, contexts: Tensor, targets: Tensor) -> Tensor:
+        return self.model(contexts, targets)[1]
+
     def state(self) -> TrainState:
         moments = [self.optimizer.state[tensor] for tensor in self._tensors().values()]
         names = list(self._tensors())
@@ -109,7 +112,7 @@ class _Autograd(Backend):
             }
 
     def logits(self, contexts: Tensor) -> Tensor:
-        return self.model.logits(contexts)
+        return self.model(contexts)[0]
 
     def _held(self, name: str, tensor: Tensor) -> Tensor:
         """A stored tensor as the model holds it."""
@@ -143,6 +146,3 @@ class Eager(_Autograd):
 
     def _build(self, parameters: Parameters) -> None:
         self.model = MLP(self.shape, parameters).to(self.device)
-
-    def logits(self, contexts: Tensor) -> Tensor:
-        return self.model(contexts)

@@ -39,7 +39,7 @@ class TritonOp(DeviceLoop):
     def _gradients(self) -> tuple[Tensor, list[Tensor]]:
         """This rank's part of the batch loss, and of the gradients."""
         contexts, targets = self.tape.batch(self.step, self.config.batch_size, self.world.share(self.config.batch_size))
-        loss = self.model.loss(contexts, targets)
+        _, loss = self.model(contexts, targets)
         if self.world.size > 1:
             loss = loss * (len(targets) / self.config.batch_size)
         return loss.detach(), list(torch.autograd.grad(loss, list(self.parameters.values())))
@@ -75,4 +75,4 @@ class TritonOp(DeviceLoop):
 
     def logits(self, contexts: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.model(contexts)
+            return self.model(contexts)[0]

@@ -72,7 +72,7 @@ class Truth:
             cosine = 0.5 * (1 + math.cos(math.pi * self.step / config.num_steps))
             self.optimizer.param_groups[0]["lr"] = config.learning_rate * cosine
             self.optimizer.zero_grad()
-            loss = self.model.loss(*self.problem.tape.batch(self.step, config.batch_size))
+            _, loss = self.model(*self.problem.tape.batch(self.step, config.batch_size))
             loss.backward()
             self.optimizer.step()
             losses.append(loss.detach())

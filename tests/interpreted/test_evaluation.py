@@ -44,11 +44,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logits_follow_float64(sizes: tuple[int, int, int, int], rows: int) -> None:
     weights, truth = model(*sizes)
     contexts = drawn_windows(*sizes[:2], rows)[:, :-1]
-    expected = truth(contexts)
+    expected = truth(contexts)[0]
     got = evaluation.logits(weights, contexts.to(DEVICE)).cpu()
     assert got.shape == expected.shape
     if rows:
-        plain = (truth.float()(contexts).double() - expected).abs().max()
+        plain = (truth.float()(contexts)[0].double() - expected).abs().max()
         assert (got.double() - expected).abs().max() <= 2 * plain + 1e-6
 
 
@@ -57,7 +57,7 @@ def test_small_tiles_give_the_same_logits_and_losses() -> None:
     weights, truth = model(29, 2, 37, 40)
     rows = drawn_windows(29, 2, 50)
     logits = evaluation.logits(weights, rows[:, :-1].to(DEVICE)).cpu()
-    torch.testing.assert_close(logits.double(), truth(rows[:, :-1]), rtol=0, atol=2e-6)
+    torch.testing.assert_close(logits.double(), truth(rows[:, :-1])[0], rtol=0, atol=2e-6)
     check_mean_loss(weights, truth, rows)
 
 
@@ -72,7 +72,7 @@ def test_the_mean_loss_follows_float64(
 
 def check_mean_loss(weights: Weights, truth: MLP, rows: Tensor) -> None:
     counts = torch.randint(1, 9, (len(rows),), generator=torch.Generator().manual_seed(3)).double()
-    losses = F.cross_entropy(truth(rows[:, :-1]), rows[:, -1], reduction="none")
+    losses = F.cross_entropy(truth(rows[:, :-1])[0], rows[:, -1], reduction="none")
     finished = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     means = [evaluation.mean_loss(weights, rows.to(DEVICE), counts.to(DEVICE), finished).cpu() for _ in range(2)]
     torch.testing.assert_close(means[0][0], (losses * counts).sum() / counts.sum(), rtol=0, atol=1e-6)
@@ -100,7 +100,7 @@ def test_the_sample_is_that_of_the_plain_loop(sizes: tuple[int, int, int, int], 
 
     def logits_of(tokens: object) -> Tensor:
         with torch.no_grad():
-            return truth(torch.tensor([tokens]))[0]
+            return truth(torch.tensor([tokens]))[0][0]
 
     expected = sample(logits_of, context, 12, RNG(seed), T)
     assert evaluation.sample(weights, context, 12, seed).tolist() == expected

@@ -8,6 +8,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mlp_fast import ops
 from mlp_fast.kernels._runtime import interpreting
@@ -118,7 +120,7 @@ def test_embed_sizes(T: int, V: int, E: int, H: int, form: str) -> None:
     check_embed(randint(V, 37, T), *model(T, V, E, H), form)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("form", ["table", "gather"])
 def test_embed_index_dtypes(dtype: torch.dtype, form: str) -> None:
     check_embed(randint(70, 40, 2, dtype=dtype), *model(2, 70, 6, 20), form)
@@ -252,7 +254,7 @@ def test_embed_invalid_tokens_make_nan_rows(form: str) -> None:
     H=st.integers(1, 40),
     form=st.sampled_from(["auto", "table", "gather"]),
     precision=st.sampled_from(["fp32"] if DEVICE == "cuda" else ["fp32", "tf32x3", "tf32"]),
-    index=st.sampled_from([torch.uint8, torch.int32, torch.int64]),
+    index=st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]),
     transposed=st.booleans(),
 )
 def test_embed_any_sizes(
@@ -323,7 +325,7 @@ def test_loss_of_nothing_is_nan_with_zero_gradients() -> None:
     assert all((t == 0).all() for t in grads)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_loss_target_dtypes(dtype: torch.dtype) -> None:
     check_loss(randn(20, 8), *head(40, 8), randint(40, 20, dtype=dtype))
 
@@ -401,7 +403,7 @@ def test_loss_invalid_targets_make_nan() -> None:
     B=st.integers(1, 70),
     V=st.integers(1, 300),
     H=st.integers(1, 40),
-    index=st.sampled_from([torch.uint8, torch.int32, torch.int64]),
+    index=st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]),
     transposed=st.booleans(),
 )
 def test_loss_any_sizes(B: int, V: int, H: int, index: torch.dtype, transposed: bool) -> None:
@@ -417,6 +419,142 @@ def test_loss_16_bits(dtype: torch.dtype) -> None:
     theirs = gradients(eager_loss(targets), inputs, None)
     truth = gradients(eager_loss(targets), [t.double() for t in inputs], None)
     assert_accurate(got, theirs, truth, dtype)
+
+
+WEIGHTS = torch.linspace(0.1, 2, 40, device=DEVICE)
+OPTIONS: list[dict[str, Any]] = [
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"ignore_index": -100},
+    {"ignore_index": 3, "reduction": "none"},
+    {"weight": WEIGHTS},
+    {"weight": WEIGHTS, "reduction": "sum", "ignore_index": 3},
+    {"label_smoothing": 0.2},
+    {"label_smoothing": 1.0, "reduction": "none"},
+    {"label_smoothing": 0.3, "weight": WEIGHTS, "ignore_index": -100},
+]
+
+
+def check_options(options: dict[str, Any], B: int, dtype: torch.dtype = torch.float32) -> None:
+    """Loss and gradients by the rule; some targets are the ignored one."""
+    targets = torch.where(randint(4, B) == 0, options.get("ignore_index", 0), randint(40, B))
+    dloss = torch.linspace(0.5, 1.5, B, device=DEVICE) if options.get("reduction") == "none" else None
+
+    def theirs(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        wide = {name: value.to(h.dtype) if name == "weight" else value for name, value in options.items()}
+        return F.cross_entropy(F.linear(h, weight, bias), targets, **wide)
+
+    operands = [t.to(dtype) for t in (randn(B, 12), *head(40, 12))]
+    assert_accurate(
+        gradients(lambda *p: ops.linear_cross_entropy(*p, targets, **options), operands, dloss),
+        gradients(theirs, operands, dloss),
+        gradients(theirs, [t.double() for t in operands], dloss),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_loss_options(options: dict[str, Any]) -> None:
+    check_options(options, 70)
+
+
+@pytest.mark.parametrize("options", OPTIONS[-1:] + OPTIONS[1:2], ids=str)
+def test_loss_options_in_16_bits(options: dict[str, Any]) -> None:
+    check_options(options, 70, torch.float16)
+
+
+def test_small_losses_keep_their_gradients_in_16_bits() -> None:
+    """The gradient of a row's logits is too small for 16 bits; that of the weights, which sums over rows, is not."""
+    operands, targets = [t.half() for t in (randn(64, 8), *head(5, 8))], randint(5, 64)
+    got, truth = (
+        torch.autograd.grad(loss, leaves[1])[0].double()
+        for dtype in (torch.float16, torch.float64)
+        for leaves in [[t.to(dtype).requires_grad_() for t in operands]]
+        for loss in [1e-3 * ops.linear_cross_entropy(*leaves, targets, reduction="none").mean()]
+    )
+    assert ((got - truth).norm() / truth.norm()).item() < 2e-3
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS[-1], {"reduction": "none"}, {"reduction": "sum", "weight": WEIGHTS}])
+def test_loss_options_of_nothing_and_of_ignored_rows_alone(options: dict[str, Any]) -> None:
+    for B in (0, 3):
+        targets = torch.full((B,), -100, device=DEVICE)
+        options = options | {"ignore_index": -100}
+        inputs = randn(B, 4), *head(40, 4)
+        dloss = torch.ones(B, device=DEVICE) if options.get("reduction") == "none" else None
+        got = gradients(lambda *p: ops.linear_cross_entropy(*p, targets, **options), inputs, dloss)  # noqa: B023
+        expected = gradients(lambda *p: F.cross_entropy(F.linear(*p), targets, **options), inputs, dloss)  # noqa: B023
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_loss_invalid_targets_make_nan_of_weighted_losses_too() -> None:
+    from mlp_fast.ops._linear_cross_entropy import _kernel_backward, _kernel_forward
+
+    h, (weight, bias), targets = randn(3, 4), head(40, 4), torch.tensor([1, 40, 3], device=DEVICE)
+    arguments = h, weight, bias, targets, WEIGHTS, "none", -100, 0.1, "fp32"
+    loss, lse = _kernel_forward(*arguments)
+    assert loss.isnan().tolist() == [False, True, False]
+    dh, dweight, dbias = _kernel_backward(torch.ones(3, device=DEVICE), lse, *arguments, True, True)
+    assert dh is not None and dweight is not None and dbias is not None  # noqa: PT018
+    assert dh.isnan().any(dim=1).tolist() == [False, True, False]
+    assert dweight.isnan().all()
+    assert dbias.isnan().all()
+
+
+def test_operators_without_a_bias() -> None:
+    idx, (wte, weight, _), targets = randint(27, 33, 2), model(2, 27, 9, 21), randint(27, 33)
+    for ours, theirs, operands, dout in (
+        (
+            lambda *p: ops.embed_linear_tanh(idx, *p, None),
+            lambda *p: eager_hidden(idx)(*p, None),
+            (wte, weight),
+            randn(33, 21) / 33,
+        ),
+        (
+            lambda *p: ops.linear_cross_entropy(*p, None, targets),
+            lambda *p: F.cross_entropy(F.linear(*p), targets),
+            (randn(33, 12), head(27, 12)[0]),
+            None,
+        ),
+    ):
+        truth = gradients(theirs, [t.double() for t in operands], dout)
+        assert_accurate(gradients(ours, operands, dout), gradients(theirs, operands, dout), truth)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by torch itself
+def test_tangents_and_transforms_of_the_kernels_operators() -> None:
+    """Which are plain torch's; tests/test_ops_cpu.py has every kind. What is here: they do not enter the kernels."""
+    idx, targets, parameters = randint(27, 9, 2), randint(27, 9), model(2, 27, 4, 6)
+    embed = lambda *p: ops.embed_linear_tanh(idx, *p)  # noqa: E731
+    loss = lambda *p: ops.linear_cross_entropy(*p, targets)  # noqa: E731
+    for ours, plain, p in (
+        (embed, eager_hidden(idx), parameters),
+        (loss, eager_loss(targets), (randn(9, 6), *head(27, 6))),
+    ):
+        tangents = tuple(randn(*t.shape, seed=9) for t in p)
+        for derivative in (
+            lambda f, p=p, tangents=tangents: torch.func.jvp(f, p, tangents),
+            lambda f, p=p: torch.func.grad(lambda *q: f(*q).square().sum(), (0, 1, 2))(*p),
+            lambda f, p=p: torch.func.vmap(f)(*(torch.stack([t, -t]) for t in p)),
+            lambda f, p=p: torch.func.hessian(lambda *q: f(*q).sum(), 2)(*p),
+        ):
+            torch.testing.assert_close(derivative(ours), derivative(plain), rtol=1e-4, atol=1e-5)
+        leaves = [t.clone().requires_grad_() for t in p]
+        out = ours(*leaves)
+        with forward_ad.dual_level():
+            dout = forward_ad.make_dual(torch.ones_like(out), torch.full_like(out, 2.0))
+            for gradient in torch.autograd.grad(out, leaves, dout, retain_graph=True):
+                primal, tangent = forward_ad.unpack_dual(gradient)
+                assert tangent is not None
+                torch.testing.assert_close(tangent, 2 * primal)
+        second = [
+            torch.autograd.grad(
+                torch.autograd.grad(f(*leaves).square().sum(), leaves, create_graph=True)[1].sum(), leaves
+            )
+            for f in (ours, plain)
+        ]
+        torch.testing.assert_close(*second, rtol=1e-4, atol=1e-5)
 
 
 def test_loss_of_a_large_vocabulary() -> None:
@@ -554,7 +692,7 @@ def test_model_equals_eager() -> None:
     eager, fused = pair()
     idx, targets = batch(100)
     torch.testing.assert_close(fused(idx), eager(idx), rtol=1e-5, atol=1e-6)
-    losses = [m.loss(idx, targets) for m in (eager, fused)]
+    losses = [m(idx, targets)[1] for m in (eager, fused)]
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
@@ -579,7 +717,7 @@ def test_same_bits_every_run() -> None:
     runs = []
     for _ in range(3):
         fused.zero_grad()
-        loss = fused.loss(idx, targets)
+        _, loss = fused(idx, targets)
         loss.backward()
         runs.append([loss.detach(), *(p.grad.clone() for p in fused.parameters() if p.grad is not None)])
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
@@ -588,10 +726,10 @@ def test_same_bits_every_run() -> None:
 def test_model_under_torch_compile() -> None:
     _, fused = pair()
     idx, targets = batch()
-    expected = fused.loss(idx, targets)
+    _, expected = fused(idx, targets)
     # Inductor imports Triton for its own ends, which the interpreter's patches do not suit.
-    compiled = torch.compile(fused.loss, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
-    loss = compiled(idx, targets)
+    compiled = torch.compile(fused, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    _, loss = compiled(idx, targets)
     loss.backward()
     assert torch.equal(loss, expected)
     assert all(p.grad is not None for p in fused.parameters())
@@ -608,7 +746,7 @@ def test_cuda_graph() -> None:
     start = [p.detach().clone() for p in params]
 
     def one_step() -> Tensor:
-        loss = fused.loss(idx, targets)
+        _, loss = fused(idx, targets)
         grads = torch.autograd.grad(loss, params)
         step.add_(1)
         ops.adamw_(params, grads, m, v, step, lr)
@@ -635,13 +773,13 @@ def test_cuda_graph() -> None:
 def test_several_streams() -> None:
     _, fused = pair()
     batches = [(randint(27, B, 3), randint(27, B)) for B in range(100, 108)]
-    expected = [fused.loss(*b).item() for b in batches]
+    expected = [fused(*b)[1].item() for b in batches]
     torch.cuda.synchronize()
     losses = []
     for b in batches:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            losses.append(fused.loss(*b))
+            losses.append(fused(*b)[1])
     torch.cuda.synchronize()
     assert [loss.item() for loss in losses] == expected
 

@@ -1,0 +1,46 @@
+"""Checks that the operators share. An error names the arguments, what they must be, and what they are."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def one_of(what: str, name: str, names: Iterable[str]) -> str:
+    """The name, if it is one of `names`."""
+    if name not in names:
+        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(names)}")
+    return name
+
+
+def check_dtype(names: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    """All tensors have the same dtype, one of `dtypes`."""
+    if tensors and (tensors[0].dtype not in dtypes or any(t.dtype != tensors[0].dtype for t in tensors)):
+        expected, found = (
+            ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in group}))
+            for group in (dtypes, [t.dtype for t in tensors])
+        )
+        raise TypeError(f"{names} must have one dtype of {expected}, not {found}")
+
+
+def check_device(names: str, tensors: Sequence[Tensor]) -> None:
+    """All tensors are on one device."""
+    if any(t.device != tensors[0].device for t in tensors):
+        found = ", ".join(sorted({str(t.device) for t in tensors}))
+        raise ValueError(f"{names} must be on one device, not on {found}")
+
+
+def check_in_range(what: str, t: Tensor, V: int) -> None:
+    """On the CPU, where it costs no synchronisation; on CUDA the kernels mask."""
+    if t.device.type == "cpu" and t.numel() > 0:
+        low, high = (int(x) for x in t.aminmax())
+        if low < 0 or high >= V:
+            raise ValueError(f"{what} must be in [0, {V}), but reach from {low} to {high}")
+
+
+def shapes(*tensors: Tensor | None) -> str:
+    """The tensors' shapes, to print."""
+    return ", ".join("None" if t is None else str(tuple(t.shape)) for t in tensors)
