@@ -178,10 +178,12 @@ def sample_kernel(tokens_ptr, seed_ptr, count, model, C: tl.constexpr):
     v = tl.arange(0, C.VP)
     e = tl.arange(0, C.BLOCK_E)
     for i in range(count):
-        logits = tl.load(model.b2 + v, mask=v < C.V, other=float("-inf"))
+        # Products are added up number by number, and over threads only at the end. A product that is shuffled between
+        # threads at once may be contracted into an addition there, and then each thread's sum has bits of its own.
+        products = tl.zeros((C.VP, C.BLOCK_H), tl.float32)
         for h0 in range(0, C.H, C.BLOCK_H):
             unit = h0 + tl.arange(0, C.BLOCK_H)
-            pre = tl.load(model.b1 + unit, mask=unit < C.H, other=0.0)
+            pre = tl.zeros((C.BLOCK_H, C.BLOCK_E), tl.float32)
             for t in range(C.T):
                 token = tl.load(tokens_ptr + i + t)
                 for e0 in range(0, C.E, C.BLOCK_E):
@@ -192,12 +194,13 @@ def sample_kernel(tokens_ptr, seed_ptr, count, model, C: tl.constexpr):
                         mask=(unit[:, None] < C.H) & in_e[None, :],
                         other=0.0,
                     )
-                    pre += tl.sum(weight * emb[None, :], axis=1)
-            h = tanh(pre)
+                    pre += weight * emb[None, :]
+            h = tanh(tl.sum(pre, axis=1) + tl.load(model.b1 + unit, mask=unit < C.H, other=0.0))
             weight = tl.load(
                 model.w2 + v[:, None] * C.H + unit[None, :], mask=(v[:, None] < C.V) & (unit[None, :] < C.H), other=0.0
             )
-            logits += tl.sum(weight * h[None, :], axis=1)
+            products += weight * h[None, :]
+        logits = tl.sum(products, axis=1) + tl.load(model.b2 + v, mask=v < C.V, other=float("-inf"))
         exponential = tl.exp(logits - tl.max(logits, axis=0))
         probabilities = exponential / tl.sum(exponential, axis=0)
         cumulative = tl.cumsum(probabilities.to(tl.float64), axis=0)

@@ -249,9 +249,18 @@ def default_config(
 
 
 class PersistentStep(TrainStep):
-    """TrainStep in one launch per run(); see there."""
+    """TrainStep in one launch per run(); see there.
+
+    Raises:
+        ValueError: as TrainStep, and for a resident form whose programs are not as many as its tiles.
+    """
 
     def __init__(self, config: StepConfig, tape: Tensor, scalars: Tensor) -> None:
+        if config.resident and config.TILES != config.G:
+            raise ValueError(
+                f"the resident form takes one tile of hidden units a program (got {config.TILES} tiles and "
+                f"{config.G} programs)"
+            )
         super().__init__(config, tape, scalars)
         self.counter = tape.new_zeros(1, dtype=self.buffers.fault.dtype)
         self.error = tape.new_zeros(1, dtype=self.buffers.fault.dtype)

@@ -31,7 +31,10 @@ Sums across programs are added atomically, in one of two forms:
 Each sum has two buffers, used in turns: while one is filled, the other, which nobody reads any more, is cleared.
 
 A fixed-point sum cannot carry NaN or infinities. A partial sum that is not finite or is out of range (logits 2^15,
-dwte 2^11) sets `fault`, and from then on the sums read as NaN: a diverged run shows NaN losses, as in eager mode.
+dwte 2^11) sets the flag of its sum in `fault`, and from then on that sum reads as NaN: a diverged run shows NaN losses,
+as in eager mode. Each sum has a flag of its own, because programs that are ahead add to dwte while others still read
+the logits: so a flag is set and read on different sides of a wait, and the outcome does not depend on who is ahead. A
+dwte that does not fit makes wte NaN, and so the logits of the next step, not those of its own.
 
 Every phase adds a zero to its ranges, s >> 62, which no compiler can tell from other numbers. It ties them to the step:
 else the persistent kernel's compiler computes the addresses of all phases before its loop over steps, and they fill
@@ -179,18 +182,23 @@ class Buffers(NamedTuple):
     dlogits: Tensor  # (B, V) with rows, else (G, B, V), float32
     row_losses: Tensor  # (B,), float32
     dwte: Tensor  # (2, V, E), sum
-    fault: Tensor  # (1,), int32: not 0 once a partial sum did not fit
+    fault: Tensor  # (2,), int32: not 0 once a partial sum of the logits, of dwte did not fit
 
 
 # --- device functions ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def adamw_at(ptr, PLANE: tl.constexpr, offsets, mask, grad, scalars_ptr):
-    """AdamW of the parameters at ptr + offsets, whose moments lie one and two planes further."""
+def adamw_at(ptr, PLANE: tl.constexpr, offsets, mask, grad, scalars_ptr, REPLICATED: tl.constexpr = False):
+    """AdamW of the parameters at ptr + offsets, whose moments lie one and two planes further.
+
+    Blocks of fewer numbers than the program has threads are REPLICATED: several threads load a number, one stores it.
+    """
     param = tl.load(ptr + offsets, mask=mask, other=0.0)
     m = tl.load(ptr + PLANE + offsets, mask=mask, other=0.0)
     v = tl.load(ptr + 2 * PLANE + offsets, mask=mask, other=0.0)
+    if REPLICATED:
+        tl.debug_barrier()  # all threads have loaded before any of them stores
     decay, step_size, root = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
     param, m, v = adamw_update(param, grad, m, v, decay, step_size, root, BETA1, BETA2, EPS)
     tl.store(ptr + offsets, param, mask=mask)
@@ -275,7 +283,7 @@ def embedding_phase(p, s, buf, C: tl.constexpr):
     for first in range(0, C.V * C.E, 1024):
         offsets = first + (zero + tl.arange(0, 1024))
         mask = offsets < C.V * C.E
-        grad = read_sum(sum_ptr, offsets, mask, buf.fault, DWTE_SCALE, C)
+        grad = read_sum(sum_ptr, offsets, mask, buf.fault + 1, DWTE_SCALE, C)
         adamw_at(replica, C.V * C.E, offsets, mask, grad, buf.scalars + 3 * s)
     tl.debug_barrier()  # the tables read what other threads of the program wrote
 
@@ -402,7 +410,7 @@ def output_bias_phase(s, dlogits_ptr, buf, C: tl.constexpr):
         b = b0 + (zero + tl.arange(0, C.BLOCK_D))
         mask = (b[:, None] < C.B) & (v[None, :] < C.V)
         db2 += tl.sum(tl.load(dlogits_ptr + b[:, None] * C.V + v[None, :], mask=mask, other=0.0), axis=0)
-    adamw_at(buf.state + C.B2, C.PLANE, v, v < C.V, db2, buf.scalars + 3 * s)
+    adamw_at(buf.state + C.B2, C.PLANE, v, v < C.V, db2, buf.scalars + 3 * s, REPLICATED=True)
 
 
 @triton.jit
@@ -463,7 +471,7 @@ def output_phase(p, s, dlogits_ptr, buf, C: tl.constexpr):
     for tile in range(p, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         db1 = hidden_gradient(tile, s, dlogits_ptr, buf, C)
-        adamw_at(buf.state + C.B1, C.PLANE, unit, unit < C.H, db1, scalars)
+        adamw_at(buf.state + C.B1, C.PLANE, unit, unit < C.H, db1, scalars, REPLICATED=True)
     tl.debug_barrier()  # W2 was read by all threads before any of them updates it
     for tile in range(p, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
@@ -524,7 +532,7 @@ def embedding_gradient_phase(p, s, buf, C: tl.constexpr):
                     )
                     acc = dot(dtable, weight, acc, C)
             mask = (v[:, None] < C.V) & (e[None, :] < C.E)
-            add_to_sum(sum_ptr, v[:, None] * C.E + e[None, :], mask, acc, buf.fault, DWTE_SCALE, DWTE_LIMIT, C)
+            add_to_sum(sum_ptr, v[:, None] * C.E + e[None, :], mask, acc, buf.fault + 1, DWTE_SCALE, DWTE_LIMIT, C)
     clear_sum(p, buf.dwte + ((s + 1) % 2) * (C.V * C.E), C.V * C.E, C)
     tl.debug_barrier()  # W1 was read by all threads before any of them updates it
 
@@ -719,7 +727,7 @@ class TrainStep:
             dlogits=empty(C.B, C.V) if C.rows else empty(C.G, C.B, C.V),
             row_losses=empty(C.B),
             dwte=empty(2, C.V, C.E, dtype=sum_type),
-            fault=empty(1, dtype=torch.int32),
+            fault=empty(2, dtype=torch.int32),
         )
 
     def planes(self) -> list[list[Tensor]]:
