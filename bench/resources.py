@@ -2,10 +2,10 @@
 
     python -m bench.resources [--json FILE]
 
-compiles every configuration that the launchers use (kernels/_aot.py) for sm_80, sm_90 and sm_100 and prints
-registers a thread, spill instructions, shared memory, FMA, tensor-core and atomic instructions, and the occupancy
-that they allow. Exits 1 where a kernel spills, uses a tensor core under fp32, or takes more shared memory than 99 KiB,
-which is what every GPU since sm_80 has.
+compiles every configuration that the launchers use (kernels/_aot.py) for every architecture that they use it on,
+and prints registers a thread, spill instructions, shared memory, FMA, tensor-core and atomic instructions, and the
+occupancy that they allow. Exits 1 where a kernel spills, uses a tensor core under fp32, or takes more shared memory
+than a thread block can have: 64 KiB on sm_75, 99 KiB on every GPU since.
 """
 
 import argparse
@@ -25,26 +25,50 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, is_dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlp_fast.command import run_main
 from mlp_fast.errors import UserError
 from mlp_fast.kernels._runtime import interpreting
 
 KERNELS = ("embed_linear_tanh", "linear_cross_entropy", "adamw", "train_step", "persistent_step", "evaluation")
-CAPABILITIES = (80, 90, 100)
-MAX_SHARED = 99 * 1024
-
 FMA = re.compile(r"\bFFMA2?\b")
 ATOMIC = re.compile(r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG)\b")
 TENSOR_CORE = re.compile(r"\b(?:[BDHIO]MMA|[HIQ]GMMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")  # of a listing: its address, its text
 
-# Of one multiprocessor: registers, warps, thread blocks, and shared memory in bytes by compute capability; of a
-# thread block: bytes of shared memory that the system takes. (CUDA C++ Programming Guide, compute capabilities.)
-REGISTERS, WARPS, BLOCKS, RESERVED_SHARED = 65536, 64, 32, 1024
-SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+REGISTERS = 65536  # of one multiprocessor, on all of them
+
+
+class Architecture(NamedTuple):
+    """What a multiprocessor has, by the CUDA C++ Programming Guide, compute capabilities.
+
+    Shared memory in bytes: of the multiprocessor, the most that a thread block can have, and what the system takes of
+    each block.
+    """
+
+    warps: int
+    blocks: int
+    shared: int
+    block_shared: int
+    reserved: int
+
+
+def _since_80(warps: int, blocks: int, shared: int) -> Architecture:
+    # Code is compiled for the least that a GPU since sm_80 gives a block.
+    return Architecture(warps, blocks, shared * 1024, 99 * 1024, 1024)
+
+
+ARCHITECTURES = {
+    75: Architecture(32, 16, 64 * 1024, 64 * 1024, 0),
+    80: _since_80(64, 32, 164),
+    86: _since_80(48, 16, 100),
+    89: _since_80(48, 24, 100),
+    90: _since_80(64, 32, 228),
+    100: _since_80(64, 32, 228),
+    120: _since_80(48, 24, 100),
+}
 
 
 @dataclass(frozen=True)
@@ -72,17 +96,19 @@ class Resources:
             faults.append(f"{self.spills} spill instructions")
         if self.precision == "fp32" and self.tensor_core:
             faults.append(f"{self.tensor_core} tensor-core instructions under fp32")
-        if self.shared > MAX_SHARED:
+        if self.shared > ARCHITECTURES[self.sm].block_shared:
             faults.append(f"{self.shared} bytes of shared memory")
         return faults
 
 
 def occupancy(sm: int, num_warps: int, registers: int, shared: int) -> float:
     """Share of a multiprocessor's warps that blocks of these needs can fill."""
+    has = ARCHITECTURES[sm]
     registers_per_warp = -(-max(registers, 1) * 32 // 256) * 256  # handed out 256 at a time
     warps_by_registers = REGISTERS // registers_per_warp // 4 * 4  # in four partitions
-    blocks = min(BLOCKS, WARPS // num_warps, warps_by_registers // num_warps, SHARED[sm] // (shared + RESERVED_SHARED))
-    return blocks * num_warps / WARPS
+    by_shared = has.shared // max(shared + has.reserved, 1)
+    blocks = min(has.blocks, has.warps // num_warps, warps_by_registers // num_warps, by_shared)
+    return blocks * num_warps / has.warps
 
 
 def measure(configurations: Sequence[Any], sm: int) -> list[Resources]:
@@ -236,7 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--modules", nargs="+", default=KERNELS, metavar="M", help="files of kernels/ (default: all)")
-    parser.add_argument("--sm", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES, help="default: all")
+    parser.add_argument(
+        "--sm", nargs="+", type=int, choices=ARCHITECTURES, default=list(ARCHITECTURES), help="default: all"
+    )
     args = parser.parse_args(argv)
     if interpreting():
         raise UserError("TRITON_INTERPRET is set, so kernels would not be compiled; unset it")

@@ -21,16 +21,17 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime.jit import JITFunction, mangle_type
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from ._runtime import INPUT_PRECISION
+from ._runtime import INPUT_PRECISION, LEAST_CAPABILITY
 
 WARP_SIZE = 32
 # Of the inputs of an operator, by the precision that a configuration is listed under. fp16 is bf16 but for the type.
 DTYPES = dict.fromkeys(INPUT_PRECISION, torch.float32) | {"bf16": torch.bfloat16}
+# The compute capabilities of the GPUs that people have.
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_cooperative_grid")
-_ALIGNMENT = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Shipped:
     Attributes:
         kernel: the jitted function.
         arguments: name -> example value of every argument, as a launch passes it: a tensor (any device), an int, a
-            float, a tuple of these, or the value of a constexpr. As at a launch, an int of 1 becomes a constant and
-            a pointer or int divisible by 16 is known to be.
+            float, a tuple of these, or the value of a constexpr.
         options: num_warps, num_stages and the like; Triton's defaults otherwise.
         precision: fp32 (no tensor-core instruction may appear), tf32x3, tf32, bf16 or fp16.
         capabilities: what a launcher chooses this configuration on.
@@ -51,7 +51,7 @@ class Shipped:
     arguments: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
-    capabilities: tuple[int, ...] = (80, 90, 100)
+    capabilities: tuple[int, ...] = CAPABILITIES
 
     @property
     def constexprs(self) -> dict[str, Any]:
@@ -62,54 +62,42 @@ class Shipped:
     @property
     def key(self) -> str:
         """Equal for configurations that compile to the same code."""
-        source = self._source()
-        return repr(
-            (source.fn.__name__, source.signature, source.constants, source.attrs, sorted(self.options.items()))
-        )
+        return self.key_on(CAPABILITIES[-1])
+
+    def key_on(self, capability: int) -> str:
+        """key_of() what a launch on this compute capability gives to the compiler."""
+        return key_of(*self._specialized(GPUTarget("cuda", capability, WARP_SIZE)))
 
     def compile(self, capability: int) -> CompiledKernel:
         """Compiles for a compute capability such as 90; the result's `asm` has "ptx" and "cubin"."""
         target = GPUTarget("cuda", capability, WARP_SIZE)
-        return triton.compile(self._source(), target=target, options=dict(self.options))
+        source, options = self._specialized(target)
+        return triton.compile(source, target=target, options=options)
 
-    def _source(self) -> ASTSource:
-        """The kernel specialised for the arguments, as a launch would."""
-        signature: dict[str, Any] = {}
-        constants: dict[tuple[int, ...], Any] = {}
-        attributes: dict[tuple[int, ...], Any] = {}
-        declared = self.constexprs
+    def _specialized(self, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+        """The kernel specialised for the arguments, and all options, by the very functions that a launch calls."""
+        backend = make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        bound, specialization, given = bind(**self.arguments, **self.options)
+        options, signature, constants, attributes = self.kernel._pack_args(backend, given, bound, specialization, given)
+        return ASTSource(self.kernel, signature, constants, attributes), options.__dict__
 
-        def describe(value: Any, path: tuple[int, ...]) -> Any:
-            if isinstance(value, tuple):
-                items = [describe(item, (*path, i)) for i, item in enumerate(value)]
-                # A named tuple stays one: kernels use the names.
-                return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-            if value is None or (isinstance(value, int) and value == 1):
-                constants[path] = value
-                return "constexpr"
-            aligned = value.data_ptr() if isinstance(value, torch.Tensor) else value
-            if isinstance(aligned, int) and not isinstance(aligned, bool) and aligned % 16 == 0:
-                attributes[path] = _ALIGNMENT
-            return mangle_type(value)
 
-        for i, name in enumerate(self.kernel.arg_names):
-            if name in declared:
-                signature[name] = "constexpr"
-                constants[(i,)] = declared[name]
-            else:
-                signature[name] = describe(self.arguments[name], (i,))
-        return ASTSource(self.kernel, signature, constants, attributes)
+def key_of(source: ASTSource, options: dict[str, Any]) -> str:
+    """What the compiler is given, as text."""
+    return repr((source.fn.__name__, source.signature, source.constants, source.attrs, sorted(options.items())))
 
 
 @contextlib.contextmanager
 def recorded(precision: str = "fp32") -> Iterator[list[Shipped]]:
     """Within it launches are recorded, not run. Yields the list that they are added to."""
     launches: list[Shipped] = []
+    capabilities = tuple(c for c in CAPABILITIES if c >= LEAST_CAPABILITY[precision])
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        launches.append(Shipped(self, arguments, options, precision))
+        launches.append(Shipped(self, arguments, options, precision, capabilities))
 
     run, JITFunction.run = JITFunction.run, record
     try:

@@ -9,6 +9,9 @@ import sys
 #   tf32    one TF32 tensor-core product, 10 bits of mantissa
 INPUT_PRECISION = {"fp32": "ieee", "tf32x3": "tf32x3", "tf32": "tf32"}
 
+# The compute capability from which on GPUs have it in hardware: TF32 and bf16 came with sm_80.
+LEAST_CAPABILITY = {"fp32": 75, "tf32x3": 80, "tf32": 80, "bf16": 80, "fp16": 75}
+
 # Left to itself, ptxas gives some kernels half the registers, and spills, to fit a second program on an SM.
 MAX_REGISTERS = 255
 

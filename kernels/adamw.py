@@ -39,10 +39,13 @@ def adamw_update(p, g, m, v, decay, step_size, root, BETA1: tl.constexpr, BETA2:
 
 @triton.jit
 def adamw_kernel(
-    params, grads, exp_avgs, exp_avg_sqs, numels, step_ptr, lr_ptr, N: tl.constexpr,
+    param_ptrs, grad_ptrs, exp_avg_ptrs, exp_avg_sq_ptrs, numels, step_ptr, lr_ptr, N: tl.constexpr,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, WEIGHT_DECAY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK numbers of one of N tensors; each program takes the block of its number, counted through all tensors."""
+    """BLOCK numbers of one of N tensors; each program takes the block of its number, counted through all tensors.
+
+    None of the arguments may be called `params`: Triton's launcher has a local variable of that name.
+    """
     step = tl.load(step_ptr).to(tl.int32)
     lr = tl.load(lr_ptr).to(tl.float64)
     # The decay factor is 1 - 7e-8: rounded once, from fp64, as in torch.
@@ -50,16 +53,17 @@ def adamw_kernel(
     step_size = lr.to(tl.float32) / one_minus_power(BETA1, step)
     root = tl.sqrt_rn(one_minus_power(BETA2, step))
     block = tl.program_id(0)
-    p_ptr, g_ptr, m_ptr, v_ptr, numel = params[0], grads[0], exp_avgs[0], exp_avg_sqs[0], numels[0]
+    p_ptr, g_ptr, m_ptr, v_ptr = param_ptrs[0], grad_ptrs[0], exp_avg_ptrs[0], exp_avg_sq_ptrs[0]
+    numel = numels[0]
     start = 0
     first = block * 0
     for i in tl.static_range(1, N):
         start += tl.cdiv(numels[i - 1], BLOCK)
         reached = block >= start
-        p_ptr = tl.where(reached, params[i], p_ptr)
-        g_ptr = tl.where(reached, grads[i], g_ptr)
-        m_ptr = tl.where(reached, exp_avgs[i], m_ptr)
-        v_ptr = tl.where(reached, exp_avg_sqs[i], v_ptr)
+        p_ptr = tl.where(reached, param_ptrs[i], p_ptr)
+        g_ptr = tl.where(reached, grad_ptrs[i], g_ptr)
+        m_ptr = tl.where(reached, exp_avg_ptrs[i], m_ptr)
+        v_ptr = tl.where(reached, exp_avg_sq_ptrs[i], v_ptr)
         numel = tl.where(reached, numels[i], numel)
         first = tl.where(reached, start, first)
     offsets = (block - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

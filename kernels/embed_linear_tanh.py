@@ -60,7 +60,7 @@ def _load_dpre(dh_ptr, h_ptr, rows, cols, mask, H, stride_db, stride_dh):
     return dh * (1.0 - h * h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["idx_ptr"])
 def embed_linear_tanh_fwd_gather_kernel(
     idx_ptr, wte_ptr, weight_ptr, bias_ptr, h_ptr, B, V, H, stride_wh, stride_wk,
     T: tl.constexpr, E: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -118,7 +118,7 @@ def embed_table_kernel(
     tl.store(table_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["idx_ptr"])
 def embed_lookup_tanh_kernel(
     idx_ptr, table_ptr, bias_ptr, h_ptr, B, V, H, T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -220,7 +220,7 @@ def dweight_table_kernel(
     for v0 in range(0, V, BLOCK_K):
         v = (v0 + k).to(tl.int64)
         in_v = v < V
-        offsets = (t * V.to(tl.int64) + v[None, :]) * H + rows[:, None]
+        offsets = (t.to(tl.int64) * V + v[None, :]) * H + rows[:, None]
         dtable = tl.load(dtable_ptr + offsets, mask=in_rows[:, None] & in_v[None, :], other=0.0)
         wte = tl.load(wte_ptr + v[:, None] * E + cols[None, :], mask=in_v[:, None] & in_cols[None, :], other=0.0)
         acc = dot(dtable, wte.to(tl.float32), acc, INPUT_PRECISION)
@@ -257,7 +257,7 @@ def dwte_table_kernel(
             other=0.0,
         )
         acc = dot(dtable, weight.to(tl.float32), acc, INPUT_PRECISION)
-    offsets = (part * V.to(tl.int64) + rows[:, None]) * E + cols[None, :]
+    offsets = (part.to(tl.int64) * V + rows[:, None]) * E + cols[None, :]
     tl.store(parts_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
 
 
@@ -363,8 +363,9 @@ def embed_linear_tanh_fwd(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor
         wte, weight, table, V, H, *weight.stride(), E=E, **_tiles(precision, BLOCK_N)
     )
     embed_lookup_tanh_kernel[(triton.cdiv(B, LOOKUP_ROWS), triton.cdiv(H, LOOKUP_COLUMNS))](
-        idx, table, bias, h, B, V, H, T=T, BLOCK_B=LOOKUP_ROWS, BLOCK_H=LOOKUP_COLUMNS, num_warps=4
-    )
+        idx, table, bias, h, B, V, H, T=T, BLOCK_B=LOOKUP_ROWS, BLOCK_H=LOOKUP_COLUMNS,
+        num_warps=8, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
     return h
 
 

@@ -117,7 +117,7 @@ def next_uniform(state):
 # --- kernels -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["contexts_ptr"])
 def logits_kernel(contexts_ptr, logits_ptr, rows, model, C: tl.constexpr):
     """Logits of contexts (rows, T)."""
     row = tl.program_id(0) * C.BLOCK_R + tl.arange(0, C.BLOCK_R)

@@ -226,22 +226,24 @@ def default_config(
 ) -> StepConfig:  # fmt: skip
     """train_step.default_config() for a device, resident where its machine code then spills no register.
 
-    That is so for one tile per program, V to 32, T to 3 and E to 64, with deterministic sums, on sm_80 and sm_90: on
-    sm_100 the same code takes more registers than there are. The interpreter, which runs programs one after another,
-    gets one.
+    That is so for one tile per program, V to 32, T to 3 and E to 64, with deterministic sums, on sm_75 to sm_90: on
+    sm_100 and sm_120 the same code takes more registers than there are. The interpreter, which runs programs one after
+    another, gets one.
 
     Args:
         capability: the device's compute capability, 90 for sm_90.
         processors: its multiprocessors: each holds one program, and all have to run at the same time.
     """
-    config = train_step.default_config(B, V, T, E, H, precision=precision, deterministic=deterministic)
-    config = replace(config, G=1 if interpreting() else min(config.G, processors))
+    config = train_step.default_config(
+        B, V, T, E, H, precision=precision, deterministic=deterministic, processors=processors
+    )
     fits = config.VP <= 32 and T <= 3 and config.EP <= 64 and deterministic and H <= RESIDENT_UNITS * DEFAULT_PROGRAMS
     config = replace(config, resident=fits and config.TILES == config.G and capability < 100)
     if interpreting():
         return config
-    # Both ask for more registers: sm_100's code, and resident tf32x3, whose operands are in two parts.
-    if capability >= 100:
+    # All ask for more registers: the code for sm_75, that since sm_100, and resident tf32x3, whose operands are in two
+    # parts.
+    if capability < 80 or capability >= 100:
         return replace(config, BLOCK_B=16, BLOCK_V=16 if V <= 32 else 32, BLOCK_E=16)
     if config.resident and config.precision == "tf32x3":
         return replace(config, BLOCK_E=16)
@@ -303,14 +305,13 @@ def wrapped(count: int) -> int:
 
 
 def shipped():
-    """See _aot."""
-    by_capability = (
-        train_step.shipped_launches(PersistentStep, partial(default_config, capability=capability))
-        for capability in (90, 100)
-    )
-    for before, since in zip(*by_capability, strict=True):
-        if before.key == since.key:
-            yield before
-        else:
-            yield replace(before, capabilities=(80, 90))
-            yield replace(since, capabilities=(100,))
+    """See _aot; a configuration that several devices have comes once."""
+    from ._aot import CAPABILITIES
+
+    different = {}
+    for capability in CAPABILITIES:
+        for launch in train_step.shipped_launches(PersistentStep, partial(default_config, capability=capability)):
+            if capability in launch.capabilities:
+                different.setdefault(launch.key, (launch, []))[1].append(capability)
+    for launch, capabilities in different.values():
+        yield replace(launch, capabilities=tuple(capabilities))

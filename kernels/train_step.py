@@ -652,11 +652,16 @@ def check_tape(tokens: int) -> None:
 
 
 def default_config(
-    B: int, V: int, T: int, E: int, H: int, *, precision: str = "fp32", deterministic: bool = True
-) -> StepConfig:
+    B: int, V: int, T: int, E: int, H: int, *, precision: str = "fp32", deterministic: bool = True,
+    processors: int = DEFAULT_PROGRAMS,
+) -> StepConfig:  # fmt: skip
     """The configuration for these sizes: tiles that spill no register, or, in the interpreter, few large ones.
 
     The softmax becomes a phase of its own where doing it G times would take longer than a launch or a grid barrier.
+
+    Args:
+        processors: the device's multiprocessors. A program takes one for itself, so there are no more programs; on a
+            device with fewer multiprocessors than tiles of hidden units, as slices of an A100 are, each has several.
     """
     arithmetic = input_precision(precision)
     rows = B * V > 8192
@@ -668,7 +673,7 @@ def default_config(
         )  # fmt: skip
     block_h = 16
     return StepConfig(
-        B, V, T, E, H, min(DEFAULT_PROGRAMS, -(-H // block_h)), _block(B, 32), _block(V, 32),
+        B, V, T, E, H, min(DEFAULT_PROGRAMS, processors, -(-H // block_h)), _block(B, 32), _block(V, 32),
         _block(E, 16 if V > 32 else 32), block_h, arithmetic, deterministic, rows,
     )  # fmt: skip
 

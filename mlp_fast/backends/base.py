@@ -87,13 +87,17 @@ class Backend(ABC):
     def logits(self, contexts: Tensor) -> Tensor:
         """Contexts (N, T), int64, on the device -> logits (N, V), float32."""
 
+    @property
+    def evaluation_rows(self) -> int:
+        """Windows per forward pass of an evaluation."""
+        return max(1, min(EVALUATION_ROWS, EVALUATION_LOGITS // self.shape.V))
+
     def mean_loss(self, windows: WeightedWindows) -> float:
         """The mean cross-entropy, in nats, over the windows (on the device)."""
-        count = max(1, min(EVALUATION_ROWS, EVALUATION_LOGITS // self.shape.V))
         with torch.no_grad():
             losses = [
                 F.cross_entropy(self.logits(rows[:, :-1]), rows[:, -1], reduction="none")
-                for rows in windows.rows.split(count)
+                for rows in windows.rows.split(self.evaluation_rows)
             ]
             return windows.mean(torch.cat(losses))
 

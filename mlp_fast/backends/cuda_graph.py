@@ -10,7 +10,7 @@ from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
 from mlp_fast.models import Parameters, Shape
 from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape
+from mlp_fast.tape import Tape, WeightedWindows
 
 
 class StepGraph:
@@ -71,6 +71,14 @@ class DeviceLoop(Backend):
     @abstractmethod
     def _step(self) -> None:
         """Does one step in place: losses[step % GRAPH_STEPS] is its loss, and `step` one more afterwards."""
+
+    def prepare(self) -> None:
+        """Compiles and warms up steps, evaluations and samples, leaving the state as it was."""
+        super().prepare()
+        # The first layer has a form for few windows, and one for more of them than there are tokens.
+        for count in sorted({1, min(self.shape.V + 1, self.evaluation_rows)}):
+            rows = torch.zeros(count, self.shape.T + 1, dtype=torch.int64, device=self.device)
+            self.mean_loss(WeightedWindows(rows, torch.ones(count, dtype=torch.float64, device=self.device)))
 
     def advance(self, steps: int) -> Tensor:
         losses = torch.empty(steps, device=self.device)

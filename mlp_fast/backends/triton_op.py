@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mlp_fast.backends.cuda_graph import DeviceLoop, StepGraph
 from mlp_fast.backends.eager import MATMUL_PRECISION
-from mlp_fast.backends.triton_step import kernels_missing
+from mlp_fast.backends.triton_step import capability_error, kernels_missing
 from mlp_fast.config import Config
 from mlp_fast.models import Shape
 from mlp_fast.ops import FusedMLP, adamw_
@@ -35,6 +35,10 @@ class TritonOp(DeviceLoop):
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
         return kernels_missing(device)
+
+    @classmethod
+    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
+        return capability_error(config.precision, device)
 
     def _gradients(self) -> tuple[Tensor, list[Tensor]]:
         """This rank's part of the batch loss, and of the gradients."""

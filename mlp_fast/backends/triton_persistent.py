@@ -27,10 +27,11 @@ class TritonPersistent(_StepKernels):
     def _kernels(self) -> PersistentStep:
         from mlp_fast.kernels.persistent_step import PersistentStep, default_config
 
-        return PersistentStep(
-            default_config(**kernel_settings(self.config, self.shape), **device_settings(self.device)),
-            *self._arguments(),
-        )
+        settings = kernel_settings(self.config, self.shape, self.device)
+        if self.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(self.device)
+            settings["capability"] = 10 * major + minor
+        return PersistentStep(default_config(**settings), *self._arguments())
 
     def _run(self, steps: int) -> None:
         self.kernels.run(steps)
@@ -43,14 +44,3 @@ class TritonPersistent(_StepKernels):
             self.kernels.wait()
         except BarrierTimeout as error:
             raise UserError(f"--backend {self.name}: {error}; go on from a checkpoint (--resume)") from None
-
-
-def device_settings(device: torch.device) -> dict[str, int]:
-    """What persistent_step.default_config() asks about a GPU; nothing where there is none."""
-    if device.type != "cuda":
-        return {}
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "capability": 10 * properties.major + properties.minor,
-        "processors": properties.multi_processor_count,
-    }

@@ -15,7 +15,7 @@ from mlp_fast.backends.base import Backend
 from mlp_fast.backends.cuda_graph import StepGraph
 from mlp_fast.config import Config
 from mlp_fast.files import code_obstacle
-from mlp_fast.kernels._runtime import interpreting
+from mlp_fast.kernels._runtime import LEAST_CAPABILITY, interpreting
 from mlp_fast.models import PARAMETER_NAMES, Shape
 from mlp_fast.optim import update_scalars
 from mlp_fast.state import TrainState
@@ -45,6 +45,19 @@ def kernels_missing(device: torch.device) -> str | None:
     return None
 
 
+def capability_error(precision: str, device: torch.device) -> str | None:
+    """Why the device cannot run Triton kernels of this precision, or None where it can."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    least = LEAST_CAPABILITY["fp32"]
+    if 10 * major + minor < least:
+        return f"its kernels are made for GPUs from sm_{least} on, and this one is sm_{major}{minor}"
+    if 10 * major + minor < LEAST_CAPABILITY[precision]:
+        return f"--precision {precision} needs a GPU from sm_80 on, and this one is sm_{major}{minor}; choose fp32"
+    return None
+
+
 class _StepKernels(Backend):
     """What the backends on the step kernels share: all but how the steps are launched."""
 
@@ -66,6 +79,8 @@ class _StepKernels(Backend):
 
         if config.form == "gather":
             return "its kernels have the table form only; --form gather is for triton-op and compile-step"
+        if reason := capability_error(config.precision, device):
+            return reason
         try:
             check_sizes(config.batch_size, shape.V, shape.T, shape.E, shape.H)
         except ValueError as error:
@@ -154,11 +169,13 @@ class _StepKernels(Backend):
         return evaluation.sample(self._weights(), prompt[-self.shape.T :], count, seed).tolist()
 
 
-def kernel_settings(config: Config, shape: Shape) -> dict[str, Any]:
-    """The arguments of a default_config() of the step kernels."""
-    deterministic = config.reduction == "deterministic"
-    sizes = {"B": config.batch_size, "V": shape.V, "T": shape.T, "E": shape.E, "H": shape.H}
-    return sizes | {"precision": config.precision, "deterministic": deterministic}
+def kernel_settings(config: Config, shape: Shape, device: torch.device) -> dict[str, Any]:
+    """The arguments of train_step.default_config()."""
+    settings: dict[str, Any] = {"B": config.batch_size, "V": shape.V, "T": shape.T, "E": shape.E, "H": shape.H}
+    settings |= {"precision": config.precision, "deterministic": config.reduction == "deterministic"}
+    if device.type == "cuda":
+        settings["processors"] = torch.cuda.get_device_properties(device).multi_processor_count
+    return settings
 
 
 class TritonStep(_StepKernels):
@@ -174,7 +191,8 @@ class TritonStep(_StepKernels):
     def _kernels(self) -> TrainStep:
         from mlp_fast.kernels.train_step import TrainStep, default_config
 
-        return TrainStep(default_config(**kernel_settings(self.config, self.shape)), *self._arguments())
+        settings = kernel_settings(self.config, self.shape, self.device)
+        return TrainStep(default_config(**settings), *self._arguments())
 
     def prepare(self) -> None:
         """Compiles every kernel and captures the graphs, leaving the state as it was."""
