@@ -180,10 +180,10 @@ def sample_kernel(tokens_ptr, seed_ptr, count, model, C: tl.constexpr):
     for i in range(count):
         # Products are added up number by number, and over threads only at the end. A product that is shuffled between
         # threads at once may be contracted into an addition there, and then each thread's sum has bits of its own.
-        products = tl.zeros((C.VP, C.BLOCK_H), tl.float32)
+        products = tl.full((C.VP, C.BLOCK_H), 0.0, tl.float32)
         for h0 in range(0, C.H, C.BLOCK_H):
             unit = h0 + tl.arange(0, C.BLOCK_H)
-            pre = tl.zeros((C.BLOCK_H, C.BLOCK_E), tl.float32)
+            pre = tl.full((C.BLOCK_H, C.BLOCK_E), 0.0, tl.float32)
             for t in range(C.T):
                 token = tl.load(tokens_ptr + i + t)
                 for e0 in range(0, C.E, C.BLOCK_E):

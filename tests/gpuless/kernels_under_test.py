@@ -18,9 +18,7 @@ from mlp_fast.optim import update_scalars
 Sizes = tuple[int, int, int, int, int]  # B, V, T, E, H
 DEFAULT: Sizes = (128, 27, 3, 48, 512)
 # What a GPU may do at its worst, one thing with the other; racing loads return NaN.
-ADVERSE = Schedule(
-    seed=11, policy="skewed", quantum=200, stale_l1=True, late_stores=True, poison_racing=True, approximation=0
-)
+ADVERSE = Schedule(seed=11, policy="skewed", quantum=200, stale_l1=True, late_stores=True, poison_racing=True)
 AHEAD, BEHIND = (replace(ADVERSE, policy=policy, favoured=1, seed=12) for policy in ("ahead", "behind"))
 
 

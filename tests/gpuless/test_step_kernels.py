@@ -16,7 +16,6 @@ from kernels_under_test import (
     ADVERSE,
     AHEAD,
     BEHIND,
-    DEFAULT,
     Case,
     check_against_float64,
     run_case,
@@ -25,23 +24,102 @@ from kernels_under_test import (
 )
 from steps import Problem
 
+from mlp_fast.kernels.persistent_step import PersistentStep
 from mlp_fast.models import W1, WTE
 
 pytestmark = pytest.mark.usefixtures("engine", "one_thread")
 
 SMALL = (("BLOCK_B", 16), ("BLOCK_V", 16), ("BLOCK_E", 16))
-ONE_TILE = (20, 5, 1, 16, 32)
-FORMS = (
-    Case(ONE_TILE, "step", tiles=SMALL),
-    Case(ONE_TILE, "persistent", tiles=SMALL),
-    Case(ONE_TILE, "resident", tiles=SMALL),
-    Case(ONE_TILE, "step", rows=True, tiles=SMALL),
-    Case(ONE_TILE, "persistent", rows=True, tiles=SMALL),
-    Case(ONE_TILE, "resident", rows=True, tiles=SMALL),
-)
+TWO_TILES = (20, 5, 1, 16, 32)  # B, V, T, E, H
+FORMS = [
+    Case(TWO_TILES, "step", tiles=SMALL),
+    Case(TWO_TILES, "persistent", tiles=SMALL),
+    Case(TWO_TILES, "resident", tiles=SMALL),
+    Case(TWO_TILES, "persistent", rows=True, tiles=SMALL),
+    pytest.param(Case(TWO_TILES, "step", rows=True, tiles=SMALL), marks=pytest.mark.long),
+    pytest.param(Case(TWO_TILES, "resident", rows=True, tiles=SMALL), marks=pytest.mark.long),
+]
+ODD, LARGE, WIDE = (19, 29, 2, 13, 37), (320, 27, 3, 48, 512), (33, 65, 2, 20, 130)
 
 
-# --- what diverges -----------------------------------------------------------------------------------------------------
+def check(case: Case, *schedules: Schedule) -> None:
+    """Under all schedules: the figures of float64, no finding but harmless ones, and the same bits."""
+    outcomes = [run_case(case, schedule) for schedule in schedules]
+    for outcome in outcomes:
+        assert undefined(outcome.findings) == []
+        check_against_float64(case, outcome)
+        if case.deterministic:
+            assert same_bits(outcomes[0].bits, outcome.bits)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32x3"])
+def test_the_default_resident_steps_follow_float64(precision: str) -> None:
+    """32 programs, 3 steps. One run: no load may race here, so there is nothing to replace by NaN and compare."""
+    case = Case(form="resident", precision=precision, steps=3, tokens=2000)
+    assert case.config.G == 32
+    outcome = run_case(case, ADVERSE)
+    assert [str(finding) for finding in outcome.findings if not finding.same_value] == []
+    check_against_float64(case, outcome)
+
+
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_every_form_follows_float64_under_every_schedule(case: Case) -> None:
+    check(replace(case, steps=3), Schedule(), Schedule(policy="rotation", quantum=5), ADVERSE, AHEAD, BEHIND)
+
+
+CASES = [
+    *(
+        Case(form=form, capability=capability, precision=precision)
+        for form in ("step", "persistent", "resident")
+        for capability, precisions in (
+            (75, ("fp32",)),
+            (80, ("fp32", "tf32x3", "tf32")),
+            (90, ("fp32", "tf32x3", "tf32")),
+        )
+        for precision in precisions
+    ),
+    *(
+        Case(form=form, capability=100, precision=p)
+        for form in ("step", "persistent")
+        for p in ("fp32", "tf32x3", "tf32")
+    ),
+    *(Case(form=form, deterministic=False, capability=c) for form in ("step", "persistent") for c in (75, 80, 90, 100)),
+    *(Case(LARGE, form, tokens=1000) for form in ("step", "persistent", "resident")),
+    *(Case(ODD, form, tiles=(*SMALL, ("BLOCK_H", 16), ("G", 2)), steps=3) for form in ("step", "persistent")),
+    *(Case(ODD, form, precision="tf32x3", rows=True, steps=3) for form in ("step", "persistent", "resident")),
+    *(Case(WIDE, form, precision="tf32x3", capability=80) for form in ("step", "persistent")),
+    Case((5, 200, 1, 100, 70), "step"),
+    Case((50, 5, 2, 4, 8), "resident", tokens=9, steps=3),  # the windows wrap round the tape more than once
+    *(Case((1, 1, 1, 1, 1), form, steps=3) for form in ("step", "persistent", "resident")),
+    *(Case((1, 2, 16, 3, 5), form, steps=3) for form in ("step", "persistent")),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_steps_follow_float64(case: Case) -> None:
+    check(case, Schedule(), ADVERSE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "tf32x3"])
+def test_errors_of_approximate_instructions_do_not_add_up(precision: str) -> None:
+    """Exponentials and quotients off by up to 2 ulp, which is what PTX allows."""
+    check(Case(form="persistent", precision=precision), Schedule(approximation=2))
+
+
+def test_a_resident_form_with_other_programs_than_tiles_is_refused() -> None:
+    C = replace(Case(form="resident").config, G=16)
+    tape, scalars = torch.zeros(100, dtype=torch.int32), torch.zeros(10, 3)
+    with pytest.raises(ValueError, match="got 32 tiles and 16 programs"):
+        PersistentStep(C, tape, scalars)
+    PersistentStep(replace(C, G=32), tape, scalars)
+
+
+# --- what diverges ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", FORMS, ids=str)

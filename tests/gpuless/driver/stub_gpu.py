@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mlp_fast import ops
+from mlp_fast.ops import _dispatch
 from mlp_fast.kernels._aot import key_of
 
 # Bytes of shared memory that a thread block may take, by compute capability (CUDA C++ Programming Guide).
@@ -146,7 +146,7 @@ class StubGPU:
             stack.enter_context(
                 mock.patch.object(JITFunction, "_do_compile", self._noting_keys(JITFunction._do_compile))
             )
-            stack.enter_context(mock.patch.object(ops, "_use_kernels", lambda t: t.dtype != torch.float64))
+            stack.enter_context(mock.patch.object(_dispatch, "interpreting", lambda: True))  # kernels, for CPU tensors
             stack.enter_context(mock.patch.object(torch, "empty", torch.zeros))
             stack.enter_context(_OnHost(self))
             yield
