@@ -24,6 +24,11 @@ EAGER = ("eager-raw", "eager")
 REFERENCE = () if torch.cuda.is_available() else EAGER
 
 
+# The worked example of docs/add-a-backend.md. In float64 the weight decay is what the formula says, not a whole unit in
+# the last place (docs/numerics.md), so it leaves the reference, which is in float32.
+DOUBLE = "double"
+
+
 def available(name: str, **settings: Any) -> Config:
     """The settings of a quiet run of a backend; the test is skipped, with the reason, where it is unavailable."""
     config = Config(backend=name, quiet=True, **settings)
@@ -37,7 +42,7 @@ def available(name: str, **settings: Any) -> Config:
 def test_a_thousand_steps_follow_the_golden_trace(name: str, golden: dict[str, Any], names_corpus: Corpus) -> None:
     config = available(name, num_steps=1000)
     expected = golden["MLPRaw" if name.endswith("raw") else "MLP"]
-    tolerance = 5e-7
+    tolerance = 1e-5 if name == DOUBLE else 5e-7
     counters.clear()
     result = Trainer(config, names_corpus, RunLog(config)).run()
     assert counters["stats"]["unique_graphs"] == name.startswith("compile")  # one compilation serves the whole run
