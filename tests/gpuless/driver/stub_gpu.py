@@ -32,8 +32,8 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mlp_fast.ops import _dispatch
 from mlp_fast.kernels._aot import key_of
+from mlp_fast.ops import _dispatch
 
 # Bytes of shared memory that a thread block may take, by compute capability (CUDA C++ Programming Guide).
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -146,7 +146,7 @@ class StubGPU:
             stack.enter_context(
                 mock.patch.object(JITFunction, "_do_compile", self._noting_keys(JITFunction._do_compile))
             )
-            stack.enter_context(mock.patch.object(_dispatch, "interpreting", lambda: True))  # kernels, for CPU tensors
+            stack.enter_context(mock.patch.object(_dispatch, "interpreting", return_value=True))  # kernels on the CPU
             stack.enter_context(mock.patch.object(torch, "empty", torch.zeros))
             stack.enter_context(_OnHost(self))
             yield
