@@ -1,20 +1,15 @@
-"""Kernels with a barrier taken out or weakened, as changes of their PTX."""
+"""Kernels with a grid barrier taken out or weakened, as changes of their PTX."""
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-BLOCK_BARRIER = re.compile(r"^(\s*)bar\.sync(\s+0;)", re.MULTILINE)
-COPY_WAIT = re.compile(r"^(\s*)cp\.async\.wait_group(\s+\d+;)", re.MULTILINE)
-TAKEN_OUT = r"\1// \2"
-# Each half of the grid barrier, and of the atomic that counts programs: what it is, its PTX, what it becomes.
+# What it is, its PTX, and what that becomes.
 ORDERS = (
     ("arrival does not release", re.compile(r"red\.release\.gpu"), "red.relaxed.gpu"),
     ("look does not acquire", re.compile(r"ld\.acquire\.gpu"), "ld.relaxed.gpu"),
     ("nobody waits", re.compile(r"setp\.ge\.s32 %done, %count, 0;"), "setp.ge.s32 %done, %count, -2147483647;"),
     ("one fewer is waited for", re.compile(r"setp\.ge\.s32 %done, %count, 0;"), "setp.ge.s32 %done, %count, -1;"),
-    ("count does not release", re.compile(r"acq_rel"), "acquire"),
-    ("count does not acquire", re.compile(r"acq_rel"), "release"),
 )
 
 
@@ -41,11 +36,10 @@ class Mutant:
 
 def mutants_of(texts: dict[str, str]) -> list[Mutant]:
     """All of these kernels, given their PTX by name."""
-    changes = [("block barrier", BLOCK_BARRIER, TAKEN_OUT), ("wait for copies", COPY_WAIT, TAKEN_OUT), *ORDERS]
     return [
         Mutant(kernel, what, number, line_before(ptx, match.start()), pattern, becomes)
         for kernel, ptx in texts.items()
-        for what, pattern, becomes in changes
+        for what, pattern, becomes in ORDERS
         for number, match in enumerate(pattern.finditer(ptx))
     ]
 
