@@ -340,11 +340,11 @@ def test_a_run_is_measured_from_start_to_end() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["mlp_fast.train", "bench.reference_loop"])
-@pytest.mark.parametrize("printed", ["test_loss 2.921936\n", "test_loss nan\n", ""])
+@pytest.mark.parametrize("printed", ["test_loss 2.921880\n", "test_loss nan\n", ""])
 def test_a_run_that_ends_with_another_loss_gets_no_number(
     monkeypatch: pytest.MonkeyPatch, wrong: str, printed: str
 ) -> None:
-    outputs = {"mlp_fast.train": "step 0\ntest_loss 2.921836\n", "bench.reference_loop": "test_loss 2.921876\n"}
+    outputs = {"mlp_fast.train": "step 0\ntest_loss 2.921877\n", "bench.reference_loop": "test_loss 2.921876\n"}
     monkeypatch.setattr(processes, "_python", lambda command: outputs[command[1]])
     case = next(case for case in suite.cases("run", DRY) if case.id == "20 steps")
     assert set(case.entry(plain_timer, {})["rivals"]) == {"reference-loop"}
