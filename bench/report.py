@@ -83,7 +83,7 @@ BLOCKS: dict[str, Callable[[Recording], str]] = {
     "sweep": tables.sweep,
     "scale": tables.scale,
     "promises": _promised,
-    "probes": lambda record: probes.table(record.probes),
+    "probes": lambda record: probes.table(record.probes) if record.probes else "",
     "compare": _compared,
     "profile": _profiled,
     "numerics": lambda record: record.extra["numerics"]["output"] if "numerics" in record.extra else "",
