@@ -89,21 +89,15 @@ class Tampered(Eager):
     name = "tampered"
     tamper: Callable[[dict[str, Tensor]], object] = staticmethod(lambda gradients: None)
 
-    def _build(self, parameters: dict[str, Tensor]) -> None:
-        super()._build(parameters)
-        loss = self.model.loss
-        step: Any = None
+    _hook: Any = None
 
+    def _loss(self, contexts: Tensor, targets: Tensor) -> Tensor:
         def before_step(*_: object) -> None:
             type(self).tamper({name: p.grad for name, p in self.model.named_parameters()})
 
-        def first_loss(contexts: Tensor, targets: Tensor) -> Tensor:
-            nonlocal step
-            if step is None:
-                step = self.optimizer.register_step_pre_hook(before_step)
-            return loss(contexts, targets)
-
-        self.model.loss = first_loss
+        if self._hook is None:
+            self._hook = self.optimizer.register_step_pre_hook(before_step)
+        return super()._loss(contexts, targets)
 
 
 def tampered(tape: Tape, tamper: Callable[[dict[str, Tensor]], object]) -> Tampered:
