@@ -350,6 +350,20 @@ st.global.v2.b32 [ %rd1 + 0 ], { %r4, %r5 };
         assert np.array_equal(out[..., 1], values[second])
 
 
+def test_parameters_are_read_at_an_address_in_a_register() -> None:
+    """As where a program chooses one of many pointers by its number."""
+    first, second = np.zeros(THREADS, "uint32"), np.zeros(THREADS, "uint32")
+    body = """
+mov.b64 %rd30, kernel_param_0; mov.u32 %r1, %ctaid.x; mul.wide.u32 %rd31, %r1, 8; add.s64 %rd30, %rd30, %rd31;
+ld.param.b64 %rd32, [%rd30]; mad.wide.u32 %rd32, %r0, 4, %rd32; st.global.b32 [ %rd32 + 0 ], { %r1 };
+"""
+    assert launch(body, first, second, grid=(2,)) == []
+    assert not first.any()
+    assert second.all()
+    outside = launch(body, first, second, grid=(3,))
+    assert "parameters" in {finding.space for finding in outside if finding.kind == "out of bounds"}
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_lanes_diverge_and_meet_again(seed: int) -> None:
     """A loop of as many rounds as the lane's number, a branch in it, and a shuffle of all lanes behind it."""
