@@ -1,16 +1,30 @@
-"""Kernels with a grid barrier taken out or weakened, as changes of their PTX."""
+"""Kernels with a barrier taken out or weakened, as changes of their PTX."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 # What it is, its PTX, and what that becomes.
-ORDERS = (
+Change = tuple[str, re.Pattern[str], str]
+# Each half of the grid barrier.
+ORDERS: Sequence[Change] = (
     ("arrival does not release", re.compile(r"red\.release\.gpu"), "red.relaxed.gpu"),
     ("look does not acquire", re.compile(r"ld\.acquire\.gpu"), "ld.relaxed.gpu"),
     ("nobody waits", re.compile(r"setp\.ge\.s32 %done, %count, 0;"), "setp.ge.s32 %done, %count, -2147483647;"),
     ("one fewer is waited for", re.compile(r"setp\.ge\.s32 %done, %count, 0;"), "setp.ge.s32 %done, %count, -1;"),
 )
+BLOCK_BARRIER = re.compile(r"^(\s*)bar\.sync(\s+0;)", re.MULTILINE)
+COPY_WAIT = re.compile(r"^(\s*)cp\.async\.wait_group(\s+\d+;)", re.MULTILINE)
+BARRIERS: Sequence[Change] = (
+    ("block barrier", BLOCK_BARRIER, r"\1// \2"),
+    ("wait for copies", COPY_WAIT, r"\1// \2"),
+)
+# Of the atomic that counts the programs of an evaluation.
+COUNTS: Sequence[Change] = (
+    ("count does not release", re.compile(r"acq_rel"), "acquire"),
+    ("count does not acquire", re.compile(r"acq_rel"), "release"),
+)
+ACCESS = re.compile(r"^\s*(?:@!?%\w+\s+)?(ld|st|atom|red|ldmatrix|stmatrix|cp)\.(\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -28,18 +42,20 @@ class Mutant:
         return f"{self.kernel}, {self.what} {self.number}, at {self.line}"
 
     def __call__(self, ptx: str, kernel: str) -> str:
-        if kernel != self.kernel:
+        matches = list(self.pattern.finditer(ptx))
+        # A kernel may be launched in several configurations; those with fewer matches stay as they are.
+        if kernel != self.kernel or self.number >= len(matches):
             return ptx
-        match = list(self.pattern.finditer(ptx))[self.number]
+        match = matches[self.number]
         return ptx[: match.start()] + match.expand(self.becomes) + ptx[match.end() :]
 
 
-def mutants_of(texts: dict[str, str]) -> list[Mutant]:
+def mutants_of(texts: dict[str, str], changes: Sequence[Change] = ORDERS) -> list[Mutant]:
     """All of these kernels, given their PTX by name."""
     return [
         Mutant(kernel, what, number, line_before(ptx, match.start()), pattern, becomes)
         for kernel, ptx in texts.items()
-        for what, pattern, becomes in ORDERS
+        for what, pattern, becomes in changes
         for number, match in enumerate(pattern.finditer(ptx))
     ]
 
@@ -58,3 +74,39 @@ def recorder(texts: dict[str, str]) -> Callable[[str, str], str]:
         return ptx
 
     return record
+
+
+def why_redundant(mutant: Mutant, ptx: str) -> str | None:
+    """Why a block barrier may be missing from compiled code without anybody noticing, or None where it may not.
+
+    The emulator has compared the addresses of all accesses and found that the barrier orders none that conflict. This
+    says how that can be, by what stands in PTX between it and its neighbours.
+    """
+    barriers = list(BLOCK_BARRIER.finditer(ptx))
+    own = barriers[mutant.number]
+    if mutant.number + 1 == len(barriers):
+        return "it is the last one: what other threads have stored, nobody reads behind it"
+    if "_barrier.py" in mutant.line and "red.release" in ptx[own.end() : barriers[mutant.number + 1].start()]:
+        return (
+            "it stands before the arrival of a step's last barrier: what others will read, dwte, was added before the "
+            "barriers of hidden_weight_phase, and what comes after these is the program's own"
+        )
+    start = barriers[mutant.number - 1].end() if mutant.number else 0
+    before, after = accesses(ptx[start : own.start()]), accesses(ptx[own.end() : barriers[mutant.number + 1].start()])
+    shared = ("shared", True) in before | after and all(
+        {("shared", True), ("shared", False)} & s for s in (before, after)
+    )
+    stores = all(("global", True) in side for side in (before, after))
+    if shared or stores:
+        return None
+    return "a neighbour does its work: on one side of it nothing is stored that the other side could touch"
+
+
+def accesses(ptx: str) -> set[tuple[str, bool]]:
+    """The memory that a piece of PTX accesses, and whether it stores there."""
+    found = set()
+    for name, rest in ACCESS.findall(ptx):
+        if "param" not in rest:
+            space = "shared" if "shared" in rest or "matrix" in name else "global"
+            found.add((space, name in ("st", "atom", "red", "stmatrix", "cp")))
+    return found
