@@ -92,21 +92,30 @@ def why_redundant(mutant: Mutant, ptx: str) -> str | None:
             "barriers of hidden_weight_phase, and what comes after these is the program's own"
         )
     start = barriers[mutant.number - 1].end() if mutant.number else 0
-    before, after = accesses(ptx[start : own.start()]), accesses(ptx[own.end() : barriers[mutant.number + 1].start()])
-    shared = ("shared", True) in before | after and all(
-        {("shared", True), ("shared", False)} & s for s in (before, after)
-    )
-    stores = all(("global", True) in side for side in (before, after))
-    if shared or stores:
-        return None
-    return "a neighbour does its work: on one side of it nothing is stored that the other side could touch"
+    before, after = ptx[start : own.start()], ptx[own.end() : barriers[mutant.number + 1].start()]
+    if "cp.async.wait_group" in before and not {("shared", "st"), ("shared", "stmatrix")} & accesses(before):
+        return "it stands behind a wait for copies, and each thread reads what it has copied itself"
+    if not any(in_conflict(accesses(before), accesses(after), space) for space in ("shared", "global")):
+        return "a neighbour does its work: on one side of it nothing is stored that the other side could touch"
+    return None
 
 
-def accesses(ptx: str) -> set[tuple[str, bool]]:
-    """The memory that a piece of PTX accesses, and whether it stores there."""
+def in_conflict(before: set[tuple[str, str]], after: set[tuple[str, str]], space: str) -> bool:
+    """Whether the two sides of a barrier could conflict in a space.
+
+    Of shared memory one has to store, and the other to access it. In global memory both have to store: loads on one
+    side of what the other stores are of the thread's own share, or the emulator would have found that they race.
+    """
+    storing = [any(s == space and how not in ("ld", "ldmatrix") for s, how in side) for side in (before, after)]
+    if space == "global":
+        return all(storing)
+    return any(storing) and all(any(s == space for s, _ in side) for side in (before, after))
+
+
+def accesses(ptx: str) -> set[tuple[str, str]]:
+    """The memory that a piece of PTX accesses, and how."""
     found = set()
     for name, rest in ACCESS.findall(ptx):
-        if "param" not in rest:
-            space = "shared" if "shared" in rest or "matrix" in name else "global"
-            found.add((space, name in ("st", "atom", "red", "stmatrix", "cp")))
+        if "param" not in rest and "_group" not in rest:
+            found.add(("shared" if "shared" in rest or "matrix" in name else "global", name))
     return found
