@@ -50,7 +50,7 @@ def computed(opcode: str, *operands: Array) -> Array:
     width = WIDTHS.get(operation.result, 4)
     address(0, width)
     result = "%p0" if operation.result == "pred" else f"{REGISTERS[width]}30"
-    lines.append(f"{opcode} {result}, {', '.join(names)};")
+    lines.append(f"{opcode.replace('min3', 'min').replace('max3', 'max')} {result}, {', '.join(names)};")
     if operation.result == "pred":
         lines.append("selp.b32 %r30, 1, 0, %p0;")
     lines.append(f"st.global.b{8 * width} [ %rd20 + 0 ], {{ {REGISTERS[width]}30 }};")
@@ -239,6 +239,8 @@ def references() -> dict[str, Callable[..., Array]]:
             f"setp.le.{kind}": np.less_equal, f"setp.gt.{kind}": np.greater, f"setp.ge.{kind}": np.greater_equal,
         }  # fmt: skip
     table["add.rn.f32.bf16"] = lambda x, y: from_16_bits(x, torch.bfloat16) + y
+    table["min3.f32"] = lambda x, y, z: smallest(smallest(x, y, 1), z, 1)
+    table["max3.f32"] = lambda x, y, z: smallest(smallest(x, y, 0), z, 0)
     table["rcp.rn.f32"] = lambda x: np.float32(1) / x
     for rounding in ("", ".rn"):
         table |= {f"{name}{rounding}.f32x2": halves(f) for name, f in arithmetic.items()}

@@ -168,6 +168,8 @@ class _Decoder:
             text = guarded[3]
         name, _, rest = text.replace("\t", " ").partition(" ")
         operands = _split(rest)
+        if name in ("min.f32", "max.f32") and len(operands) == 4:
+            name = name.replace(".", "3.")  # as the table calls those of three operands
         known = operations().get(name)
         plain = not any("{" in o or o == "%globaltimer" for o in operands)
         if known is not None and known.result is not None and plain:
