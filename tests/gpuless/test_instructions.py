@@ -239,6 +239,7 @@ def references() -> dict[str, Callable[..., Array]]:
             f"setp.le.{kind}": np.less_equal, f"setp.gt.{kind}": np.greater, f"setp.ge.{kind}": np.greater_equal,
         }  # fmt: skip
     table["add.rn.f32.bf16"] = lambda x, y: from_16_bits(x, torch.bfloat16) + y
+    table["add.rn.f32.f16"] = lambda x, y: from_16_bits(x, torch.float16) + y
     table["min3.f32"] = lambda x, y, z: smallest(smallest(x, y, 1), z, 1)
     table["max3.f32"] = lambda x, y, z: smallest(smallest(x, y, 0), z, 0)
     table["rcp.rn.f32"] = lambda x: np.float32(1) / x
