@@ -50,7 +50,7 @@ def computed(opcode: str, *operands: Array) -> Array:
     width = WIDTHS.get(operation.result, 4)
     address(0, width)
     result = "%p0" if operation.result == "pred" else f"{REGISTERS[width]}30"
-    lines.append(f"{opcode} {result}, {', '.join(names)};")
+    lines.append(f"{opcode.replace('min3', 'min').replace('max3', 'max')} {result}, {', '.join(names)};")
     if operation.result == "pred":
         lines.append("selp.b32 %r30, 1, 0, %p0;")
     lines.append(f"st.global.b{8 * width} [ %rd20 + 0 ], {{ {REGISTERS[width]}30 }};")
@@ -239,6 +239,9 @@ def references() -> dict[str, Callable[..., Array]]:
             f"setp.le.{kind}": np.less_equal, f"setp.gt.{kind}": np.greater, f"setp.ge.{kind}": np.greater_equal,
         }  # fmt: skip
     table["add.rn.f32.bf16"] = lambda x, y: from_16_bits(x, torch.bfloat16) + y
+    table["add.rn.f32.f16"] = lambda x, y: from_16_bits(x, torch.float16) + y
+    table["min3.f32"] = lambda x, y, z: smallest(smallest(x, y, 1), z, 1)
+    table["max3.f32"] = lambda x, y, z: smallest(smallest(x, y, 0), z, 0)
     table["rcp.rn.f32"] = lambda x: np.float32(1) / x
     for rounding in ("", ".rn"):
         table |= {f"{name}{rounding}.f32x2": halves(f) for name, f in arithmetic.items()}
@@ -348,6 +351,20 @@ st.global.v2.b32 [ %rd1 + 0 ], { %r4, %r5 };
         }  # fmt: skip
         assert np.array_equal(out[..., 0], values[first])
         assert np.array_equal(out[..., 1], values[second])
+
+
+def test_parameters_are_read_at_an_address_in_a_register() -> None:
+    """As where a program chooses one of many pointers by its number."""
+    first, second = np.zeros(THREADS, "uint32"), np.zeros(THREADS, "uint32")
+    body = """
+mov.b64 %rd30, kernel_param_0; mov.u32 %r1, %ctaid.x; mul.wide.u32 %rd31, %r1, 8; add.s64 %rd30, %rd30, %rd31;
+ld.param.b64 %rd32, [%rd30]; mad.wide.u32 %rd32, %r0, 4, %rd32; st.global.b32 [ %rd32 + 0 ], { %r1 };
+"""
+    assert launch(body, first, second, grid=(2,)) == []
+    assert not first.any()
+    assert second.all()
+    outside = launch(body, first, second, grid=(3,))
+    assert "parameters" in {finding.space for finding in outside if finding.kind == "out of bounds"}
 
 
 @pytest.mark.parametrize("seed", range(4))

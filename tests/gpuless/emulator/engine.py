@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 SOURCES = Path(__file__).parent / "engine"
 # Without contraction: a multiply-add is one only where PTX says so.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno")
+FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno")
 
 MAX_FINDINGS = 10_000
 SHARED_BASE = 0x400  # SharedMemory::BASE

@@ -16,6 +16,7 @@ import networkx
 from .engine import ACQUIRE, ATOMICS, RELEASE, SHARED_BASE, SHUFFLES, STRONG, Instruction, operations
 
 LANES = 32
+PARAMETER_BASE = 0x1000  # address of the first parameter, in a space of their own
 LOCAL_BASE = 0x500000000000  # address of a thread's local memory
 WIDTHS = {f"{letter}{8 * n}": n for n in (1, 2, 4, 8) for letter in "bus"} | {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 SPECIALS = {
@@ -83,7 +84,6 @@ class _Decoder:
         self.constant_predicates: dict[bool, int] = {}
         self.special_places: dict[str, int] = {}
         self.size, self.predicate_count = 0, 0
-        self.parameter_offsets: dict[str, int] = {}
         self._parameters(entry[2])
         self._body(entry[3])
         for instruction, label, scopes in self.branches:
@@ -97,7 +97,7 @@ class _Decoder:
         offset = 0
         for kind, name in re.findall(r"\.param\s+\.(\w+)[^,]*?\s(\w+)\s*(?:,|$)", text):
             offset = -(-offset // WIDTHS[kind]) * WIDTHS[kind]
-            self.parameter_offsets[name] = offset
+            self.symbols[name] = PARAMETER_BASE + offset
             self.program.parameters.append((offset, kind))
             offset += WIDTHS[kind]
 
@@ -168,6 +168,8 @@ class _Decoder:
             text = guarded[3]
         name, _, rest = text.replace("\t", " ").partition(" ")
         operands = _split(rest)
+        if name in ("min.f32", "max.f32") and len(operands) == 4:
+            name = name.replace(".", "3.")  # as the table calls those of three operands
         known = operations().get(name)
         plain = not any("{" in o or o == "%globaltimer" for o in operands)
         if known is not None and known.result is not None and plain:
@@ -306,10 +308,6 @@ class _Decoder:
         to = _braced(operands[0])
         instruction.register_bytes = self._width(to, WIDTHS[kind])
         places = [self._place(o, instruction.register_bytes, to=True) for o in to]
-        if space == "param":
-            name = operands[1].strip("[] ").partition("+")
-            instruction.displacement = self.parameter_offsets[name[0].strip()] + int(name[2] or "0", 0)
-            return self._set(instruction, "ld.param", places, [])
         if used and space != "shared":
             raise Unsupported(f"a mask of used bytes at {'.'.join(parts)}")
         return self._memory(instruction, f"ld.{space}", places, operands[1], [])
@@ -325,7 +323,8 @@ class _Decoder:
         self, instruction: Instruction, operation: str, to: Sequence[int], address: str, data: Sequence[int]
     ) -> None:
         place, displacement = self._address(address, 4 if "shared" in operation or "matrix" in operation else 8)
-        instruction.displacement = displacement - (LOCAL_BASE if operation.endswith("local") else 0)
+        bases = {"ld.param": PARAMETER_BASE, "ld.local": LOCAL_BASE, "st.local": LOCAL_BASE}
+        instruction.displacement = displacement - bases.get(operation, 0)
         self._set(instruction, operation, to, [place, *data])
 
     def _atomic(self, instruction: Instruction, parts: list[str], operands: list[str]) -> None:

@@ -57,7 +57,7 @@ class Machine {
       if (used != ~0u && !(used >> (begin - offset) & 1)) continue;
       Cell& cell = cells[place];
       if (cell.copies) fault(w, lane, COPY_UNDER_WAY, space, origin + begin);
-      if (access == Access::READ && races.repeats(cell, who)) continue;
+      if (access == Access::READ && races.read_own(cell, who)) continue;
       u32 written = 0;
       if (value) memcpy(&written, value + (begin - offset), end - begin);
       races.check(cell, access, who, [&](i32 kind, i32 first, u32 thread) {

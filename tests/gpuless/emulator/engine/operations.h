@@ -137,10 +137,12 @@ inline void from_registers(Warp& w, const Instruction& in, int lane, u8* data) {
 }
 
 inline void load_parameter(Machine& machine, Warp& w, const Instruction& in, Mask lanes) {
+  u32 length = in.bytes * in.count;
   each(lanes, [&](int l) {
-    if (in.displacement + in.bytes > (i64)machine.launch.parameter_bytes)
-      return machine.fault(w, l, OUT_OF_BOUNDS, PARAMETERS, in.displacement);
-    to_registers(w, in, l, machine.launch.parameters + in.displacement);
+    u64 offset = w.at<u64>(in.from[0])[l] + in.displacement;
+    if (offset + length > machine.launch.parameter_bytes || offset + length < length)
+      return machine.fault(w, l, OUT_OF_BOUNDS, PARAMETERS, offset);
+    to_registers(w, in, l, machine.launch.parameters + offset);
   });
 }
 

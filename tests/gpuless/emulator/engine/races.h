@@ -90,16 +90,15 @@ class RaceDetector {
     note(cell, access, who);
   }
 
-  // The most frequent case in short: one more read of what the block's warps have been reading since the barrier.
-  bool repeats(Cell& cell, const Actor& who) const {
-    if (cell.others.size() != 1) return false;
-    Cell::Last& last = cell.others[0];
-    bool write_is_past = cell.write_instruction < 0 || (cell.write.thread / THREADS == who.clock.block &&
-                                                        cell.write.epoch < who.clock.epoch);
-    if (!write_is_past || last.access != Access::READ || !last.by_warps) return false;
-    if (last.stamp.thread / THREADS != who.clock.block || last.stamp.epoch != who.clock.epoch) return false;
-    last.stamp = Stamp{who.thread, who.clock.epoch, who.time};
-    last.instruction = who.instruction;
+  // The most frequent case in short: a read of what nobody else has touched since the own block wrote it.
+  bool read_own(Cell& cell, const Actor& who) const {
+    if (cell.others.size() > 1) return false;
+    if (cell.write_instruction >= 0 &&
+        (cell.write.thread / THREADS != who.clock.block || cell.write.epoch >= who.clock.epoch))
+      return false;
+    for (const Cell::Last& last : cell.others)
+      if (last.access != Access::READ || last.stamp.thread / THREADS != who.clock.block) return false;
+    note(cell, Access::READ, who);
     return true;
   }
 
@@ -168,6 +167,7 @@ class RaceDetector {
       } else {
         last.stamp.time = now.time;
       }
+      std::swap(last, cell.others.front());  // it will be looked for again
       return;
     }
     cell.others.push_back(Cell::Last{now, who.instruction, access, false, false});
