@@ -88,6 +88,18 @@ def fake_gradients(operands: Sequence[Tensor | None], needs: Sequence[bool], lik
     return or_empty([None if t is None else t.new_empty(t.shape) for t in needed], like)
 
 
+def call(name: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Calls a public operator, or its function alone where no compiler, autocast or torch.func has to see the operator:
+    the way through torch's dispatcher and back takes as long as a small model's forward pass."""
+    seen = (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+    )
+    return (getattr(torch.ops.mlp_fast, name) if seen else function)(*args)
+
+
 def register(name: str, function: Callable[..., Tensor], operands: slice) -> None:
     """Makes the function the public operator mlp_fast::name.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from mlp_fast.kernels._runtime import INPUT_PRECISION
 from mlp_fast.ops._checks import FLOATS, INTEGERS, check_device, check_dtype, check_in_range, one_of, shapes
 from mlp_fast.ops._dispatch import (
+    call,
     differentiated_again,
     fake_gradients,
     kernels,
@@ -54,7 +55,7 @@ def embed_linear_tanh(
 
         h = embed_linear_tanh(idx, model.wte.weight, model.mlp[0].weight, model.mlp[0].bias)
     """
-    return torch.ops.mlp_fast.embed_linear_tanh(idx, wte, weight, bias, form, precision)
+    return call("embed_linear_tanh", _public, idx, wte, weight, bias, form, precision)
 
 
 def _check(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None, form: str, precision: str) -> None:

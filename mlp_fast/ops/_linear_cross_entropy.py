@@ -11,6 +11,7 @@ from torch import Tensor
 from mlp_fast.kernels._runtime import INPUT_PRECISION
 from mlp_fast.ops._checks import FLOATS, INTEGERS, check_device, check_dtype, check_in_range, one_of, shapes
 from mlp_fast.ops._dispatch import (
+    call,
     differentiated_again,
     fake_gradients,
     kernels,
@@ -70,9 +71,8 @@ def linear_cross_entropy(
         loss = linear_cross_entropy(h, model.mlp[2].weight, model.mlp[2].bias, targets)
         loss.backward()
     """
-    return torch.ops.mlp_fast.linear_cross_entropy(
-        input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, precision
-    )
+    options = weight, reduction, ignore_index, label_smoothing, precision
+    return call("linear_cross_entropy", _public, input, linear_weight, linear_bias, target, *options)
 
 
 def _check(
