@@ -1,6 +1,6 @@
 """AdamW in the code that runs on a GPU: no fused multiply-add takes the weight decay as a factor.
 
-See test_adamw.py for why. Triton's interpreter never fuses; so what is read here is PTX and machine code.
+See tests/test_adamw.py for why. Triton's interpreter never fuses; so what is read here is PTX and machine code.
 """
 
 import importlib
