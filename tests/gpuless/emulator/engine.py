@@ -86,8 +86,8 @@ class RawSchedule(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "policy", "quantum", "resident", "favoured", "races", "stale_l1", "late_stores", "poison_racing",
-                "approximation",
+                "policy", "quantum", "resident", "first_blocks", "favoured", "races", "stale_l1", "late_stores",
+                "poison_racing", "approximation",
             )
         ),
         ("most_instructions", ctypes.c_uint64),
@@ -104,6 +104,7 @@ class Schedule:
             runs whenever it can, or only while all others wait for it).
         quantum: instructions a turn; with all policies but rotation between 1 and twice as many.
         resident: blocks that run at the same time; 0: all.
+        first_blocks: run so many blocks of the grid and leave the others out; 0: all.
         favoured: the block that ahead and behind are about.
         races: detect them.
         stale_l1: plain loads come from an L1 cache that keeps its lines until an acquire.
@@ -117,6 +118,7 @@ class Schedule:
     policy: str = "random"
     quantum: int = 64
     resident: int = 0
+    first_blocks: int = 0
     favoured: int = 0
     races: bool = True
     stale_l1: bool = False
@@ -128,6 +130,15 @@ class Schedule:
     def raw(self) -> RawSchedule:
         """As the engine takes it."""
         return RawSchedule(**asdict(self) | {"policy": POLICIES.index(self.policy)})
+
+
+class Counts(ctypes.Structure):
+    """See engine/interface.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in ("executions", "lanes", "wavefronts_low", "wavefronts_high", "sectors", "bytes")
+    )
 
 
 class Launch(ctypes.Structure):
@@ -152,6 +163,8 @@ class Launch(ctypes.Structure):
         *((name, ctypes.c_uint32) for name in ("threads", "shared_bytes", "local_bytes")),
         ("global_grain", ctypes.c_int32),
         ("shared_grain", ctypes.c_int32),
+        ("counted", ctypes.c_int32),
+        ("counts", ctypes.POINTER(Counts)),
     )
 
 

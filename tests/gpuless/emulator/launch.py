@@ -2,6 +2,7 @@
 
 import bisect
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from .engine import (
     MAX_FINDINGS,
     REACHES,
     SPACES,
+    Counts,
     Instruction,
     Launch,
     RawFinding,
@@ -68,11 +70,18 @@ class Result:
     kernel: str
     findings: list[Finding]
     statistics: Statistics
+    program: Program
+    counts: Sequence[Counts] = ()  # of every instruction of the program, of the block asked for
+    shipped: _aot.Shipped | None = None
+    threads: int = 0  # of a block
+    blocks: int = 0
+    footprint: int = 0  # bytes of global memory that it was given
 
 
 def run(
     program: Program, grid: Sequence[int], threads: int, shared: int, buffers: dict[str, np.ndarray],
-    values: Sequence[Any], schedule: Schedule,
+    values: Sequence[Any], schedule: Schedule, counted: int | None = None,
+    merged: dict[int, int] | None = None,
 ) -> Result:  # fmt: skip
     """Runs a grid to its end.
 
@@ -82,6 +91,8 @@ def run(
         shared: bytes of shared memory.
         buffers: name -> uint8 array, changed in place: all that may be accessed in global memory.
         values: of the parameters, in order: a number, or a buffer's name and an offset in bytes.
+        counted: the block whose work is counted, instruction by instruction.
+        merged: line of PTX -> bytes of a lane's access there, where the assembler has made one of several.
     """
     begins, size = {}, GAP
     for name, data in buffers.items():
@@ -95,6 +106,8 @@ def run(
         unwritten = np.repeat(data[:whole].view(np.uint32) == POISON, 4)
         state[own][:whole][unwritten] = ALLOCATED
     parameters = bytearray()
+    given = [Counts(bytes=(merged or {}).get(line, 0)) for line in program.ptx_lines]
+    counts = (Counts * len(given))(*given) if counted is not None else ()
     for (offset, kind), value in zip(program.parameters, values, strict=True):
         if isinstance(value, tuple):
             value = BASE + begins[value[0]] + value[1]
@@ -111,6 +124,7 @@ def run(
         parameters=bytes(parameters), parameter_bytes=len(parameters),
         grid=(ctypes.c_uint32 * 3)(*grid, *[1] * (3 - len(grid))), threads=threads, shared_bytes=shared,
         local_bytes=program.local_bytes, global_grain=program.grains["global"], shared_grain=program.grains["shared"],
+        counted=counted or 0, counts=counts or None,
     )  # fmt: skip
     found, statistics = (RawFinding * MAX_FINDINGS)(), Statistics()
     count = library().run_launch(
@@ -118,7 +132,9 @@ def run(
     )
     for name, data in buffers.items():
         data[:] = memory[begins[name] : begins[name] + len(data)]
-    return Result(program.name, [_told(f, program, begins) for f in found[: min(count, MAX_FINDINGS)]], statistics)
+    findings = [_told(f, program, begins) for f in found[: min(count, MAX_FINDINGS)]]
+    footprint = sum(len(data) for data in buffers.values())
+    return Result(program.name, findings, statistics, program, counts, None, threads, math.prod(grid), footprint)
 
 
 def _told(raw: RawFinding, program: Program, begins: dict[str, int]) -> Finding:
@@ -198,12 +214,16 @@ class Emulator:
         capability: the compute capability that kernels are compiled for.
         schedule: of the launches.
         mutate: changes the PTX of a kernel, given its name, before it is decoded.
+        counted: the program whose work is counted, instruction by instruction; None: no counts.
+        merged: tells for a kernel what run() takes under this name.
         results: of the launches so far.
     """
 
     capability: int = 90
     schedule: Schedule = field(default_factory=Schedule)
     mutate: Callable[[str, str], str] | None = None
+    counted: int | None = None
+    merged: Callable[[_aot.Shipped], dict[int, int]] | None = None
     results: list[Result] = field(default_factory=list)
 
     def __enter__(self) -> "Emulator":
@@ -247,8 +267,10 @@ class Emulator:
         assert scratch in (0, 1, 2), f"{len(values)} arguments for {len(program.parameters)} parameters"
         blocks = tuple(grid(arguments) if callable(grid) else grid)
         result = run(
-            program, blocks, compiled.threads, compiled.shared, buffers, [*values, *[0] * scratch], self.schedule
-        )
+            program, blocks, compiled.threads, compiled.shared, buffers, [*values, *[0] * scratch], self.schedule,
+            self.counted, self.merged(shipped) if self.merged else None,
+        )  # fmt: skip
+        result.shipped = shipped
         self.results.append(result)
 
 

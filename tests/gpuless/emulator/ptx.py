@@ -53,6 +53,7 @@ class Program:
     lines: list[str] = field(
         default_factory=list
     )  # of the source: file.py:line:column, with the chain of inlined calls
+    ptx_lines: list[int] = field(default_factory=list)  # of the instructions, from 1
     parameters: list[tuple[int, str]] = field(default_factory=list)  # offset, type
     registers: bytes = b""
     predicates: list[int] = field(default_factory=list)
@@ -85,7 +86,7 @@ class _Decoder:
         self.special_places: dict[str, int] = {}
         self.size, self.predicate_count = 0, 0
         self._parameters(entry[2])
-        self._body(entry[3])
+        self._body(entry[3], ptx[: entry.start(3)].count("\n") + 1)
         for instruction, label, scopes in self.branches:
             instruction.target = next(scope[label] for scope in reversed(scopes) if label in scope)
         _find_reconvergence(self.program.instructions)
@@ -127,9 +128,9 @@ class _Decoder:
 
     # --- statements
 
-    def _body(self, text: str) -> None:
+    def _body(self, text: str, first_line: int) -> None:
         source_line, used = "?", 0
-        for raw in text.split("\n"):
+        for number, raw in enumerate(text.split("\n"), first_line):
             line, _, comment = (part.strip() for part in raw.partition("//"))
             if re.match(r"\.loc\s", line):
                 source_line = comment or source_line
@@ -158,6 +159,7 @@ class _Decoder:
                     self.program.instructions.append(self._instruction(statement, used))
                     self.program.texts.append(statement)
                     self.program.lines.append(source_line)
+                    self.program.ptx_lines.append(number)
                     used = 0
 
     def _instruction(self, text: str, used: int) -> Instruction:

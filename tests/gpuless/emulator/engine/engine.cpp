@@ -81,6 +81,7 @@ void Machine::turn(Warp& warp, int instructions) {
     Mask lanes = warp.active;
     if (in.guard >= 0) lanes &= in.negated ? ~warp.predicates[in.guard] : warp.predicates[in.guard];
     warp.jumped = false;
+    if (Counts* c = counts(warp)) c->executions++, c->lanes += __builtin_popcount(lanes);
     table[in.operation].run(*this, warp, in, lanes);
     if (!warp.jumped) warp.go_to(warp.pc + 1);
     if (++statistics.instructions >= schedule.most_instructions) {
@@ -93,7 +94,9 @@ void Machine::turn(Warp& warp, int instructions) {
 class Scheduler {
  public:
   explicit Scheduler(Machine& machine) : machine(machine), schedule(machine.schedule) {
-    for (Block& block : machine.blocks) waiting.push_back(&block);
+    size_t most = schedule.first_blocks > 0 ? schedule.first_blocks : machine.blocks.size();
+    for (Block& block : machine.blocks)
+      if (block.index < most) waiting.push_back(&block);
     if (schedule.policy != ROTATION) std::shuffle(waiting.begin(), waiting.end(), machine.random);
     std::reverse(waiting.begin(), waiting.end());  // the next one is the last
   }

@@ -34,11 +34,20 @@ struct Instruction {
 struct Schedule {
   u64 seed;
   i32 policy, quantum, resident;      // see scheduler.h; instructions a turn; blocks at a time, 0: all
+  i32 first_blocks;                   // run so many blocks of the grid only, 0: all
   i32 favoured;                       // the block that policies AHEAD and BEHIND are about
   i32 races, stale_l1, late_stores;   // detect races; keep L1 lines until an acquire; hold stores back until a release
   i32 poison_racing;                  // a plain load that races returns NaN
   i32 approximation;                  // results of .approx and .full instructions are off by up to so many ulp
   u64 most_instructions;
+};
+
+// What one block asked of the hardware at one instruction, its warps and visits added up.
+struct Counts {
+  u64 executions, lanes;               // a warp each; of these the lanes that took part
+  u64 wavefronts_low, wavefronts_high;  // of shared memory; see count.h
+  u64 sectors;                         // of 32 bytes of global memory
+  u64 bytes;                           // given: those of a lane's access, where the assembler has merged several; or 0
 };
 
 struct Launch {
@@ -57,6 +66,8 @@ struct Launch {
   u32 grid[3];
   u32 threads, shared_bytes, local_bytes;
   i32 global_grain, shared_grain;  // bytes that races are told apart by
+  i32 counted;                     // the block that is counted
+  Counts* counts;                  // of every instruction, or nullptr
 };
 
 enum MemoryState { ALLOCATED = 1, WRITTEN = 2 };

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "block.h"
+#include "count.h"
 
 class Machine {
  public:
@@ -40,6 +41,10 @@ class Machine {
   }
   void fault(const Warp& w, int lane, i32 kind, i32 space, u64 address) {
     report(kind, NO_REACH, space, -1, w.pc, -1, -1, w.block->index, w.index * LANES + lane, false, address);
+  }
+
+  Counts* counts(const Warp& w) const {  // of the instruction under way, if it is counted
+    return launch.counts && (i32)w.block->index == launch.counted ? &launch.counts[w.pc] : nullptr;
   }
 
   Actor actor(const Warp& w, int lane) const {

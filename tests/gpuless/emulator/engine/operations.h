@@ -147,6 +147,7 @@ inline void load_parameter(Machine& machine, Warp& w, const Instruction& in, Mas
 }
 
 inline void load_global(Machine& machine, Warp& w, const Instruction& in, Mask lanes) {
+  if (Counts* c = machine.counts(w)) count_global(*c, w.at<u64>(in.from[0]), in.displacement, lanes, in.bytes * in.count);
   u32 length = in.bytes * in.count;
   each(lanes, [&](int l) {
     u8 data[64];
@@ -171,6 +172,7 @@ inline void load_global(Machine& machine, Warp& w, const Instruction& in, Mask l
 }
 
 inline void store_global(Machine& machine, Warp& w, const Instruction& in, Mask lanes) {
+  if (Counts* c = machine.counts(w)) count_global(*c, w.at<u64>(in.from[0]), in.displacement, lanes, in.bytes * in.count);
   u32 length = in.bytes * in.count;
   each(lanes, [&](int l) {
     u8 data[64];
@@ -216,6 +218,7 @@ inline u64 updated(int what, u64 old, u64 value, u64 swap, int bytes) {
   }
 }
 inline void atomic(Machine& machine, Warp& w, const Instruction& in, Mask lanes) {
+  if (Counts* c = machine.counts(w)) count_global(*c, w.at<u64>(in.from[0]), in.displacement, lanes, in.bytes * in.count);
   each(lanes, [&](int l) {
     u64 offset, address = w.at<u64>(in.from[0])[l] + in.displacement;
     u32 length = in.bytes * in.count;
@@ -245,6 +248,7 @@ inline void atomic(Machine& machine, Warp& w, const Instruction& in, Mask lanes)
 }
 
 inline void load_shared(Machine& machine, Warp& w, const Instruction& in, Mask lanes) {
+  if (Counts* c = machine.counts(w)) count_shared(*c, w.at<u32>(in.from[0]), (u32)in.displacement, lanes, in.bytes * in.count);
   u32 length = in.bytes * in.count;
   each(lanes, [&](int l) {
     u8 data[64];
@@ -257,6 +261,7 @@ inline void load_shared(Machine& machine, Warp& w, const Instruction& in, Mask l
   machine.statistics.accesses++, w.clock++;
 }
 inline void store_shared(Machine& machine, Warp& w, const Instruction& in, Mask lanes) {
+  if (Counts* c = machine.counts(w)) count_shared(*c, w.at<u32>(in.from[0]), (u32)in.displacement, lanes, in.bytes * in.count);
   u32 length = in.bytes * in.count;
   each(lanes, [&](int l) {
     u8 data[64];
@@ -279,6 +284,7 @@ template <bool STORE> void access_local(Machine& machine, Warp& w, const Instruc
 // 8x8 matrices of 16 bits: lane 8 k + i has the address of row i of matrix k; lane l gets, or gives, numbers 2 (l % 4) and
 // the next of row l / 4, or of that column where `variant` says transposed.
 template <bool STORE> void matrix(Machine& machine, Warp& w, const Instruction& in, Mask lanes) {
+  if (Counts* c = machine.counts(w)) count_matrices(*c, w.at<u32>(in.from[0]), (u32)in.displacement, in.count);
   if (lanes != ~0u) machine.fault(w, 0, ABSENT_LANES, -1, lanes);
   u32 addresses[LANES];
   memcpy(addresses, w.at<u32>(in.from[0]), sizeof addresses);
@@ -301,6 +307,10 @@ template <bool STORE> void matrix(Machine& machine, Warp& w, const Instruction& 
 }
 
 inline void start_copy(Machine& machine, Warp& w, const Instruction& in, Mask lanes) {
+  if (Counts* c = machine.counts(w)) {
+    count_shared(*c, w.at<u32>(in.from[0]), (u32)in.displacement, lanes, in.bytes);
+    count_global(*c, w.at<u64>(in.from[1]), in.target, lanes, in.bytes);
+  }
   each(lanes, [&](int l) {
     u32 to, address = w.at<u32>(in.from[0])[l] + (u32)in.displacement;
     u32 given = in.from_count > 2 ? std::min((u32)in.bytes, w.at<u32>(in.from[2])[l]) : in.bytes;

@@ -1,0 +1,115 @@
+"""GPUs by their documented rates, and the time that they need for counted work. Nothing in here was fitted.
+
+Sources, by the column that they are of:
+
+    processors, ghz, dram, l2  NVIDIA's data sheets and architecture whitepapers (T4, A100, H100, H200, Ada); the clock
+                               is the boost clock
+    fp32 .. shuffle            CUDA C++ Programming Guide, "Arithmetic Instructions": results a clock and multiprocessor
+    tf32, half                 multiply-adds a clock and multiprocessor: dense rates of the data sheets at that clock
+    .._latency                 microbenchmarks: Jia et al., arXiv:1903.07486 (T4); Luo et al., arXiv:2402.13499 (others)
+
+Assumed, for want of a document:
+
+    - A multiprocessor has four schedulers of one instruction a clock each (whitepapers). Instructions of one kind keep
+      to the rates above, one wavefront of shared memory takes a clock (128 bytes), and so does a warp's shuffle.
+    - Between two block barriers or branches the slowest of these alone sets the time: issue slots, a kind of
+      instruction, wavefronts, bytes from L2 (64 a clock and multiprocessor), or one warp's chain of stalls and waits.
+    - Low: plain loads hit L1, and shared memory merges all lanes of a warp. High: they come from L2, and it does not.
+    - A block barrier takes threads / 16 clocks (Programming Guide, __syncthreads), without the wait for the slowest.
+    - A grid barrier takes two round trips to L2 at least (what was stored before has arrived; the others are seen), and
+      the end of a kernel in a captured graph 0.5 us, the launch overhead a kernel that NVIDIA's "Getting Started with
+      CUDA Graphs" measures; at most 1.3 us either, which nobody has measured here.
+    - Atomics take the way of stores: 32 bytes a sector, no wait for each other.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+WAIT_US = 1.3  # at most, of a grid barrier or the end of a kernel
+NODE_US = 0.5  # at least, of the end of a kernel
+SCHEDULERS = 4
+
+
+class Gpu(NamedTuple):
+    """A GPU, or a slice of one."""
+
+    name: str
+    sm: int
+    processors: int  # multiprocessors
+    ghz: float
+    dram: float  # GB/s
+    l2: float  # MiB
+    fp32: int  # from here on: results a clock and multiprocessor
+    fp64: int
+    integer: int
+    special: int
+    wide: int  # conversions from and to 64 bits
+    shuffle: int
+    tf32: int  # multiply-adds
+    half: int  # multiply-adds of 16 bits
+    l1_latency: float  # clocks
+    shared_latency: float
+    l2_latency: float
+
+    def cycles(self, kind: str) -> float:
+        """Clocks that a warp's instruction keeps its scheduler's unit of this kind."""
+        return 32 * SCHEDULERS / getattr(self, kind)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100", 80, 108, 1.410, 1555, 40, 64, 32, 64, 16, 16, 32, 512, 1024, 37.9, 29.0, 261.5),
+        Gpu("A100 1g", 80, 14, 1.410, 1555 / 8, 40 / 8, 64, 32, 64, 16, 16, 32, 512, 1024, 37.9, 29.0, 261.5),
+        Gpu("H100", 90, 132, 1.980, 3350, 50, 128, 64, 64, 16, 16, 32, 1024, 2048, 40.7, 29.0, 263.0),
+        Gpu("H200", 90, 132, 1.980, 4800, 50, 128, 64, 64, 16, 16, 32, 1024, 2048, 40.7, 29.0, 263.0),
+        Gpu("T4", 75, 40, 1.590, 320, 4, 64, 2, 64, 16, 2, 32, 1, 512, 32.0, 19.0, 188.0),
+        Gpu("RTX 4090", 89, 128, 2.520, 1008, 72, 128, 2, 64, 16, 2, 32, 128, 256, 43.4, 30.1, 273.0),
+    )
+}
+
+
+class Demand(NamedTuple):
+    """What one warp asks of its multiprocessor on one way through a piece of code that no barrier cuts."""
+
+    instructions: int
+    kinds: dict[str, float]  # instructions by kind; of tensor cores multiply-adds
+    low: float  # wavefronts of shared memory
+    high: float
+    shuffles: int
+    read: float  # bytes of plain loads, in whole sectors
+    written: float  # bytes of stores and atomics
+    ends_in_barrier: bool
+
+
+def cycles(gpu: Gpu, demand: Demand, chain: float, warps: int, high: bool) -> float:
+    """Clocks that a multiprocessor with so many warps takes for it; `chain`: those of a warp that is alone."""
+    per_scheduler = math.ceil(warps / SCHEDULERS)
+    units = []
+    for kind, count in demand.kinds.items():
+        # A warp's product of N multiply-adds; else one result a lane.
+        rate = count * SCHEDULERS / getattr(gpu, kind) if kind in ("tf32", "half") else count * gpu.cycles(kind)
+        units.append(per_scheduler * rate)
+    lanes = warps * ((demand.high if high else demand.low) + demand.shuffles)
+    bytes_from_l2 = demand.written + (demand.read if high else 0)
+    bytes_through_l1 = demand.written + demand.read
+    memory = warps * max(bytes_from_l2 / 64, bytes_through_l1 / 128)
+    barrier = warps * 32 / 16 if demand.ends_in_barrier else 0
+    return max(chain, per_scheduler * demand.instructions, lanes, memory, *units) + barrier
+
+
+def grid_barrier_us(gpu: Gpu, high: bool) -> float:
+    """Of one grid barrier."""
+    return WAIT_US if high else 2 * gpu.l2_latency / gpu.ghz / 1000
+
+
+def memory_us(gpu: Gpu, footprint: float) -> float:
+    """Of moving so many bytes to or from device memory once; none where they stay in L2."""
+    return footprint / gpu.dram / 1000 if footprint > gpu.l2 * 2**20 else 0.0
+
+
+def measured_on(gpu: Gpu, devices: Sequence[str]) -> list[str]:
+    """Which of the devices' names, as the driver gives them, are this GPU."""
+    whole = gpu.name.split()[0] if gpu.name.endswith("1g") else gpu.name
+    return [d for d in devices if whole in d and ("MIG" in d) == gpu.name.endswith("1g")]
