@@ -19,11 +19,13 @@ Assumed, for want of a document:
     - A grid barrier takes two round trips to L2 at least (what was stored before has arrived; the others are seen), and
       the end of a kernel in a captured graph 0.5 us, the launch overhead a kernel that NVIDIA's "Getting Started with
       CUDA Graphs" measures; at most 1.3 us either, which nobody has measured here.
+    - What is neither arithmetic of a known latency nor a load from global memory (shared memory, shuffles, special
+      functions, conversions) has its result after the latency of shared memory.
+    - Bytes that do not fit L2 come from or go to device memory once.
     - Atomics take the way of stores: 32 bytes a sector, no wait for each other.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 WAIT_US = 1.3  # at most, of a grid barrier or the end of a kernel
@@ -52,10 +54,6 @@ class Gpu(NamedTuple):
     shared_latency: float
     l2_latency: float
 
-    def cycles(self, kind: str) -> float:
-        """Clocks that a warp's instruction keeps its scheduler's unit of this kind."""
-        return 32 * SCHEDULERS / getattr(self, kind)
-
 
 GPUS = {
     gpu.name: gpu
@@ -71,37 +69,34 @@ GPUS = {
 
 
 class Demand(NamedTuple):
-    """What one warp asks of its multiprocessor on one way through a piece of code that no barrier cuts."""
+    """What a warp asks of its multiprocessor on one way through a piece of code without a barrier in it."""
 
     instructions: int
-    kinds: dict[str, float]  # instructions by kind; of tensor cores multiply-adds
+    units: dict[str, float]  # by the rate that it keeps to: results or multiply-adds
     low: float  # wavefronts of shared memory
     high: float
     shuffles: int
-    read: float  # bytes of plain loads, in whole sectors
+    read: float  # bytes of loads, in whole sectors
     written: float  # bytes of stores and atomics
     ends_in_barrier: bool
 
 
-def cycles(gpu: Gpu, demand: Demand, chain: float, warps: int, high: bool) -> float:
-    """Clocks that a multiprocessor with so many warps takes for it; `chain`: those of a warp that is alone."""
-    per_scheduler = math.ceil(warps / SCHEDULERS)
-    units = []
-    for kind, count in demand.kinds.items():
-        # A warp's product of N multiply-adds; else one result a lane.
-        rate = count * SCHEDULERS / getattr(gpu, kind) if kind in ("tf32", "half") else count * gpu.cycles(kind)
-        units.append(per_scheduler * rate)
-    lanes = warps * ((demand.high if high else demand.low) + demand.shuffles)
-    bytes_from_l2 = demand.written + (demand.read if high else 0)
-    bytes_through_l1 = demand.written + demand.read
-    memory = warps * max(bytes_from_l2 / 64, bytes_through_l1 / 128)
+def clocks(gpu: Gpu, demand: Demand, alone: float, warps: int, high: bool) -> float:
+    """That a multiprocessor takes for so many warps of it; `alone`: for one without the others."""
+    of_a_scheduler = math.ceil(warps / SCHEDULERS)
+    units = (of_a_scheduler * SCHEDULERS * amount / getattr(gpu, unit) for unit, amount in demand.units.items())
+    shared = warps * ((demand.high if high else demand.low) + demand.shuffles)
+    from_l2 = demand.written + (demand.read if high else 0)
+    memory = warps * max(from_l2 / 64, (demand.written + demand.read) / 128)
     barrier = warps * 32 / 16 if demand.ends_in_barrier else 0
-    return max(chain, per_scheduler * demand.instructions, lanes, memory, *units) + barrier
+    return max(alone, of_a_scheduler * demand.instructions, shared, memory, *units) + barrier
 
 
-def grid_barrier_us(gpu: Gpu, high: bool) -> float:
-    """Of one grid barrier."""
-    return WAIT_US if high else 2 * gpu.l2_latency / gpu.ghz / 1000
+def wait_us(gpu: Gpu, what: str, high: bool) -> float:
+    """Of a grid barrier ("barrier"), or of the end of a kernel in a captured graph ("node")."""
+    if high:
+        return WAIT_US
+    return NODE_US if what == "node" else 2 * gpu.l2_latency / gpu.ghz / 1000
 
 
 def memory_us(gpu: Gpu, footprint: float) -> float:
@@ -109,7 +104,6 @@ def memory_us(gpu: Gpu, footprint: float) -> float:
     return footprint / gpu.dram / 1000 if footprint > gpu.l2 * 2**20 else 0.0
 
 
-def measured_on(gpu: Gpu, devices: Sequence[str]) -> list[str]:
-    """Which of the devices' names, as the driver gives them, are this GPU."""
-    whole = gpu.name.split()[0] if gpu.name.endswith("1g") else gpu.name
-    return [d for d in devices if whole in d and ("MIG" in d) == gpu.name.endswith("1g")]
+def is_measured_on(gpu: Gpu, device: str) -> bool:
+    """Whether a device, as its driver calls it, is this GPU: a slice of one says MIG."""
+    return gpu.name.removesuffix(" 1g") in device and ("MIG 1g" in device) == gpu.name.endswith("1g")

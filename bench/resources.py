@@ -117,7 +117,7 @@ def measure(configurations: Sequence[Any], sm: int) -> list[Resources]:
     cubins = [kernel.asm["cubin"] for kernel in compiled]
     codes = disassembled(cubins, sm)
     return [
-        _resources(shipped, sm, kernel.metadata, _registers(cubin), code)
+        _resources(shipped, sm, kernel.metadata, registers(cubin), code)
         for shipped, kernel, cubin, code in zip(configurations, compiled, cubins, codes, strict=True)
     ]
 
@@ -148,7 +148,7 @@ def disassembled(cubins: Sequence[bytes], sm: int) -> list[str]:
     """
     ends = list(itertools.accumulate(len(machine_code(cubin)) for cubin in cubins))
     joined = b"".join(machine_code(cubin) for cubin in cubins)
-    listing = _tool(joined, "nvdisasm", "--binary", f"SM{sm}a" if sm >= 90 else f"SM{sm}")
+    listing = told(joined, "nvdisasm", "--binary", f"SM{sm}a" if sm >= 90 else f"SM{sm}")
     codes: list[list[str]] = [[] for _ in cubins]
     for address, instruction in INSTRUCTION.findall(listing):
         codes[bisect.bisect_right(ends, int(address, 16))].append(instruction)
@@ -170,14 +170,14 @@ def machine_code(cubin: bytes) -> bytes:
     return code
 
 
-def _registers(cubin: bytes) -> int:
-    usage = _tool(cubin, "cuobjdump", "-res-usage")
+def registers(cubin: bytes) -> int:
+    usage = told(cubin, "cuobjdump", "-res-usage")
     found = re.search(r"REG:(\d+)", usage)
     assert found is not None, usage
     return int(found[1])
 
 
-def _tool(content: bytes, name: str, *options: str) -> str:
+def told(content: bytes, name: str, *options: str) -> str:
     """What one of the tools that Triton brings along says of a file with this content."""
     import triton
 

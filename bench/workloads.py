@@ -1,0 +1,208 @@
+"""What is counted: launches of the training step, of an evaluation and of the operators, run in the emulator.
+
+The emulator stays in tests/gpuless: it is an instrument of the tests, in their language (findings, schedules), and what
+is counted here is no more than a column of its results. Both folders exist in a checkout only, so this reaches for it.
+"""
+
+import dataclasses
+import functools
+import importlib
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import machine_code
+from bench.execution import Launch, phase_of
+from bench.gpus import Gpu
+from mlp_fast.config import Config
+from mlp_fast.corpus.load import load
+from mlp_fast.model.mlp import PARAMETER_NAMES, Shape, initial_parameters
+from mlp_fast.model.schedule import update_scalars
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape, evaluated_windows
+
+EMULATOR = Path(__file__).resolve().parent.parent / "tests" / "gpuless"
+V, T, E, H = 27, 3, 48, 512
+LARGE_B = 65536
+
+
+def emulated(capability: int, run: Callable[[], object], programs: int = 0) -> list[Any]:
+    """The results of the launches in `run`, program 0 counted. Only so many programs of a grid run; 0: all."""
+    if str(EMULATOR) not in sys.path:
+        sys.path.append(str(EMULATOR))
+    emulator = importlib.import_module("emulator")
+    schedule = emulator.Schedule(policy="rotation", quantum=1000, races=False, first_blocks=programs)
+
+    def merged(shipped: Any) -> dict[int, int]:
+        return machine_code.compiled(shipped, capability).merged
+
+    with emulator.Emulator(capability, schedule, counted=0, merged=merged) as machine:
+        run()
+    return list(machine.results)
+
+
+def launch_of(result: Any, capability: int, less: Any = None) -> Launch:
+    """What program 0 of an emulated launch executes, less what it does in another launch of the same kernel."""
+    program, kernel = result.program, result.shipped.kernel.fn.__name__
+    counts: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    phases: dict[int, str] = {}
+    arrivals = 0.0
+    for n, line in enumerate(program.ptx_lines):
+        phases[line] = phase_of(program.lines[n], kernel)
+        for name in ("executions", "lanes", "wavefronts_low", "wavefronts_high", "sectors"):
+            more = getattr(result.counts[n], name) - (getattr(less.counts[n], name) if less else 0)
+            counts[line][name] += more
+            arrivals += more * (name == "executions" and program.texts[n].startswith("red.release"))
+    warps = result.threads // 32
+    # How long a program spins says nothing of its own work: it is taken to look once.
+    for line in (line for line, phase in phases.items() if phase == "grid_barrier"):
+        counts[line]["executions"] = min(counts[line]["executions"], warps * arrivals)
+        counts[line]["sectors"] = min(counts[line]["sectors"], arrivals)
+    made = machine_code.compiled(result.shipped, capability)
+    return Launch(
+        kernel, warps, result.blocks, result.footprint, made.code, made.registers, made.shared, counts, phases
+    )
+
+
+def _launches(gpu: Gpu, run: Callable[[], object]) -> list[Launch]:
+    """All launches of `run`, of which one program each is emulated."""
+    return [launch_of(result, gpu.sm) for result in emulated(gpu.sm, run, programs=1)]
+
+
+# --- the step and the evaluation -------------------------------------------------------------------------------------
+
+
+def _step(gpu: Gpu, precision: str, B: int, module: str, **changes: Any) -> list[Launch]:
+    """A training step in the middle of a run."""
+    kernels = importlib.import_module(f"mlp_fast.kernels.{module}")
+    persistent = module == "persistent_step"
+    options = {"capability": gpu.sm} if persistent else {}
+    C = kernels.default_config(B, V, T, E, H, precision=precision, processors=gpu.processors, **options)
+    C = dataclasses.replace(C, **changes)
+    tape = torch.randint(0, V, (20_000,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    state = TrainState.initial(Shape(V, T, E, H), 1337)
+    planes = [[part[n] for n in PARAMETER_NAMES] for part in (state.parameters, state.exp_avg, state.exp_avg_sq)]
+    scalars = update_scalars(Config(context_length=T, embedding_size=E, hidden_size=H, batch_size=B, num_steps=10))
+
+    def run(*launches: int) -> None:
+        for steps in launches:
+            step = (kernels.PersistentStep if persistent else kernels.TrainStep)(C, tape, scalars)
+            step.load(planes, 0)
+            step.run(steps)
+
+    if persistent:  # its programs wait for each other, so all run; one step is the difference of two launches
+        one, two = emulated(gpu.sm, lambda: run(1, 2))
+        return [launch_of(two, gpu.sm, less=one)]
+    results = emulated(gpu.sm, lambda: run(2), programs=1)
+    each = len(results) // 2
+    return [launch_of(result, gpu.sm) for result in results[each : 2 * each]]
+
+
+def _evaluation(gpu: Gpu, precision: str, B: int) -> list[Launch]:
+    """The mean loss of the embedded corpus' val split."""
+    from mlp_fast.kernels import evaluation
+
+    weights = evaluation.Weights(*initial_parameters(Shape(V, T, E, H), seed=7).values())
+    windows = evaluated_windows(Tape(load("embedded").val, T), B)
+    finished = torch.zeros(1, dtype=torch.int32)
+    return _launches(
+        gpu, lambda: evaluation.mean_loss(weights, windows.rows, windows.counts, finished, precision=precision)
+    )
+
+
+# --- the operators ---------------------------------------------------------------------------------------------------
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
+
+
+def _tokens(*shape: int) -> Tensor:
+    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(1))
+
+
+def _embed_linear_tanh(gpu: Gpu, precision: str, B: int, form: str, backward: bool) -> list[Launch]:
+    from mlp_fast.kernels.embed_linear_tanh import embed_linear_tanh_bwd, embed_linear_tanh_fwd
+
+    idx, wte, weight = _tokens(B, T), _numbers(V, E), _numbers(H, T * E)
+
+    def run() -> None:
+        h = embed_linear_tanh_fwd(idx, wte, weight, _numbers(H), form, precision)
+        if backward:
+            embed_linear_tanh_bwd(h, h, idx, wte, weight, form, precision, True, True)
+
+    return _launches(gpu, run)
+
+
+def _linear_cross_entropy(gpu: Gpu, precision: str, B: int, backward: bool) -> list[Launch]:
+    from mlp_fast.kernels.linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
+
+    h, weight, bias, targets = _numbers(B, H), _numbers(V, H), _numbers(V), _tokens(B)
+
+    def run() -> None:
+        _, lse = linear_cross_entropy_fwd(h, weight, bias, targets, precision)
+        if backward:
+            linear_cross_entropy_bwd(torch.ones(()), lse, h, weight, bias, targets, precision, True, True)
+
+    return _launches(gpu, run)
+
+
+def _adamw(gpu: Gpu, precision: str, B: int) -> list[Launch]:
+    from mlp_fast.kernels.adamw import adamw
+
+    shapes = ((V, E), (H, T * E), (H,), (V, H), (V,))
+    p, g, m, v = ([_numbers(*shape) for shape in shapes] for _ in range(4))
+    lr = torch.tensor(1e-3, dtype=torch.float64)
+    return _launches(gpu, lambda: adamw(p, g, m, v, torch.tensor(3.0), lr, 0.9, 0.999, 1e-8, 1e-4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is counted together.
+
+    group, id: of its entries in recordings; the id with the precision in it.
+    """
+
+    name: str
+    B: int
+    count: Callable[[Gpu, str, int], list[Launch]]
+    group: str
+    id: str = "{name}-{B}-{precision}"
+
+    def launches(self, gpu: Gpu, precision: str) -> list[Launch]:
+        """As they are on this GPU."""
+        return self.count(gpu, precision, self.B)
+
+    def measured_as(self, precision: str) -> str:
+        """The id of the entry that recordings have of it."""
+        return self.id.format(name=self.name, B=self.B, precision=precision)
+
+
+def _workloads() -> list[Workload]:
+    persistent = functools.partial(_step, module="persistent_step")
+    step = functools.partial(_step, module="train_step")
+    found = [
+        Workload("triton-persistent", 128, persistent, "step"),
+        Workload("triton-persistent-through-L2", 128, functools.partial(persistent, resident=False), ""),
+        Workload("triton-step", 128, step, "step"),
+        Workload("triton-step-by-rows", 1024, step, ""),
+        Workload("evaluation", 128, _evaluation, "evaluation", "triton-persistent"),
+        Workload("adamw", 128, _adamw, "kernels"),
+    ]
+    for B, prefix in ((128, ""), (LARGE_B, "large-")):
+        for backward in (False, True):
+            suffix = "-and-backward" if backward else ""
+            for form in ("table", "gather"):
+                of_form = functools.partial(_embed_linear_tanh, form=form, backward=backward)
+                found.append(Workload(f"{prefix}embed_linear_tanh-{form}{suffix}", B, of_form, "kernels"))
+            loss = functools.partial(_linear_cross_entropy, backward=backward)
+            found.append(Workload(f"{prefix}linear_cross_entropy{suffix}", B, loss, "kernels"))
+    return found
+
+
+WORKLOADS = {workload.name: workload for workload in _workloads()}
