@@ -39,16 +39,16 @@ from .train_step import (
     EPS,
     StepConfig,
     TrainStep,
-    backward_phase,
+    gradient_phase,
     embedding_gradient_phase,
     embedding_phase,
     forward_phase,
-    hidden_gradient,
+    hidden_bias_gradient,
     hidden_weight_gradient,
     output_bias_phase,
     output_weight_gradient,
     softmax_phase,
-    table_gradient_phase,
+    update_phase,
 )
 
 RESIDENT_UNITS = 16  # hidden units of a program in the resident form
@@ -64,14 +64,18 @@ def persistent_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_
         if i > 0:
             embedding_phase(p, s - 1, buf, C)
         forward_phase(p, s, buf, num_windows, C)
-        arrivals += C.G
+        arrivals += C.PROGRAMS
         grid_barrier(counter_ptr, error_ptr, arrivals)
         if C.rows:
             softmax_phase(p, s, buf, num_windows, C)
-            arrivals += C.G
+            arrivals += C.PROGRAMS
             grid_barrier(counter_ptr, error_ptr, arrivals)
-        backward_phase(p, s, buf, num_windows, C)
-        arrivals += C.G
+        gradient_phase(p, s, buf, num_windows, C)
+        if C.R > 1:
+            arrivals += C.PROGRAMS
+            grid_barrier(counter_ptr, error_ptr, arrivals)
+        update_phase(p, s, buf, C)
+        arrivals += C.PROGRAMS
         grid_barrier(counter_ptr, error_ptr, arrivals)
     embedding_phase(p, first + steps - 1, buf, C)
     if p == 0:
@@ -86,11 +90,12 @@ class Share(NamedTuple):
     """Which parameters a program owns: the hidden units of one tile. Embedding and vocabulary are padded."""
 
     unit: tl.tensor  # (BLOCK_H,)
-    e: tl.tensor  # (EP,)
-    v: tl.tensor  # (VP,)
-    w1: tl.tensor  # offsets (BLOCK_H, EP) at position 0; the next positions are E further each
+    in_b1: tl.tensor
+    e: tl.tensor  # (SHARE_E,)
+    v: tl.tensor  # (VP / R, at least 1,)
+    w1: tl.tensor  # offsets (BLOCK_H, SHARE_E) at position 0; the next positions are E further each
     in_w1: tl.tensor
-    w2: tl.tensor  # offsets (VP, BLOCK_H)
+    w2: tl.tensor  # offsets (v, BLOCK_H)
     in_w2: tl.tensor
 
 
@@ -98,16 +103,19 @@ class Share(NamedTuple):
 def share_of(p, s, C: tl.constexpr):
     """The share of program p."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)  # see train_step.py
-    unit = p * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
-    e, v = zero + tl.arange(0, C.EP), zero + tl.arange(0, C.VP)
+    unit = p // C.R * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+    e, v = zero + tl.arange(0, C.SHARE_E), zero + tl.arange(0, C.SHARE_VP)
+    in_v = (v < C.SHARE_V) & (p % C.R * C.SHARE_V + v < C.V)
+    e, v = p % C.R * C.SHARE_E + e, p % C.R * C.SHARE_V + v
     return Share(
         unit,
+        (unit < C.H) & (p % C.R == 0),
         e,
         v,
         unit[:, None] * (C.T * C.E) + e[None, :],
         (unit[:, None] < C.H) & (e[None, :] < C.E),
         v[:, None] * C.H + unit[None, :],
-        (v[:, None] < C.V) & (unit[None, :] < C.H),
+        in_v[:, None] & (unit[None, :] < C.H),
     )
 
 
@@ -152,7 +160,9 @@ def update_w1(w1, own, p, s, buf, C: tl.constexpr, T: tl.constexpr):
     new = ()
     for t in tl.static_range(T):
         dw1 = hidden_weight_gradient(t, own.unit, own.e, s, wte, buf, C)
-        new += (adamw_of(w1[t], dw1, buf.state + C.W1 + t * C.E, own.w1, own.in_w1, buf.scalars + 3 * s),)
+        three = adamw_of(w1[t], dw1, buf.state + C.W1 + t * C.E, own.w1, own.in_w1, buf.scalars + 3 * s)
+        tl.store(buf.w1t + (t * C.E + own.e[None, :]) * C.H + own.unit[:, None], three[0], mask=own.in_w1)
+        new += (three,)
     return new
 
 
@@ -164,22 +174,14 @@ def store_w1_moments(w1, own, buf, C: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def resident_backward(p, s, buf, num_windows, w1, b1, w2, C: tl.constexpr):
-    """backward_phase with the program's weights and moments in registers; returns them."""
-    if C.rows:
-        dlogits_ptr = buf.dlogits
-    else:
-        softmax_phase(p, s, buf, num_windows, C)
-        dlogits_ptr = buf.dlogits + p * (C.B * C.V)
+def resident_update(p, s, buf, w1, b1, w2, C: tl.constexpr):
+    """update_phase with the program's weights and moments in registers; returns them."""
     if p == 0:
-        output_bias_phase(s, dlogits_ptr, buf, C)
+        output_bias_phase(s, buf, C)
     own, scalars = share_of(p, s, C), buf.scalars + 3 * s
-    db1 = hidden_gradient(p, s, dlogits_ptr, buf, C)
-    b1 = adamw_of(b1, db1, buf.state + C.B1, own.unit, own.unit < C.H, scalars)
-    tl.debug_barrier()  # W2 was read by all threads before any of them updates it
-    dw2 = output_weight_gradient(own.v, own.unit, s, dlogits_ptr, buf, C)
-    w2 = adamw_of(w2, dw2, buf.state + C.W2, own.w2, own.in_w2, scalars)
-    table_gradient_phase(p, s, buf, num_windows, C)
+    b1 = adamw_of(b1, hidden_bias_gradient(own.unit, buf, C), buf.state + C.B1, own.unit, own.in_b1, scalars)
+    w2 = adamw_of(w2, output_weight_gradient(own.v, own.unit, buf, C), buf.state + C.W2, own.w2, own.in_w2, scalars)
+    tl.store(buf.w2t + own.unit[None, :] * C.V + own.v[:, None], w2[0], mask=own.in_w2)
     embedding_gradient_phase(p, s, buf, C)
     w1 = update_w1(w1, own, p, s, buf, C, C.T)
     return w1, b1, w2
@@ -192,26 +194,30 @@ def resident_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_pr
     first = tl.load(buf.clock)
     own = share_of(p, first, C)
     w1 = load_w1(own, buf, C, C.T)
-    b1 = load_three(buf.state + C.B1, C.PLANE, own.unit, own.unit < C.H)
+    b1 = load_three(buf.state + C.B1, C.PLANE, own.unit, own.in_b1)
     w2 = load_three(buf.state + C.W2, C.PLANE, own.w2, own.in_w2)
     for i in range(steps):
         s = first + i
         if i > 0:
             embedding_phase(p, s - 1, buf, C)
         forward_phase(p, s, buf, num_windows, C)
-        arrivals += C.G
+        arrivals += C.PROGRAMS
         grid_barrier(counter_ptr, error_ptr, arrivals)
         if C.rows:
             softmax_phase(p, s, buf, num_windows, C)
-            arrivals += C.G
+            arrivals += C.PROGRAMS
             grid_barrier(counter_ptr, error_ptr, arrivals)
-        w1, b1, w2 = resident_backward(p, s, buf, num_windows, w1, b1, w2, C)
-        arrivals += C.G
+        gradient_phase(p, s, buf, num_windows, C)
+        if C.R > 1:
+            arrivals += C.PROGRAMS
+            grid_barrier(counter_ptr, error_ptr, arrivals)
+        w1, b1, w2 = resident_update(p, s, buf, w1, b1, w2, C)
+        arrivals += C.PROGRAMS
         grid_barrier(counter_ptr, error_ptr, arrivals)
     embedding_phase(p, first + steps - 1, buf, C)
     own = share_of(p, first + steps, C)
     store_w1_moments(w1, own, buf, C, C.T)
-    store_moments(b1, buf.state + C.B1, C.PLANE, own.unit, own.unit < C.H)
+    store_moments(b1, buf.state + C.B1, C.PLANE, own.unit, own.in_b1)
     store_moments(w2, buf.state + C.W2, C.PLANE, own.w2, own.in_w2)
     if p == 0:
         tl.store(buf.clock, first + steps)
@@ -273,8 +279,8 @@ class PersistentStep(TrainStep):
         if steps < 1:
             return
         C = self.config
-        self._launch(steps, first_program=0, programs=C.G)
-        self._arrivals = wrapped(self._arrivals + steps * C.G * (3 if C.rows else 2))
+        self._launch(steps, first_program=0, programs=C.PROGRAMS)
+        self._arrivals = wrapped(self._arrivals + steps * C.PROGRAMS * C.exchanges)
         self.launches += 1
 
     def _launch(self, steps: int, first_program: int, programs: int) -> None:

@@ -58,6 +58,7 @@ from .adamw import adamw_update
 
 MAX_B, MAX_V, MAX_T, MAX_E, MAX_H = 8192, 256, 16, 256, 4096
 DEFAULT_PROGRAMS = 64  # at most; the default sizes take 32
+MAX_GROUPS = 4  # of rows
 MAX_PROGRAMS = 128  # so that the fixed-point sums below cannot overflow: 2^7 programs
 
 BETA1: tl.constexpr = tl.constexpr(0.9)
@@ -97,6 +98,52 @@ class StepConfig:
     rows: bool = False
     resident: bool = False
     num_warps: int = 8
+    R: int = 1
+
+    @property
+    def PROGRAMS(self) -> int:
+        """Programs in all: G tiles' owners in each of R groups of rows."""
+        return self.G * self.R
+
+    @property
+    def exchanges(self) -> int:
+        """How often a step has programs wait for each other: kernels, or grid barriers, of a step."""
+        return 2 + self.rows + (self.R > 1)
+
+    @property
+    def GROUP(self) -> int:
+        """Rows of a group; the last ones may have fewer."""
+        return -(-self.B // (self.R * self.BLOCK_B)) * self.BLOCK_B
+
+    @property
+    def gather(self) -> bool:
+        """Whether a group multiplies the embeddings of its rows, for want of rows that would make a table pay."""
+        return self.R > 1 and self.GROUP <= self.VP
+
+    @property
+    def SHARE_V(self) -> int:
+        """Rows of W2 that one of R programs updates."""
+        return -(-self.V // self.R)
+
+    @property
+    def SHARE_VP(self) -> int:
+        """SHARE_V, padded to a power of two."""
+        return triton.next_power_of_2(self.SHARE_V)
+
+    @property
+    def SHARE_E(self) -> int:
+        """Numbers of an embedding, and columns of W1 at a position, that one of R programs updates; a power of two."""
+        return max(16, triton.next_power_of_2(-(-self.E // self.R)))
+
+    @property
+    def BLOCK_S(self) -> int:
+        """Columns of a share at a time."""
+        return min(self.BLOCK_E, self.SHARE_E)
+
+    @property
+    def BLOCK_W(self) -> int:
+        """Rows of W2 that are updated at a time."""
+        return min(self.SHARE_VP, self.BLOCK_V)
 
     @property
     def TILES(self) -> int:
@@ -132,8 +179,8 @@ class StepConfig:
     @property
     def BLOCK_R(self) -> int:
         """Rows of logits that are turned into dlogits at a time; with `rows` so few that every program has some."""
-        share = max(1, self.B // self.G).bit_length() - 1
-        return min(self.BLOCK_D, 2**share) if self.rows else self.BLOCK_D
+        share = max(1, self.B // self.PROGRAMS).bit_length() - 1
+        return min(self.BLOCK_D, 2**share) if self.rows else min(self.BLOCK_D, triton.next_power_of_2(self.GROUP))
 
     # Offsets of W1, b1, W2 and b2 in a plane of `state`, and the plane's length, in floats; rounded up for alignment.
     @property
@@ -174,8 +221,12 @@ class Buffers(NamedTuple):
     clock: Tensor  # (2,), int64: the next step, written by the backward kernel; the same for it, by the forward kernel
     losses: Tensor  # (N,), float32: the batch loss of every step
     state: Tensor  # (3, PLANE), float32: W1, b1, W2, b2; their first moments; their second moments
-    replicas: Tensor  # (G, 3, V, E), float32: wte and its moments, once per program
-    table: Tensor  # (T, V, H), float32: the tables, later their gradient
+    w1t: Tensor  # (T*E, H), float32: W1 transposed, so that products read it along its rows
+    w2t: Tensor  # (H, V), float32: W2 transposed
+    replicas: Tensor  # (PROGRAMS, 3, V, E), float32: wte and its moments, once per program
+    table: Tensor  # (R, T, V, H), float32: the tables, later the partial sums of their gradient
+    dw2: Tensor  # (R, V, H), float32: partial sums of the gradient of W2
+    db1: Tensor  # (R, H), float32: partial sums of the gradient of b1
     hidden: Tensor  # (B, H), float32: h
     dpre: Tensor  # (B, H), float32
     logits: Tensor  # (2, B, V), sum
@@ -204,6 +255,7 @@ def adamw_at(ptr, PLANE: tl.constexpr, offsets, mask, grad, scalars_ptr, REPLICA
     tl.store(ptr + offsets, param, mask=mask)
     tl.store(ptr + PLANE + offsets, m, mask=mask)
     tl.store(ptr + 2 * PLANE + offsets, v, mask=mask)
+    return param
 
 
 @triton.jit
@@ -231,7 +283,7 @@ def read_sum(sum_ptr, offsets, mask, fault_ptr, SCALE: tl.constexpr, C: tl.const
 @triton.jit
 def clear_sum(p, sum_ptr, SIZE: tl.constexpr, C: tl.constexpr):
     """Clears a sum for its next use; the programs share the work."""
-    for first in range(p * 1024, SIZE, C.G * 1024):
+    for first in range(p * 1024, SIZE, C.PROGRAMS * 1024):
         offsets = first + tl.arange(0, 1024)
         tl.store(sum_ptr + offsets, tl.zeros((1024,), sum_ptr.dtype.element_ty), mask=offsets < SIZE)
 
@@ -293,7 +345,8 @@ def table_phase(p, s, buf, C: tl.constexpr):
     """table[t, v] = wte[v] @ W1[:, t]^T for program p's units."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
     wte = buf.replicas + p * (3 * C.V * C.E)
-    for tile in range(p, C.TILES, C.G):
+    table = buf.table + p % C.R * (C.T * C.V * C.H)
+    for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         for t in range(C.T):
             for v0 in range(0, C.V, C.BLOCK_V):
@@ -305,13 +358,13 @@ def table_phase(p, s, buf, C: tl.constexpr):
                         wte + v[:, None] * C.E + e[None, :], mask=(v[:, None] < C.V) & (e[None, :] < C.E), other=0.0
                     )
                     weight = tl.load(
-                        buf.state + C.W1 + unit[None, :] * (C.T * C.E) + t * C.E + e[:, None],
+                        buf.w1t + (t * C.E + e[:, None]) * C.H + unit[None, :],
                         mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
                         other=0.0,
                     )
                     acc = dot(rows, weight, acc, C)
                 tl.store(
-                    buf.table + (t * C.V + v[:, None]) * C.H + unit[None, :],
+                    table + (t * C.V + v[:, None]) * C.H + unit[None, :],
                     acc,
                     mask=(v[:, None] < C.V) & (unit[None, :] < C.H),
                 )
@@ -319,36 +372,63 @@ def table_phase(p, s, buf, C: tl.constexpr):
 
 
 @triton.jit
-def hidden_phase(p, s, buf, num_windows, C: tl.constexpr):
-    """h = tanh(b1 + sum_t table[t, x_t]) for program p's units, all rows."""
+def gathered_sum(unit, start, p, s, buf, C: tl.constexpr):
+    """sum_t wte[x_t] @ W1[:, t]^T of these units, for the windows that begin at `start`."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
-    for tile in range(p, C.TILES, C.G):
+    wte = buf.replicas + p * (3 * C.V * C.E)
+    acc = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32)
+    for t in range(C.T):
+        token = tl.load(buf.tape + start + t).to(tl.int32)
+        for e0 in range(0, C.E, C.BLOCK_E):
+            e = e0 + (zero + tl.arange(0, C.BLOCK_E))
+            rows = tl.load(wte + token[:, None] * C.E + e[None, :], mask=e[None, :] < C.E, other=0.0)
+            weight = tl.load(
+                buf.w1t + (t * C.E + e[:, None]) * C.H + unit[None, :],
+                mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
+                other=0.0,
+            )
+            acc = dot(rows, weight, acc, C)
+    return acc
+
+
+@triton.jit
+def hidden_phase(p, s, buf, num_windows, C: tl.constexpr):
+    """h = tanh(b1 + sum_t table[t, x_t]) for program p's units and rows."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    table = buf.table + p % C.R * (C.T * C.V * C.H)
+    for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         bias = tl.load(buf.state + C.B1 + unit, mask=unit < C.H, other=0.0)
-        for b0 in range(0, C.B, C.BLOCK_B):
-            b = b0 + (zero + tl.arange(0, C.BLOCK_B))
+        for b0 in range(0, C.GROUP, C.BLOCK_B):
+            b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
             mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
             start = window_starts(s, b, num_windows, C)
-            pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
-            for t in range(C.T):
-                token = tl.load(buf.tape + start + t).to(tl.int32)
-                pre += tl.load(buf.table + (t * C.V + token[:, None]) * C.H + unit[None, :], mask=mask, other=0.0)
+            if C.gather:
+                pre = gathered_sum(unit, start, p, s, buf, C) + bias[None, :]
+            else:
+                pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
+                for t in range(C.T):
+                    token = tl.load(buf.tape + start + t).to(tl.int32)
+                    pre += tl.load(table + (t * C.V + token[:, None]) * C.H + unit[None, :], mask=mask, other=0.0)
             tl.store(buf.hidden + b[:, None] * C.H + unit[None, :], tanh(pre), mask=mask)
     tl.debug_barrier()
 
 
 @triton.jit
 def logits_phase(p, s, buf, C: tl.constexpr):
-    """Adds h @ W2^T over program p's units to the logits of step s; program 0 adds b2. Clears the other sum."""
+    """Adds h @ W2^T over program p's units to the logits of step s, for its rows; the first tile's programs add b2.
+
+    Clears the other sum.
+    """
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
     sum_ptr = buf.logits + (s % 2) * (C.B * C.V)
-    for b0 in range(0, C.B, C.BLOCK_B):
-        b = b0 + (zero + tl.arange(0, C.BLOCK_B))
+    for b0 in range(0, C.GROUP, C.BLOCK_B):
+        b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
         for v0 in range(0, C.V, C.BLOCK_V):
             v = v0 + (zero + tl.arange(0, C.BLOCK_V))
-            bias = tl.load(buf.state + C.B2 + v, mask=(v < C.V) & (p == 0), other=0.0)
+            bias = tl.load(buf.state + C.B2 + v, mask=(v < C.V) & (p < C.R), other=0.0)
             acc = tl.full((C.BLOCK_B, C.BLOCK_V), 0.0, tl.float32) + bias[None, :]
-            for tile in range(p, C.TILES, C.G):
+            for tile in range(p // C.R, C.TILES, C.G):
                 unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
                 h = tl.load(
                     buf.hidden + b[:, None] * C.H + unit[None, :],
@@ -356,7 +436,7 @@ def logits_phase(p, s, buf, C: tl.constexpr):
                     other=0.0,
                 )
                 weight = tl.load(
-                    buf.state + C.W2 + v[None, :] * C.H + unit[:, None],
+                    buf.w2t + unit[:, None] * C.V + v[None, :],
                     mask=(v[None, :] < C.V) & (unit[:, None] < C.H),
                     other=0.0,
                 )
@@ -367,35 +447,44 @@ def logits_phase(p, s, buf, C: tl.constexpr):
 
 
 @triton.jit
-def softmax_phase(p, s, buf, num_windows, C: tl.constexpr):
-    """Row losses and dlogits = (softmax(logits) - onehot(y)) / B, of program p's rows, or of all into its own copy."""
+def softmax_block(b, dlogits_ptr, first, s, buf, num_windows, C: tl.constexpr):
+    """Losses and dlogits of these rows; with `first` the losses are stored, else another program stores the same."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
-    sum_ptr = buf.logits + (s % 2) * (C.B * C.V)
-    if C.rows:
-        first, STRIDE = p, C.G
-        dlogits_ptr = buf.dlogits
-    else:
-        first, STRIDE = 0, 1
-        dlogits_ptr = buf.dlogits + p * (C.B * C.V)
     v = zero + tl.arange(0, C.VP)
-    for b0 in range(first * C.BLOCK_R, C.B, STRIDE * C.BLOCK_R):
-        b = b0 + (zero + tl.arange(0, C.BLOCK_R))
-        offsets = b[:, None] * C.V + v[None, :]
-        mask = (b[:, None] < C.B) & (v[None, :] < C.V)
-        logits = read_sum(sum_ptr, offsets, mask, buf.fault, LOGITS_SCALE, C)
-        logits = tl.where(v[None, :] < C.V, logits, float("-inf"))
-        start = window_starts(s, b, num_windows, C)
-        target = tl.load(buf.tape + start + C.T).to(tl.int32)
-        is_target = v[None, :] == target[:, None]
+    offsets = b[:, None] * C.V + v[None, :]
+    mask = (b[:, None] < C.B) & (v[None, :] < C.V)
+    logits = read_sum(buf.logits + (s % 2) * (C.B * C.V), offsets, mask, buf.fault, LOGITS_SCALE, C)
+    logits = tl.where(v[None, :] < C.V, logits, float("-inf"))
+    start = window_starts(s, b, num_windows, C)
+    target = tl.load(buf.tape + start + C.T).to(tl.int32)
+    is_target = v[None, :] == target[:, None]
 
-        losses, dlogits = cross_entropy(logits, is_target, C)
-        tl.store(dlogits_ptr + offsets, dlogits, mask=mask)
-        tl.store(buf.row_losses + b, losses, mask=(b < C.B) & (C.rows | (p == 0)))  # else all have the same
+    losses, dlogits = cross_entropy(logits, is_target, C)
+    tl.store(dlogits_ptr + offsets, dlogits, mask=mask)
+    tl.store(buf.row_losses + b, losses, mask=(b < C.B) & first)
+
+
+@triton.jit
+def softmax_phase(p, s, buf, num_windows, C: tl.constexpr):
+    """Row losses and dlogits = (softmax(logits) - onehot(y)) / B: of program p's rows, once for each row.
+
+    Without `rows`: of all rows of p's group, into a copy for p's tiles.
+    """
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    if C.rows:
+        for b0 in range(p * C.BLOCK_R, C.B, C.PROGRAMS * C.BLOCK_R):
+            b = b0 + (zero + tl.arange(0, C.BLOCK_R))
+            softmax_block(b, buf.dlogits, True, s, buf, num_windows, C)
+    else:
+        dlogits_ptr = buf.dlogits + p // C.R * (C.B * C.V)
+        for b0 in range(0, C.GROUP, C.BLOCK_R):
+            b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_R))
+            softmax_block(b, dlogits_ptr, p < C.R, s, buf, num_windows, C)
     tl.debug_barrier()
 
 
 @triton.jit
-def output_bias_phase(s, dlogits_ptr, buf, C: tl.constexpr):
+def output_bias_phase(s, buf, C: tl.constexpr):
     """Program 0's share: the batch loss of step s, added in the order of the rows, and db2 with the update of b2."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
     losses = tl.zeros((256,), tl.float32)
@@ -409,91 +498,87 @@ def output_bias_phase(s, dlogits_ptr, buf, C: tl.constexpr):
     for b0 in range(0, C.B, C.BLOCK_D):
         b = b0 + (zero + tl.arange(0, C.BLOCK_D))
         mask = (b[:, None] < C.B) & (v[None, :] < C.V)
-        db2 += tl.sum(tl.load(dlogits_ptr + b[:, None] * C.V + v[None, :], mask=mask, other=0.0), axis=0)
+        db2 += tl.sum(tl.load(buf.dlogits + b[:, None] * C.V + v[None, :], mask=mask, other=0.0), axis=0)
     adamw_at(buf.state + C.B2, C.PLANE, v, v < C.V, db2, buf.scalars + 3 * s, REPLICATED=True)
 
 
 @triton.jit
-def hidden_gradient(tile, s, dlogits_ptr, buf, C: tl.constexpr):
-    """Stores dpre = (dlogits @ W2) (1 - h^2) of a tile of units, and returns their db1."""
+def output_phase(p, s, buf, num_windows, C: tl.constexpr):
+    """dpre = (dlogits @ W2) (1 - h^2) for program p's units and rows; their sums over the rows are db1's part."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
-    unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
-    db1 = tl.full((C.BLOCK_H,), 0.0, tl.float32)
-    for b0 in range(0, C.B, C.BLOCK_B):
-        b = b0 + (zero + tl.arange(0, C.BLOCK_B))
-        dh = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32)
-        for v0 in range(0, C.V, C.BLOCK_V):
-            v = v0 + (zero + tl.arange(0, C.BLOCK_V))
-            dlogits = tl.load(
-                dlogits_ptr + b[:, None] * C.V + v[None, :],
-                mask=(b[:, None] < C.B) & (v[None, :] < C.V),
-                other=0.0,
-            )
-            weight = tl.load(
-                buf.state + C.W2 + v[:, None] * C.H + unit[None, :],
-                mask=(v[:, None] < C.V) & (unit[None, :] < C.H),
-                other=0.0,
-            )
-            dh = dot(dlogits, weight, dh, C)
-        mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
-        offsets = b[:, None] * C.H + unit[None, :]
-        h = tl.load(buf.hidden + offsets, mask=mask, other=0.0)
-        dpre = dh * (1.0 - h * h)
-        tl.store(buf.dpre + offsets, dpre, mask=mask)
-        db1 += tl.sum(dpre, axis=0)
-    return db1
+    dlogits_ptr = buf.dlogits
+    if not C.rows:
+        dlogits_ptr += p // C.R * (C.B * C.V)
+    for tile in range(p // C.R, C.TILES, C.G):
+        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+        db1 = tl.full((C.BLOCK_H,), 0.0, tl.float32)
+        for b0 in range(0, C.GROUP, C.BLOCK_B):
+            b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
+            dh = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32)
+            for v0 in range(0, C.V, C.BLOCK_V):
+                v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+                dlogits = tl.load(
+                    dlogits_ptr + b[:, None] * C.V + v[None, :],
+                    mask=(b[:, None] < C.B) & (v[None, :] < C.V),
+                    other=0.0,
+                )
+                weight = tl.load(
+                    buf.state + C.W2 + v[:, None] * C.H + unit[None, :],
+                    mask=(v[:, None] < C.V) & (unit[None, :] < C.H),
+                    other=0.0,
+                )
+                dh = dot(dlogits, weight, dh, C)
+            mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
+            offsets = b[:, None] * C.H + unit[None, :]
+            h = tl.load(buf.hidden + offsets, mask=mask, other=0.0)
+            dpre = dh * (1.0 - h * h)
+            tl.store(buf.dpre + offsets, dpre, mask=mask)
+            db1 += tl.sum(dpre, axis=0)
+        tl.store(buf.db1 + p % C.R * C.H + unit, db1, mask=unit < C.H)
 
 
 @triton.jit
-def output_weight_gradient(v, unit, s, dlogits_ptr, buf, C: tl.constexpr):
-    """dW2 = dlogits^T @ h of these rows and columns."""
+def output_gradient_phase(p, s, buf, C: tl.constexpr):
+    """dW2 = dlogits^T @ h of program p's units, summed over its rows."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
-    dw2 = tl.full((v.shape[0], unit.shape[0]), 0.0, tl.float32)
-    for b0 in range(0, C.B, C.BLOCK_B):
-        b = b0 + (zero + tl.arange(0, C.BLOCK_B))
-        dlogits = tl.load(
-            dlogits_ptr + b[None, :] * C.V + v[:, None], mask=(b[None, :] < C.B) & (v[:, None] < C.V), other=0.0
-        )
-        h = tl.load(
-            buf.hidden + b[:, None] * C.H + unit[None, :],
-            mask=(b[:, None] < C.B) & (unit[None, :] < C.H),
-            other=0.0,
-        )
-        dw2 = dot(dlogits, h, dw2, C)
-    return dw2
-
-
-@triton.jit
-def output_phase(p, s, dlogits_ptr, buf, C: tl.constexpr):
-    """dpre, and the gradients and updates of b1 and W2's columns."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
-    scalars = buf.scalars + 3 * s
-    for tile in range(p, C.TILES, C.G):
-        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
-        db1 = hidden_gradient(tile, s, dlogits_ptr, buf, C)
-        adamw_at(buf.state + C.B1, C.PLANE, unit, unit < C.H, db1, scalars, REPLICATED=True)
-    tl.debug_barrier()  # W2 was read by all threads before any of them updates it
-    for tile in range(p, C.TILES, C.G):
+    dlogits_ptr = buf.dlogits
+    if not C.rows:
+        dlogits_ptr += p // C.R * (C.B * C.V)
+    for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         for v0 in range(0, C.V, C.BLOCK_V):
             v = v0 + (zero + tl.arange(0, C.BLOCK_V))
-            dw2 = output_weight_gradient(v, unit, s, dlogits_ptr, buf, C)
+            dw2 = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
+            for b0 in range(0, C.GROUP, C.BLOCK_B):
+                b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
+                dlogits = tl.load(
+                    dlogits_ptr + b[None, :] * C.V + v[:, None],
+                    mask=(b[None, :] < C.B) & (v[:, None] < C.V),
+                    other=0.0,
+                )
+                h = tl.load(
+                    buf.hidden + b[:, None] * C.H + unit[None, :],
+                    mask=(b[:, None] < C.B) & (unit[None, :] < C.H),
+                    other=0.0,
+                )
+                dw2 = dot(dlogits, h, dw2, C)
             mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
-            adamw_at(buf.state + C.W2, C.PLANE, v[:, None] * C.H + unit[None, :], mask, dw2, scalars)
+            tl.store(buf.dw2 + (p % C.R * C.V + v[:, None]) * C.H + unit[None, :], dw2, mask=mask)
 
 
 @triton.jit
 def table_gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
-    """dtable[t, v] = sum of dpre[b] over the b with x_bt = v, as one-hot products; takes the place of the table."""
+    """dtable[t, v] = sum of dpre[b] over program p's rows with x_bt = v, as one-hot products; in the table's place."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
-    for tile in range(p, C.TILES, C.G):
+    table = buf.table + p % C.R * (C.T * C.V * C.H)
+    for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         for t in range(C.T):
             for v0 in range(0, C.V, C.BLOCK_V):
                 v = v0 + (zero + tl.arange(0, C.BLOCK_V))
                 acc = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
-                for b0 in range(0, C.B, C.BLOCK_B):
-                    b = b0 + (zero + tl.arange(0, C.BLOCK_B))
+                for b0 in range(0, C.GROUP, C.BLOCK_B):
+                    b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
                     token = tl.load(buf.tape + window_starts(s, b, num_windows, C) + t).to(tl.int32)
                     one_hot = tl.where(v[:, None] == token[None, :], 1.0, 0.0)
                     dpre = tl.load(
@@ -503,28 +588,75 @@ def table_gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
                     )
                     acc = dot_one_hot(one_hot, dpre, acc, C)
                 mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
-                tl.store(buf.table + (t * C.V + v[:, None]) * C.H + unit[None, :], acc, mask=mask)
+                tl.store(table + (t * C.V + v[:, None]) * C.H + unit[None, :], acc, mask=mask)
     tl.debug_barrier()
 
 
 @triton.jit
+def sum_of_parts(ptr, offsets, SIZE: tl.constexpr, mask, R: tl.constexpr):
+    """The sum of R partial sums, each SIZE numbers behind the last, in their order."""
+    total = tl.load(ptr + offsets, mask=mask, other=0.0)
+    for r in tl.static_range(1, R):
+        total += tl.load(ptr + r * SIZE + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def hidden_bias_gradient(unit, buf, C: tl.constexpr):
+    """db1 of these units."""
+    return sum_of_parts(buf.db1, unit, C.H, unit < C.H, C.R)
+
+
+@triton.jit
+def output_weight_gradient(v, unit, buf, C: tl.constexpr):
+    """dW2 of these rows and columns."""
+    mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
+    return sum_of_parts(buf.dw2, v[:, None] * C.H + unit[None, :], C.V * C.H, mask, C.R)
+
+
+@triton.jit
+def output_weight_phase(p, s, buf, C: tl.constexpr):
+    """The update of b1, and of program p's share of the rows of W2."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    for tile in range(p // C.R, C.TILES, C.G):
+        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+        if p % C.R == 0:
+            db1 = hidden_bias_gradient(unit, buf, C)
+            adamw_at(buf.state + C.B1, C.PLANE, unit, unit < C.H, db1, buf.scalars + 3 * s, REPLICATED=True)
+        for v0 in range(0, C.SHARE_V, C.BLOCK_W):
+            share = v0 + (zero + tl.arange(0, C.BLOCK_W))
+            v = p % C.R * C.SHARE_V + share
+            mask = (share[:, None] < C.SHARE_V) & (v[:, None] < C.V) & (unit[None, :] < C.H)
+            dw2 = output_weight_gradient(v, unit, buf, C)
+            offsets = v[:, None] * C.H + unit[None, :]
+            w2 = adamw_at(
+                buf.state + C.W2, C.PLANE, offsets, mask, dw2, buf.scalars + 3 * s,
+                REPLICATED=C.BLOCK_W * C.BLOCK_H < 32 * C.num_warps,
+            )  # fmt: skip
+            tl.store(buf.w2t + unit[None, :] * C.V + v[:, None], w2, mask=mask)
+
+
+@triton.jit
+def table_gradient(t, v, unit, buf, C: tl.constexpr):
+    """dtable[t] of these tokens and units."""
+    mask = (v < C.V) & (unit < C.H)
+    return sum_of_parts(buf.table, (t * C.V + v) * C.H + unit, C.T * C.V * C.H, mask, C.R)
+
+
+@triton.jit
 def embedding_gradient_phase(p, s, buf, C: tl.constexpr):
-    """Adds sum_t dtable[t] @ W1[:, t] over program p's units to the sum of step s. Clears the other sum."""
+    """Adds sum_t dtable[t] @ W1[:, t] over program p's units to the sum of step s, in its columns. Clears the other."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
     sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
     for v0 in range(0, C.V, C.BLOCK_V):
         v = v0 + (zero + tl.arange(0, C.BLOCK_V))
-        for e0 in range(0, C.E, C.BLOCK_E):
-            e = e0 + (zero + tl.arange(0, C.BLOCK_E))
-            acc = tl.full((C.BLOCK_V, C.BLOCK_E), 0.0, tl.float32)
-            for tile in range(p, C.TILES, C.G):
+        for e0 in range(0, C.SHARE_E, C.BLOCK_S):
+            e = p % C.R * C.SHARE_E + e0 + (zero + tl.arange(0, C.BLOCK_S))
+            acc = tl.full((C.BLOCK_V, C.BLOCK_S), 0.0, tl.float32)
+            for tile in range(p // C.R, C.TILES, C.G):
                 unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
                 for t in range(C.T):
-                    dtable = tl.load(
-                        buf.table + (t * C.V + v[:, None]) * C.H + unit[None, :],
-                        mask=(v[:, None] < C.V) & (unit[None, :] < C.H),
-                        other=0.0,
-                    )
+                    dtable = table_gradient(t, v[:, None], unit[None, :], buf, C)
                     weight = tl.load(
                         buf.state + C.W1 + unit[:, None] * (C.T * C.E) + t * C.E + e[None, :],
                         mask=(unit[:, None] < C.H) & (e[None, :] < C.E),
@@ -544,11 +676,7 @@ def hidden_weight_gradient(t, unit, e, s, wte, buf, C: tl.constexpr):
     dw1 = tl.full((unit.shape[0], e.shape[0]), 0.0, tl.float32)
     for v0 in range(0, C.V, C.BLOCK_V):
         v = v0 + (zero + tl.arange(0, C.BLOCK_V))
-        dtable = tl.load(
-            buf.table + (t * C.V + v[None, :]) * C.H + unit[:, None],
-            mask=(v[None, :] < C.V) & (unit[:, None] < C.H),
-            other=0.0,
-        )
+        dtable = table_gradient(t, v[None, :], unit[:, None], buf, C)
         rows = tl.load(wte + v[:, None] * C.E + e[None, :], mask=(v[:, None] < C.V) & (e[None, :] < C.E), other=0.0)
         dw1 = dot(dtable, rows, dw1, C)
     return dw1
@@ -556,45 +684,52 @@ def hidden_weight_gradient(t, unit, e, s, wte, buf, C: tl.constexpr):
 
 @triton.jit
 def hidden_weight_phase(p, s, buf, C: tl.constexpr):
-    """The gradient and update of W1's rows."""
+    """The gradient and update of W1's rows, in program p's share of their columns."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
     wte = buf.replicas + p * (3 * C.V * C.E)
-    for tile in range(p, C.TILES, C.G):
+    for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         for t in range(C.T):
-            for e0 in range(0, C.E, C.BLOCK_E):
-                e = e0 + (zero + tl.arange(0, C.BLOCK_E))
+            for e0 in range(0, C.SHARE_E, C.BLOCK_S):
+                e = p % C.R * C.SHARE_E + e0 + (zero + tl.arange(0, C.BLOCK_S))
                 dw1 = hidden_weight_gradient(t, unit, e, s, wte, buf, C)
                 offsets = unit[:, None] * (C.T * C.E) + t * C.E + e[None, :]
                 mask = (unit[:, None] < C.H) & (e[None, :] < C.E)
-                adamw_at(buf.state + C.W1, C.PLANE, offsets, mask, dw1, buf.scalars + 3 * s)
+                w1 = adamw_at(buf.state + C.W1, C.PLANE, offsets, mask, dw1, buf.scalars + 3 * s)
+                tl.store(buf.w1t + (t * C.E + e[None, :]) * C.H + unit[:, None], w1, mask=mask)
 
 
 @triton.jit
 def forward_phase(p, s, buf, num_windows, C: tl.constexpr):
     """From the parameters to the sum of the logits."""
-    table_phase(p, s, buf, C)
+    if not C.gather:
+        table_phase(p, s, buf, C)
     hidden_phase(p, s, buf, num_windows, C)
     logits_phase(p, s, buf, C)
 
 
 @triton.jit
-def backward_phase(p, s, buf, num_windows, C: tl.constexpr):
-    """From the sum of the logits to the updated parameters but for wte, and the sum of dwte."""
-    if C.rows:
-        dlogits_ptr = buf.dlogits
-    else:
+def gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
+    """From the sum of the logits to the gradients of b1, W2 and the table, each the sum over program p's rows."""
+    if not C.rows:
         softmax_phase(p, s, buf, num_windows, C)
-        dlogits_ptr = buf.dlogits + p * (C.B * C.V)
-    if p == 0:
-        output_bias_phase(s, dlogits_ptr, buf, C)
-    output_phase(p, s, dlogits_ptr, buf, C)
+    output_phase(p, s, buf, num_windows, C)
+    output_gradient_phase(p, s, buf, C)
+    tl.debug_barrier()  # dpre is read by other threads than wrote it
     table_gradient_phase(p, s, buf, num_windows, C)
+
+
+@triton.jit
+def update_phase(p, s, buf, C: tl.constexpr):
+    """From gradients by groups of rows to the updated parameters but for wte, and the sum of dwte."""
+    if p == 0:
+        output_bias_phase(s, buf, C)
+    output_weight_phase(p, s, buf, C)
     embedding_gradient_phase(p, s, buf, C)
     hidden_weight_phase(p, s, buf, C)
 
 
-# --- kernels of a step, G programs each ----------------------------------------------------------------------------
+# --- kernels of a step, PROGRAMS programs each ----------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["num_windows"])
@@ -618,10 +753,22 @@ def softmax_kernel(buf, num_windows, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_windows"])
 def backward_kernel(buf, num_windows, C: tl.constexpr):
-    """The backward phase and AdamW."""
+    """The gradients and, where there is one group of rows, the updates."""
     p = tl.program_id(0)
     s = tl.load(buf.clock + 1)
-    backward_phase(p, s, buf, num_windows, C)
+    gradient_phase(p, s, buf, num_windows, C)
+    if C.R == 1:
+        update_phase(p, s, buf, C)
+        if p == 0:
+            tl.store(buf.clock, s + 1)
+
+
+@triton.jit
+def update_kernel(buf, C: tl.constexpr):
+    """The updates, where the gradients are those of several groups of rows."""
+    p = tl.program_id(0)
+    s = tl.load(buf.clock + 1)
+    update_phase(p, s, buf, C)
     if p == 0:
         tl.store(buf.clock, s + 1)
 
@@ -671,10 +818,11 @@ def default_config(
             B, V, T, E, H, 1, _block(B, MAX_B), _block(V, MAX_V), _block(E, MAX_E), _block(H, MAX_H),
             arithmetic, deterministic, rows,
         )  # fmt: skip
-    block_h = 16
+    block_b, block_h = _block(B, 32), 16
+    G = min(DEFAULT_PROGRAMS, processors, -(-H // block_h))
     return StepConfig(
-        B, V, T, E, H, min(DEFAULT_PROGRAMS, processors, -(-H // block_h)), _block(B, 32), _block(V, 32),
-        _block(E, 16 if V > 32 else 32), block_h, arithmetic, deterministic, rows,
+        B, V, T, E, H, G, block_b, _block(V, 32), _block(E, 16 if V > 32 else 32), block_h, arithmetic, deterministic,
+        rows, R=max(1, min(MAX_GROUPS, processors // G, B // block_b)),
     )  # fmt: skip
 
 
@@ -724,8 +872,12 @@ class TrainStep:
             clock=empty(2, dtype=torch.int64),
             losses=empty(len(scalars)),
             state=empty(3, C.PLANE),
-            replicas=empty(C.G, 3, C.V, C.E),
-            table=empty(C.T, C.V, C.H),
+            w1t=empty(C.T * C.E, C.H),
+            w2t=empty(C.H, C.V),
+            replicas=empty(C.PROGRAMS, 3, C.V, C.E),
+            table=empty(C.R, C.T, C.V, C.H),
+            dw2=empty(C.R, C.V, C.H),
+            db1=empty(C.R, C.H),
             hidden=empty(C.B, C.H),
             dpre=empty(C.B, C.H),
             logits=empty(2, C.B, C.V, dtype=sum_type),
@@ -753,6 +905,9 @@ class TrainStep:
                 target.copy_(source)
         buf = self.buffers
         buf.replicas[1:] = buf.replicas[0]
+        _, w1, _, w2, _ = self.planes()[0]
+        buf.w1t.copy_(w1.T)
+        buf.w2t.copy_(w2.T)
         buf.logits.zero_()
         buf.dwte.zero_()
         buf.fault.zero_()
@@ -767,14 +922,16 @@ class TrainStep:
         if steps < 1:
             return
         C, buf = self.config, self.buffers
-        grid, options = (C.G,), {"num_warps": C.num_warps, "num_stages": 1, "maxnreg": MAX_REGISTERS}
+        grid, options = (C.PROGRAMS,), {"num_warps": C.num_warps, "num_stages": 1, "maxnreg": MAX_REGISTERS}
         for i in range(steps):
             forward_kernel[grid](buf, self.num_windows, C, UPDATE=i > 0, **options)
             if C.rows:
                 softmax_kernel[grid](buf, self.num_windows, C, **options)
             backward_kernel[grid](buf, self.num_windows, C, **options)
+            if C.R > 1:
+                update_kernel[grid](buf, C, **options)
         embedding_kernel[grid](buf, C, **options)
-        self.launches += steps * (3 if C.rows else 2) + 1
+        self.launches += steps * C.exchanges + 1
 
 
 def shipped_launches(launcher, config_of):
