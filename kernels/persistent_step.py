@@ -176,7 +176,7 @@ def store_w1_moments(w1, own, buf, C: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def resident_update(p, s, buf, w1, b1, w2, C: tl.constexpr):
     """update_phase with the program's weights and moments in registers; returns them."""
-    if p == 0:
+    if p == C.R - 1:
         output_bias_phase(s, buf, C)
     own, scalars = share_of(p, s, C), buf.scalars + 3 * s
     b1 = adamw_of(b1, hidden_bias_gradient(own.unit, buf, C), buf.state + C.B1, own.unit, own.in_b1, scalars)

@@ -59,6 +59,7 @@ from .adamw import adamw_update
 MAX_B, MAX_V, MAX_T, MAX_E, MAX_H = 8192, 256, 16, 256, 4096
 DEFAULT_PROGRAMS = 64  # at most; the default sizes take 32
 MAX_GROUPS = 4  # of rows
+MAX_GATHERED = 12  # pairs of operands whose loads are in flight at once: they take registers
 MAX_PROGRAMS = 128  # so that the fixed-point sums below cannot overflow: 2^7 programs
 
 BETA1: tl.constexpr = tl.constexpr(0.9)
@@ -118,7 +119,12 @@ class StepConfig:
     @property
     def gather(self) -> bool:
         """Whether a group multiplies the embeddings of its rows, for want of rows that would make a table pay."""
-        return self.R > 1 and self.GROUP <= self.VP
+        return self.R > 1 and self.GROUP <= self.VP and self.T * self.E_BLOCKS <= MAX_GATHERED
+
+    @property
+    def E_BLOCKS(self) -> int:
+        """Blocks of an embedding."""
+        return -(-self.E // self.BLOCK_E)
 
     @property
     def SHARE_V(self) -> int:
@@ -302,14 +308,14 @@ def dot(a, b, acc, C: tl.constexpr):
 
 
 @triton.jit
-def dot_one_hot(one_hot, x, acc, C: tl.constexpr):
-    """one_hot @ x. A one-hot matrix is exact in TF32, so only x is split: two products where tf32x3 takes three."""
+def dot_one_hot(ones, x, acc, C: tl.constexpr):
+    """ones @ x. A one-hot matrix is exact in TF32, so only x is split: two products where tf32x3 takes three."""
     if C.precision == "tf32x3":
         high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the 10 mantissa bits of TF32
-        acc = tl.dot(one_hot, x - high, acc, input_precision="tf32")
-        return tl.dot(one_hot, high, acc, input_precision="tf32")
+        acc = tl.dot(ones, x - high, acc, input_precision="tf32")
+        return tl.dot(ones, high, acc, input_precision="tf32")
     else:
-        return tl.dot(one_hot, x, acc, input_precision=C.precision)
+        return tl.dot(ones, x, acc, input_precision=C.precision)
 
 
 @triton.jit
@@ -372,22 +378,31 @@ def table_phase(p, s, buf, C: tl.constexpr):
 
 
 @triton.jit
-def gathered_sum(unit, start, p, s, buf, C: tl.constexpr):
-    """sum_t wte[x_t] @ W1[:, t]^T of these units, for the windows that begin at `start`."""
+def gathered_sum(unit, start, p, s, buf, C: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr):
+    """sum_t wte[x_t] @ W1[:, t]^T of these units, for the windows that begin at `start`.
+
+    All loads come before all products, so that their latencies overlap.
+    """
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
     wte = buf.replicas + p * (3 * C.V * C.E)
-    acc = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32)
-    for t in range(C.T):
-        token = tl.load(buf.tape + start + t).to(tl.int32)
-        for e0 in range(0, C.E, C.BLOCK_E):
-            e = e0 + (zero + tl.arange(0, C.BLOCK_E))
-            rows = tl.load(wte + token[:, None] * C.E + e[None, :], mask=e[None, :] < C.E, other=0.0)
-            weight = tl.load(
-                buf.w1t + (t * C.E + e[:, None]) * C.H + unit[None, :],
-                mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
-                other=0.0,
+    tokens = ()
+    for t in tl.static_range(T):
+        tokens += (tl.load(buf.tape + start + t).to(tl.int32),)
+    rows, weights = (), ()
+    for t in tl.static_range(T):
+        for i in tl.static_range(BLOCKS):
+            e = i * C.BLOCK_E + (zero + tl.arange(0, C.BLOCK_E))
+            rows += (tl.load(wte + tokens[t][:, None] * C.E + e[None, :], mask=e[None, :] < C.E, other=0.0),)
+            weights += (
+                tl.load(
+                    buf.w1t + (t * C.E + e[:, None]) * C.H + unit[None, :],
+                    mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
+                    other=0.0,
+                ),
             )
-            acc = dot(rows, weight, acc, C)
+    acc = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32)
+    for i in tl.static_range(T * BLOCKS):
+        acc = dot(rows[i], weights[i], acc, C)
     return acc
 
 
@@ -404,7 +419,7 @@ def hidden_phase(p, s, buf, num_windows, C: tl.constexpr):
             mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
             start = window_starts(s, b, num_windows, C)
             if C.gather:
-                pre = gathered_sum(unit, start, p, s, buf, C) + bias[None, :]
+                pre = gathered_sum(unit, start, p, s, buf, C, C.T, C.E_BLOCKS) + bias[None, :]
             else:
                 pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
                 for t in range(C.T):
@@ -485,7 +500,7 @@ def softmax_phase(p, s, buf, num_windows, C: tl.constexpr):
 
 @triton.jit
 def output_bias_phase(s, buf, C: tl.constexpr):
-    """Program 0's share: the batch loss of step s, added in the order of the rows, and db2 with the update of b2."""
+    """One program's share, of the first tile: the batch loss of step s, added in the order of the rows, and db2 with the update of b2."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
     losses = tl.zeros((256,), tl.float32)
     for b0 in range(0, C.B, 256):
@@ -570,26 +585,62 @@ def output_gradient_phase(p, s, buf, C: tl.constexpr):
 def table_gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
     """dtable[t, v] = sum of dpre[b] over program p's rows with x_bt = v, as one-hot products; in the table's place."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
-    table = buf.table + p % C.R * (C.T * C.V * C.H)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
-        for t in range(C.T):
-            for v0 in range(0, C.V, C.BLOCK_V):
-                v = v0 + (zero + tl.arange(0, C.BLOCK_V))
-                acc = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
-                for b0 in range(0, C.GROUP, C.BLOCK_B):
-                    b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
-                    token = tl.load(buf.tape + window_starts(s, b, num_windows, C) + t).to(tl.int32)
-                    one_hot = tl.where(v[:, None] == token[None, :], 1.0, 0.0)
-                    dpre = tl.load(
-                        buf.dpre + b[:, None] * C.H + unit[None, :],
-                        mask=(b[:, None] < C.B) & (unit[None, :] < C.H),
-                        other=0.0,
-                    )
-                    acc = dot_one_hot(one_hot, dpre, acc, C)
-                mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
-                tl.store(table + (t * C.V + v[:, None]) * C.H + unit[None, :], acc, mask=mask)
+        for v0 in range(0, C.V, C.BLOCK_V):
+            v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+            if C.gather:
+                table_gradients(v, unit, p, s, buf, num_windows, C, C.T)
+            else:
+                for t in range(C.T):
+                    acc = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
+                    for b0 in range(0, C.GROUP, C.BLOCK_B):
+                        b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
+                        token = tl.load(buf.tape + window_starts(s, b, num_windows, C) + t).to(tl.int32)
+                        acc = dot_one_hot(one_hot(v, token), gradient_rows(b, unit, buf, C), acc, C)
+                    store_table_gradient(t, v, unit, acc, p, buf, C)
     tl.debug_barrier()
+
+
+@triton.jit
+def table_gradients(v, unit, p, s, buf, num_windows, C: tl.constexpr, T: tl.constexpr):
+    """dtable of these tokens and units at all positions; dpre is loaded once for all of them."""
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    sums = ()
+    for _ in tl.static_range(T):
+        sums += (tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32),)
+    for b0 in range(0, C.GROUP, C.BLOCK_B):
+        b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
+        start = window_starts(s, b, num_windows, C)
+        dpre = gradient_rows(b, unit, buf, C)
+        added = ()
+        for t in tl.static_range(T):
+            token = tl.load(buf.tape + start + t).to(tl.int32)
+            added += (dot_one_hot(one_hot(v, token), dpre, sums[t], C),)
+        sums = added
+    for t in tl.static_range(T):
+        store_table_gradient(t, v, unit, sums[t], p, buf, C)
+
+
+@triton.jit
+def one_hot(v, token):
+    """1 where a row's token is v, (V, B)."""
+    return tl.where(v[:, None] == token[None, :], 1.0, 0.0)
+
+
+@triton.jit
+def gradient_rows(b, unit, buf, C: tl.constexpr):
+    """dpre of these rows and units."""
+    mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
+    return tl.load(buf.dpre + b[:, None] * C.H + unit[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_table_gradient(t, v, unit, gradient, p, buf, C: tl.constexpr):
+    """Stores dtable[t] of these tokens and units, summed over program p's rows."""
+    mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
+    table = buf.table + p % C.R * (C.T * C.V * C.H)
+    tl.store(table + (t * C.V + v[:, None]) * C.H + unit[None, :], gradient, mask=mask)
 
 
 @triton.jit
@@ -646,6 +697,15 @@ def table_gradient(t, v, unit, buf, C: tl.constexpr):
 @triton.jit
 def embedding_gradient_phase(p, s, buf, C: tl.constexpr):
     """Adds sum_t dtable[t] @ W1[:, t] over program p's units to the sum of step s, in its columns. Clears the other."""
+    if p % C.R * C.SHARE_E < C.E:
+        add_embedding_gradient(p, s, buf, C)
+    clear_sum(p, buf.dwte + ((s + 1) % 2) * (C.V * C.E), C.V * C.E, C)
+    tl.debug_barrier()  # W1 was read by all threads before any of them updates it
+
+
+@triton.jit
+def add_embedding_gradient(p, s, buf, C: tl.constexpr):
+    """The first half of embedding_gradient_phase."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
     sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
     for v0 in range(0, C.V, C.BLOCK_V):
@@ -665,8 +725,6 @@ def embedding_gradient_phase(p, s, buf, C: tl.constexpr):
                     acc = dot(dtable, weight, acc, C)
             mask = (v[:, None] < C.V) & (e[None, :] < C.E)
             add_to_sum(sum_ptr, v[:, None] * C.E + e[None, :], mask, acc, buf.fault + 1, DWTE_SCALE, DWTE_LIMIT, C)
-    clear_sum(p, buf.dwte + ((s + 1) % 2) * (C.V * C.E), C.V * C.E, C)
-    tl.debug_barrier()  # W1 was read by all threads before any of them updates it
 
 
 @triton.jit
@@ -722,7 +780,7 @@ def gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
 @triton.jit
 def update_phase(p, s, buf, C: tl.constexpr):
     """From gradients by groups of rows to the updated parameters but for wte, and the sum of dwte."""
-    if p == 0:
+    if p == C.R - 1:  # of the first tile's programs the one with the smallest share
         output_bias_phase(s, buf, C)
     output_weight_phase(p, s, buf, C)
     embedding_gradient_phase(p, s, buf, C)
@@ -821,7 +879,7 @@ def default_config(
     block_b, block_h = _block(B, 32), 16
     G = min(DEFAULT_PROGRAMS, processors, -(-H // block_h))
     return StepConfig(
-        B, V, T, E, H, G, block_b, _block(V, 32), _block(E, 16 if V > 32 else 32), block_h, arithmetic, deterministic,
+        B, V, T, E, H, G, block_b, _block(V, 32), _block(E, 16 if V > 32 or E % 32 else 32), block_h, arithmetic, deterministic,
         rows, R=max(1, min(MAX_GROUPS, processors // G, B // block_b)),
     )  # fmt: skip
 
