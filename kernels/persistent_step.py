@@ -1,11 +1,12 @@
 """Many training steps in one launch: the phases of train_step.py with a grid barrier between them.
 
-    for every step      [wte update of the step before] -> tables -> h -> partial logits     barrier
+    for every step      [wte update of the step before] -> h -> partial logits                barrier
                         [softmax by rows                                                      barrier]
-                        softmax -> dW2, db2, db1, dW1 -> AdamW -> partial dwte                barrier
+                        softmax -> dpre -> dW2, db1, dtable by groups of rows        [barrier if R > 1]
+                        dW2, db2, db1, dW1 -> AdamW -> partial dwte                           barrier
     at the end          wte update of the last step
 
-A barrier takes the place of a kernel's end, so the data flow is that of train_step.py. The launch is cooperative: all G
+A barrier takes the place of a kernel's end, so the data flow is that of train_step.py. The launch is cooperative: all
 programs run at the same time, or it fails.
 
 Two forms:
@@ -39,10 +40,10 @@ from .train_step import (
     EPS,
     StepConfig,
     TrainStep,
-    gradient_phase,
     embedding_gradient_phase,
     embedding_phase,
     forward_phase,
+    gradient_phase,
     hidden_bias_gradient,
     hidden_weight_gradient,
     output_bias_phase,

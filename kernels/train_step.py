@@ -12,12 +12,19 @@ wte (V, E), W1 (H, T*E), b1 (H), W2 (V, H), b2 (V), two AdamW moments each, all 
 window (s*B + j) mod (n - T) of the token tape; learning rate and bias corrections are row s of a table made
 beforehand, so a step needs nothing from the host and many of them fit one CUDA graph.
 
-The hidden units are split over G programs, each the only owner of its columns of W2, its rows of W1 and b1, and their
-moments. What crosses programs are two sums, the logits (B, V) and dwte (V, E); nothing else is exchanged:
+The hidden units are split into tiles over G programs, and each of these is R programs, which share the rows of the
+batch: program p has the tiles of number p // R and the rows of group p % R. What crosses tiles are two sums, the logits
+(B, V) and dwte (V, E). What crosses the groups of a tile are the gradients of its weights, as R partial sums; each of
+the R programs then adds them up and updates a share of the tile: some rows of W2, and some columns of W1.
 
-    forward kernel    [wte update of the step before] -> tables -> h -> partial logits, added up in `logits`
-    softmax kernel    logits -> dlogits, by rows; left out where the backward kernel does it in every program
-    backward kernel   dlogits -> dW2, db2, db1, dW1 -> AdamW -> partial dwte, added up in `dwte`
+    forward kernel    [wte update of the step before] -> h -> partial logits, added up in `logits`
+    softmax kernel    logits -> dlogits, by rows; left out where the backward kernel does it, for each tile again
+    backward kernel   dlogits -> dpre -> dW2, db1 and dtable, summed over the rows of a group
+    update kernel     dW2, db1, dW1 -> AdamW -> partial dwte, added up in `dwte`; of the backward kernel where R is 1
+
+h comes from the tables where a program has many rows. Where it has no more than the vocabulary has tokens, tables
+would save nothing, and h is the product of the rows' embeddings, gathered, and W1. W1 and W2 are stored transposed as
+well, since operands of a product are read fastest along the dimension over which nothing is summed.
 
 wte is updated by every program in a replica of its own at the start of the next forward kernel: the replicas see the
 same sums and do the same arithmetic, so they stay equal to the bit, and the step saves a kernel (persistent_step.py: a
@@ -40,7 +47,8 @@ Every phase adds a zero to its ranges, s >> 62, which no compiler can tell from 
 else the persistent kernel's compiler computes the addresses of all phases before its loop over steps, and they fill
 the registers.
 
-Versions: 1, this one. No time has been measured on a GPU yet; docs/kernels.md has the model of it.
+Versions: 1, one group of rows, R = 1. 2, this one. No time has been measured on a GPU yet; docs/kernels.md counts
+what both execute.
 """
 
 from collections.abc import Sequence
@@ -79,9 +87,9 @@ DWTE_LIMIT: tl.constexpr = tl.constexpr(2.0**11)
 class StepConfig:
     """Sizes, tiles and arithmetic of a step: the one compile-time argument of its kernels.
 
-    G is the number of programs. BLOCK_* are powers of two, at least 16. With `rows` the softmax is a phase of its own,
-    by rows; without, every program computes all of it: no exchange, but G times the work. `resident` is of
-    persistent_step.py.
+    G tiles of hidden units are worked on at a time, each in R groups of rows: G * R programs. BLOCK_* are powers of
+    two, at least 16. With `rows` the softmax is a phase of its own, by rows; without, it is computed for every tile
+    again: no exchange, but G times the work. `resident` is of persistent_step.py.
     """
 
     B: int
@@ -153,7 +161,7 @@ class StepConfig:
 
     @property
     def TILES(self) -> int:
-        """Tiles of hidden units; program p owns tiles p, p + G, ..."""
+        """Tiles of hidden units; program p owns tiles p // R, p // R + G, ..."""
         return -(-self.H // self.BLOCK_H)
 
     @property
@@ -236,7 +244,7 @@ class Buffers(NamedTuple):
     hidden: Tensor  # (B, H), float32: h
     dpre: Tensor  # (B, H), float32
     logits: Tensor  # (2, B, V), sum
-    dlogits: Tensor  # (B, V) with rows, else (G, B, V), float32
+    dlogits: Tensor  # (B, V) with rows, else (G, B, V), float32: a copy for every tile
     row_losses: Tensor  # (B,), float32
     dwte: Tensor  # (2, V, E), sum
     fault: Tensor  # (2,), int32: not 0 once a partial sum of the logits, of dwte did not fit
@@ -500,7 +508,7 @@ def softmax_phase(p, s, buf, num_windows, C: tl.constexpr):
 
 @triton.jit
 def output_bias_phase(s, buf, C: tl.constexpr):
-    """One program's share, of the first tile: the batch loss of step s, added in the order of the rows, and db2 with the update of b2."""
+    """The batch loss of step s, added in the order of the rows, and db2 with the update of b2; one program's share."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
     losses = tl.zeros((256,), tl.float32)
     for b0 in range(0, C.B, 256):
@@ -682,7 +690,7 @@ def output_weight_phase(p, s, buf, C: tl.constexpr):
             offsets = v[:, None] * C.H + unit[None, :]
             w2 = adamw_at(
                 buf.state + C.W2, C.PLANE, offsets, mask, dw2, buf.scalars + 3 * s,
-                REPLICATED=C.BLOCK_W * C.BLOCK_H < 32 * C.num_warps,
+                REPLICATED=32 * C.num_warps > C.BLOCK_W * C.BLOCK_H,
             )  # fmt: skip
             tl.store(buf.w2t + unit[None, :] * C.V + v[:, None], w2, mask=mask)
 
@@ -877,11 +885,12 @@ def default_config(
             arithmetic, deterministic, rows,
         )  # fmt: skip
     block_b, block_h = _block(B, 32), 16
-    G = min(DEFAULT_PROGRAMS, processors, -(-H // block_h))
+    block_e = _block(E, 16 if V > 32 or E % 32 else 32)
+    programs = min(DEFAULT_PROGRAMS, processors, -(-H // block_h))
+    groups = max(1, min(MAX_GROUPS, processors // programs, B // block_b))
     return StepConfig(
-        B, V, T, E, H, G, block_b, _block(V, 32), _block(E, 16 if V > 32 or E % 32 else 32), block_h, arithmetic, deterministic,
-        rows, R=max(1, min(MAX_GROUPS, processors // G, B // block_b)),
-    )  # fmt: skip
+        B, V, T, E, H, programs, block_b, _block(V, 32), block_e, block_h, arithmetic, deterministic, rows, R=groups
+    )
 
 
 def _block(size: int, most: int) -> int:
@@ -972,7 +981,7 @@ class TrainStep:
         buf.clock.fill_(step)
 
     def run(self, steps: int) -> None:
-        """Enqueues so many steps: two launches each, three with config.rows, and one more at the end.
+        """Enqueues so many steps: config.exchanges launches each, two to four, and one more at the end.
 
         It neither waits nor reads the device, so it can be captured in a CUDA graph. The losses come to stand in
         buffers.losses at the numbers of the steps; the caller sees to it that these stay below N.

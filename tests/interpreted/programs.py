@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlp_fast.kernels.persistent_step import PersistentStep
 
-PHASES = ("embedding_phase", "forward_phase", "softmax_phase", "backward_phase", "resident_backward")
+PHASES = ("embedding_phase", "forward_phase", "softmax_phase", "gradient_phase", "update_phase", "resident_update")
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,9 @@ class Sabotage:
 
     def _arrivals(self) -> int:
         """What the counter shows once all programs have come to the barrier of this round."""
-        return self.module.wrapped(self.kernels._arrivals + self.rounds * self.kernels.config.G)
+        return self.module.wrapped(self.kernels._arrivals + self.rounds * self.kernels.config.PROGRAMS)
 
     def check_rounds(self, steps: int) -> None:
         """After a launch whose barriers were left alone: there were as many as the step has."""
-        expected = steps * (3 if self.kernels.config.rows else 2)
+        expected = steps * self.kernels.config.exchanges
         assert not self._intact or self.rounds == expected, f"{self.rounds} barriers, not {expected}"

@@ -22,6 +22,7 @@ from mlp_fast.kernels.train_step import StepConfig, TrainStep
 from mlp_fast.model.schedule import update_scalars
 
 SIZES = (16, 5, 2, 4, 48)  # B, V, T, E, H
+GROUPED = (40, 5, 2, 40, 48)  # rows and columns for three programs of a tile
 PROGRAMS = 3
 
 
@@ -130,14 +131,16 @@ def programs() -> Iterator[Programs]:
 
 
 def concurrently(
-    programs: Programs, experiment: Experiment, rows: bool, resident: bool, steps: int, arrivals: int = 0
-) -> bool:
+    programs: Programs, experiment: Experiment, rows: bool, resident: bool, steps: int, arrivals: int = 0,
+    groups: int = 1,
+) -> bool:  # fmt: skip
     """Whether the programs, run at the same time, end with the bits of the step kernels.
 
-    `arrivals` is what the barrier's counter shows before.
+    `arrivals` is what the barrier's counter shows before; `groups` are those of rows, one program for each or one.
     """
-    task = problem(*SIZES, n=40)
-    C = config(task, rows=rows, resident=resident, G=PROGRAMS, BLOCK_H=16, BLOCK_B=16)
+    task = problem(*(SIZES if groups == 1 else GROUPED), n=40)
+    G = PROGRAMS // groups
+    C = config(task, rows=rows, resident=resident, G=G, R=groups, BLOCK_H=16 if G > 1 else 64, BLOCK_B=16)
     assert not rows or C.B > (PROGRAMS - 1) * C.BLOCK_R, "a program without rows would never be late"
     step, persistent = loaded(TrainStep, task, C), loaded(PersistentStep, task, C)
     persistent._arrivals = arrivals
@@ -149,34 +152,43 @@ def concurrently(
 
 @interpreted
 @pytest.mark.parametrize(
-    ("rows", "resident", "longest"),
-    [(False, False, 0.0), (False, True, 0.05), (True, False, 0.05), (True, True, 0.05)],
+    ("rows", "resident", "longest", "groups"),
+    [
+        (False, False, 0.0, 1),
+        (False, True, 0.05, 1),
+        (True, False, 0.05, 1),
+        (True, True, 0.05, 1),
+        (False, True, 0.05, PROGRAMS),
+        (True, False, 0.05, PROGRAMS),
+    ],
 )
 def test_concurrent_programs_agree_with_the_step_kernels_to_the_bit(
-    programs: Programs, rows: bool, resident: bool, longest: float
+    programs: Programs, rows: bool, resident: bool, longest: float, groups: int
 ) -> None:
-    assert concurrently(programs, Experiment(late="all", longest=longest), rows, resident, steps=4)
+    assert concurrently(programs, Experiment(late="all", longest=longest), rows, resident, steps=4, groups=groups)
 
 
 @interpreted
 @pytest.mark.parametrize("change", ["removed", "moved"])
 @pytest.mark.parametrize(
-    ("rows", "resident", "phase"),
+    ("rows", "resident", "phase", "groups"),
     [
-        (False, True, "forward_phase"),
-        (False, True, "resident_backward"),
-        (True, False, "forward_phase"),
-        (True, False, "softmax_phase"),
-        (True, False, "backward_phase"),
-        (True, True, "softmax_phase"),
-        (True, True, "resident_backward"),
+        (False, True, "forward_phase", 1),
+        (False, True, "resident_update", 1),
+        (True, False, "forward_phase", 1),
+        (True, False, "softmax_phase", 1),
+        (True, False, "update_phase", 1),
+        (True, True, "softmax_phase", 1),
+        (True, True, "resident_update", 1),
+        (False, False, "gradient_phase", PROGRAMS),
+        (False, True, "gradient_phase", PROGRAMS),
     ],
 )
 def test_a_barrier_taken_out_or_moved_is_noticed(
-    programs: Programs, change: str, rows: bool, resident: bool, phase: str
+    programs: Programs, change: str, rows: bool, resident: bool, phase: str, groups: int
 ) -> None:
     experiment = Experiment(late=phase, longest=20.0, **{change: phase})
-    assert not concurrently(programs, experiment, rows, resident, steps=2)
+    assert not concurrently(programs, experiment, rows, resident, steps=2, groups=groups)
 
 
 # --- the barrier ------------------------------------------------------------------------------------------------------
