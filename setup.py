@@ -36,7 +36,10 @@ setup(
     description="The character-level n-gram MLP of LLM101n, as fast as the hardware allows, to the same digits",
     license="MIT",
     python_requires=">=3.10",
-    packages=["mlp_fast", "mlp_fast.backends", "mlp_fast.ops", "mlp_fast.kernels", "mlp_fast.data"],
+    packages=[
+        "mlp_fast",
+        *(f"mlp_fast.{part}" for part in ("model", "ops", "backends", "corpus", "run", "measure", "kernels", "data")),
+    ],
     package_dir={"mlp_fast": "mlp_fast", "mlp_fast.kernels": "kernels", "mlp_fast.data": "data"},
     package_data={"mlp_fast.data": ["*.txt", "embedded/*.txt"], "mlp_fast.kernels": ["csrc/*.c", "csrc/*.h"]},
     ext_modules=[NATIVE],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import floor
 from bench.case import Case, Entry, Plan, Skipped, Timer
-from mlp_fast.timing import Spread
+from mlp_fast.measure.timing import Spread
 
 THREADS = 2
 PROGRAM = "import os, runpy; {}; runpy.run_module('mlp_fast.train', run_name='__main__', alter_sys=True)"

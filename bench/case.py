@@ -6,7 +6,7 @@ from typing import Any
 
 from bench import floor
 from mlp_fast.config import Config
-from mlp_fast.timing import Spread, rest, seconds
+from mlp_fast.measure.timing import Spread, rest, seconds
 
 SCHEDULE = 100_000  # steps of the schedule: more than any case does
 # Of losses in nats and of probabilities in float32: the reference's own forms differ by 1e-6 in a run of 50,000 steps.

@@ -14,7 +14,7 @@ from bench import tables
 from bench.case import Case, Plan, Skipped, Timer
 from bench.recording import Recording
 from bench.suite import cases, usual
-from mlp_fast.timing import rest
+from mlp_fast.measure.timing import rest
 
 RECORDING = pytest.StashKey[Recording]()
 

@@ -23,8 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlp_fast.models import Shape
-from mlp_fast.step import chosen_form
+from mlp_fast.model.manual_step import chosen_form
+from mlp_fast.model.mlp import Shape
 
 ADAMW_OPERATIONS = 14  # an element: 3 first moment, 4 second, 7 update
 STATE_BYTES = 24  # a parameter: itself and two moments, 4 bytes each, read and written

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlp_fast.rng import RNG
+from mlp_fast.model.rng import RNG
 
 VOCABULARY = 17_000
 CLASSES = 40

@@ -139,7 +139,7 @@ if [ -n "$dry" ]; then
 fi
 
 data=names
-if ! "$python" -c "from mlp_fast.corpus import load; load('names')" > /dev/null 2>&1; then
+if ! "$python" -c "from mlp_fast.corpus.load import load; load('names')" > /dev/null 2>&1; then
     data=embedded
     say "The names corpus is not here, so the golden trace of 1,000 steps is left out, and the last run trains on the"
     say "embedded corpus. MLP_FAST_NAMES=FILE names a copy of names.txt; python -m mlp_fast.corpus fetch gets one."
@@ -150,7 +150,7 @@ stage environment 20 sh -c '
     nvidia-smi || echo "nvidia-smi: not found"
     "$1" -c "
 import json, torch
-from mlp_fast import machine
+from mlp_fast.measure import machine
 print(json.dumps(machine.facts(torch.device(\"$2\")), indent=1))"
     "$1" -m mlp_fast.train --list-backends --device auto' sh "$python" "$device"
 

@@ -3,7 +3,7 @@
     python -m bench.numerics [--num-steps N] [--json FILE]
 
 TF32 keeps 10 of fp32's 23 bits of mantissa, so it can be emulated: the operands of every product are rounded to it and
-multiplied in fp32, where their products are exact. All runs go through mlp_fast.step, the formulas of the kernels,
+multiplied in fp32, where their products are exact. All runs go through model.manual_step, the kernels' formulas,
 from the same initial values and over the same batches; only what `@` does differs.
 
     float64        every number in float64: the truth
@@ -27,16 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mlp_fast import machine
 from mlp_fast.backends.compiled import forward
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.config import Config
-from mlp_fast.corpus import Corpus, load
-from mlp_fast.models import Shape
-from mlp_fast.optim import update_scalars
-from mlp_fast.state import TrainState
-from mlp_fast.step import adamw_, loss_and_gradients
-from mlp_fast.tape import Tape, evaluated_windows
+from mlp_fast.corpus.load import Corpus, load
+from mlp_fast.measure import machine
+from mlp_fast.model.manual_step import adamw_, loss_and_gradients
+from mlp_fast.model.mlp import Shape
+from mlp_fast.model.schedule import update_scalars
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape, evaluated_windows
 
 Product = Callable[[Tensor, Tensor], Tensor]
 _PRODUCTS = (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul)

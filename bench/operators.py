@@ -15,9 +15,9 @@ from bench import floor
 from bench.case import Case, Entry, Plan, Timer
 from mlp_fast import ops
 from mlp_fast.config import Config
-from mlp_fast.models import B1, B2, W1, W2, WTE, Shape, initial_parameters
-from mlp_fast.optim import BETA1, BETA2, EPS
-from mlp_fast.timing import NotEquivalent, Spread, seconds
+from mlp_fast.measure.timing import NotEquivalent, Spread, seconds
+from mlp_fast.model.mlp import B1, B2, W1, W2, WTE, Shape, initial_parameters
+from mlp_fast.model.schedule import BETA1, BETA2, EPS
 
 CALLS = 100  # in a captured graph
 TORCH, COMPILE, COPY, EMPTY = "torch", "torch.compile", "copy of as many bytes", "an empty kernel"

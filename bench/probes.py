@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from bench.case import failure
-from mlp_fast import machine
-from mlp_fast.command import run_main
-from mlp_fast.timing import seconds
+from mlp_fast.cli import run_main
+from mlp_fast.measure import machine
+from mlp_fast.measure.timing import seconds
 
 FMA_SOURCE = Path(__file__).parent / "csrc" / "fma_peak.c"
 CPU_SETS = (2**20, 2**24, 2**29)  # bytes: within a core's cache, within the last level, memory

@@ -9,9 +9,9 @@ import numpy as np
 
 from bench.case import Case, Entry, Plan, Timer
 from bench.floor import Probes
-from mlp_fast import corpus
+from mlp_fast.corpus import load as corpus
 from mlp_fast.data import synthesize
-from mlp_fast.timing import NotEquivalent, Spread, seconds
+from mlp_fast.measure.timing import NotEquivalent, Spread, seconds
 
 ENGLISH, CHINESE = synthesize.EMBEDDED / "train.txt", "天地玄黄宇宙洪荒日月盈昃辰宿列张\n"
 

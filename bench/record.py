@@ -23,11 +23,11 @@ from bench.processes import require_loss
 from bench.recording import Recording, default_path
 from bench.suite import GROUPS, cases, usual
 from mlp_fast import backends, compare, profile, train
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.config import Config
-from mlp_fast.corpus import load
+from mlp_fast.corpus.load import load
 from mlp_fast.errors import UserError
-from mlp_fast.timing import NotEquivalent
+from mlp_fast.measure.timing import NotEquivalent
 
 COMPARED_STEPS = 500
 ARITHMETIC_STEPS = 1000

@@ -11,10 +11,11 @@ import torch
 
 from bench import probes
 from bench.case import Case, Entry, Skipped, Timer, failure
-from mlp_fast import backends, machine
+from mlp_fast import backends
 from mlp_fast.errors import UserError
 from mlp_fast.files import write_atomically
-from mlp_fast.timing import NotEquivalent
+from mlp_fast.measure import machine
+from mlp_fast.measure.timing import NotEquivalent
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1

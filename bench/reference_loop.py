@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.config import Config, Parser, add_config_arguments, config_from
-from mlp_fast.corpus import load
-from mlp_fast.models import MLPRaw, Shape, initial_parameters
-from mlp_fast.optim import BETA1, BETA2, EPS, learning_rate
-from mlp_fast.tape import TRAIN_EVAL_BATCHES
+from mlp_fast.corpus.load import load
+from mlp_fast.model.mlp import MLPRaw, Shape, initial_parameters
+from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rate
+from mlp_fast.model.windows import TRAIN_EVAL_BATCHES
 
 
 def batches(tokens: Sequence[int], context_length: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

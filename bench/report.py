@@ -25,10 +25,10 @@ from typing import Any
 from bench import chinese, probes, recording, tables
 from bench.case import Entry
 from bench.recording import Recording
-from mlp_fast import machine
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.errors import UserError
-from mlp_fast.timing import BASELINE
+from mlp_fast.measure import machine
+from mlp_fast.measure.timing import BASELINE
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(

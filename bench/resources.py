@@ -27,7 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.errors import UserError
 from mlp_fast.kernels._runtime import interpreting
 

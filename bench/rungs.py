@@ -31,12 +31,12 @@ from torch.utils._pytree import tree_leaves
 from bench.floor import form_of, step_cost
 from bench.interpreter import prepare_once
 from mlp_fast import backends
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.compare import compare
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
-from mlp_fast.state import TrainState
-from mlp_fast.timing import subject
+from mlp_fast.measure.timing import subject
+from mlp_fast.model.state import TrainState
 
 NAMES = [name for name in backends.REGISTRY if not name.endswith("-raw")]
 CONFIG = Config(device="cpu")

@@ -18,11 +18,13 @@ import torch
 from bench import floor, generate_words
 from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, spread_ms
 from bench.steps import Setting, step_case
-from mlp_fast import backends, distributed, machine, token_cache, train
-from mlp_fast.command import run_main
+from mlp_fast import backends, distributed, train
+from mlp_fast.cli import run_main
 from mlp_fast.config import Config, Parser, add_config_arguments, config_from
-from mlp_fast.models import Shape
-from mlp_fast.timing import BASELINE, NotEquivalent, Spread, require
+from mlp_fast.corpus import cache as token_cache
+from mlp_fast.measure import machine
+from mlp_fast.measure.timing import BASELINE, NotEquivalent, Spread, require
+from mlp_fast.model.mlp import Shape
 
 TOKENS = 10_000_000
 MEMORY_LIMIT = 4 * 2**30  # of a CPU process that trains on them

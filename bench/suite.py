@@ -28,8 +28,8 @@ from bench.processes import run_cases, start_up_cases
 from bench.reading import reading_cases
 from bench.scale import scale_cases
 from bench.steps import step_cases, sweep_cases, thread_cases
-from mlp_fast.rng import RNG
-from mlp_fast.timing import NotEquivalent
+from mlp_fast.measure.timing import NotEquivalent
+from mlp_fast.model.rng import RNG
 
 
 def rng_cases(plan: Plan) -> Iterator[Case]:

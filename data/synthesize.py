@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.config import Parser
 from mlp_fast.errors import UserError
-from mlp_fast.rng import RNG
+from mlp_fast.model.rng import RNG
 
 FOLDER = Path(__file__).resolve().parent
 SEED_NAMES = FOLDER / "seed_names.txt"

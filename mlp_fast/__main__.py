@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mlp_fast import __version__
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.config import Parser
 
 COMMANDS = {

@@ -6,7 +6,7 @@ says how that is decided.
 """
 
 if __name__ == "__main__":
-    from mlp_fast.command import begin
+    from mlp_fast.cli import begin
 
     begin()
 
@@ -20,17 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlp_fast import backends, machine
+from mlp_fast import backends
 from mlp_fast.backends.base import Backend
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.config import RUN_ONLY, Config, Parser, add_config_arguments, config_from
 from mlp_fast.errors import UserError
 from mlp_fast.files import check_writable
-from mlp_fast.models import Shape
-from mlp_fast.plot import check_plot, drawable
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape
-from mlp_fast.timing import BASELINE, Contender, Judge, NotEquivalent, Spread, measure, subject
+from mlp_fast.measure import machine
+from mlp_fast.measure.timing import BASELINE, Contender, Judge, NotEquivalent, Spread, measure, subject
+from mlp_fast.model.mlp import Shape
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
+from mlp_fast.run.plot import check_plot, drawable
 
 PASSES = 2  # the second tells whether the first is repeatable
 ROUNDS = 10  # per pass

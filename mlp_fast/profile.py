@@ -10,7 +10,7 @@ docs/profiling.md tells how to read what comes out.
 """
 
 if __name__ == "__main__":
-    from mlp_fast.command import begin
+    from mlp_fast.cli import begin
 
     begin()
 
@@ -29,14 +29,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from mlp_fast import backends, machine
+from mlp_fast import backends
 from mlp_fast.backends.base import Backend
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.config import RUN_ONLY, Parser, add_config_arguments, config_from
 from mlp_fast.errors import UserError
 from mlp_fast.files import check_writable
-from mlp_fast.state import TrainState
-from mlp_fast.timing import seconds, subject
+from mlp_fast.measure import machine
+from mlp_fast.measure.timing import seconds, subject
+from mlp_fast.model.state import TrainState
 
 STEPS_RANGE = "steps"  # the range around the warm steps, in the trace and in NVTX
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")

@@ -1,7 +1,7 @@
 """`python -m mlp_fast.sample RUN`: text from a saved model."""
 
 if __name__ == "__main__":
-    from mlp_fast.command import begin
+    from mlp_fast.cli import begin
 
     begin()
 
@@ -11,12 +11,21 @@ from pathlib import Path
 
 import torch
 
-from mlp_fast import checkpoint
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.config import MAX_SEED, Parser
 from mlp_fast.errors import UserError, for_terminal
-from mlp_fast.rng import RNG
-from mlp_fast.sampling import PROMPT, SAMPLE_LENGTH, SAMPLE_SEED, continuation, default_prompt, padded, sample, shaped
+from mlp_fast.model.rng import RNG
+from mlp_fast.model.sampling import (
+    PROMPT,
+    SAMPLE_LENGTH,
+    SAMPLE_SEED,
+    continuation,
+    default_prompt,
+    padded,
+    sample,
+    shaped,
+)
+from mlp_fast.run import checkpoint
 
 
 def texts(

@@ -1,7 +1,7 @@
 """`python -m mlp_fast.train`: trains the model and prints what the reference prints."""
 
 if __name__ == "__main__":
-    from mlp_fast.command import begin
+    from mlp_fast.cli import begin
 
     begin()
 
@@ -17,24 +17,26 @@ from typing import Any
 
 import torch
 
-from mlp_fast import backends, checkpoint, distributed, machine
+from mlp_fast import backends, distributed
 from mlp_fast.backends.base import Backend
-from mlp_fast.checkpoint import Checkpoint
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.config import Config, Parser, add_config_arguments, config_from
-from mlp_fast.corpus import Corpus, check_sizes, load_for
+from mlp_fast.corpus.load import Corpus, check_sizes, load_for
+from mlp_fast.corpus.tokenizer import Words
 from mlp_fast.errors import EXIT_NON_FINITE, EXIT_NOT_SAVED, UserError, report
-from mlp_fast.interrupt import Interrupt, Interrupted
-from mlp_fast.log import Evaluation, RunLog
-from mlp_fast.models import Shape
-from mlp_fast.optim import learning_rate
-from mlp_fast.plot import check_plot, draw_losses
-from mlp_fast.resume import check_same_model, check_same_run, initialised_config, resume_command, resumed_config
-from mlp_fast.run_folder import RunFolder, same_folder
-from mlp_fast.sampling import SAMPLE_LENGTH, SAMPLE_SEED, continuation, default_prompt
-from mlp_fast.state import TrainState
-from mlp_fast.tape import TRAIN_EVAL_BATCHES, Tape, evaluated_positions, evaluated_windows
-from mlp_fast.tokens import Words
+from mlp_fast.measure import machine
+from mlp_fast.model.mlp import Shape
+from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED, continuation, default_prompt
+from mlp_fast.model.schedule import learning_rate
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import TRAIN_EVAL_BATCHES, Tape, evaluated_positions, evaluated_windows
+from mlp_fast.run import checkpoint
+from mlp_fast.run.checkpoint import Checkpoint
+from mlp_fast.run.folder import RunFolder, same_folder
+from mlp_fast.run.interrupt import Interrupt, Interrupted
+from mlp_fast.run.log import Evaluation, RunLog
+from mlp_fast.run.plot import check_plot, draw_losses
+from mlp_fast.run.resume import check_same_model, check_same_run, initialised_config, resume_command, resumed_config
 
 # Work asked of a backend at a time, so that signals are answered: seconds, and the steps to begin with.
 RESPONSE_TIME = {"cpu": 0.05, "cuda": 0.5}

@@ -9,7 +9,7 @@ The pictures need matplotlib.
 """
 
 if __name__ == "__main__":
-    from mlp_fast.command import begin
+    from mlp_fast.cli import begin
 
     begin()
 
@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
-from mlp_fast import checkpoint
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 from mlp_fast.config import Parser
-from mlp_fast.corpus import Vocabulary
+from mlp_fast.corpus.load import Vocabulary
 from mlp_fast.errors import UserError
-from mlp_fast.models import MLP
-from mlp_fast.plot import drawable
+from mlp_fast.model.mlp import MLP
+from mlp_fast.model.sampling import padded
+from mlp_fast.run import checkpoint
+from mlp_fast.run.plot import drawable
 from mlp_fast.sample import unescape
-from mlp_fast.sampling import padded
 
 PICTURES = ("embeddings", "probabilities", "graph")
 FORMATS = ("png", "svg")

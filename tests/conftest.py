@@ -12,7 +12,7 @@ import reliability
 import torch
 from processes import make_corpus
 
-from mlp_fast import corpus
+from mlp_fast.corpus import load as corpus
 from mlp_fast.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "upstream_1000.json"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mlp_fast.models import Shape, initial_parameters
+from mlp_fast.model.mlp import Shape, initial_parameters
 from mlp_fast.ops import FusedMLP
 
 SHAPE = Shape(V=11, T=3, E=4, H=6)

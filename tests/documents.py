@@ -249,7 +249,8 @@ def run_command(words: Sequence[str], folder: Path, how: str) -> bool:
 
 def _module(module: str, arguments: list[str], how: str) -> bool:
     """`python -m module`."""
-    main = importlib.import_module(module).main
+    found = importlib.import_module(module)
+    main = (importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found).main
     shortened = False
     if module == "mlp_fast.train" and "--list-backends" not in arguments:
         steps = int(arguments[arguments.index("--num-steps") + 1]) if "--num-steps" in arguments else sys.maxsize

@@ -10,7 +10,7 @@ from torch import Tensor
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
 from mlp_fast.backends.eager import Eager
-from mlp_fast.tape import WeightedWindows
+from mlp_fast.model.windows import WeightedWindows
 
 
 class Slow(Eager):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mlp_fast import train
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["mlp_fast.train", "mlp_fast.backends.eager", "torch._dynamo", "processes"])

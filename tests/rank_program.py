@@ -14,9 +14,9 @@ import torch
 from mlp_fast import backends, distributed
 from mlp_fast.backends.triton_op import TritonOp
 from mlp_fast.config import Config
-from mlp_fast.corpus import Corpus
-from mlp_fast.log import RunLog
-from mlp_fast.tokens import Characters
+from mlp_fast.corpus.load import Corpus
+from mlp_fast.corpus.tokenizer import Characters
+from mlp_fast.run.log import RunLog
 from mlp_fast.train import Trainer
 
 STEPS = 200

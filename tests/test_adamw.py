@@ -17,9 +17,10 @@ import pytest
 import torch
 from updates import CONFIG, Difference, check, check_backend, differences, flat, updates
 
-from mlp_fast import backends, ops, step
-from mlp_fast.kernels import native
-from mlp_fast.optim import learning_rate, update_scalars
+from mlp_fast import backends, ops
+from mlp_fast.kernels import cpu_step as native
+from mlp_fast.model import manual_step as step
+from mlp_fast.model.schedule import learning_rate, update_scalars
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "kernels" / "csrc" / "train_step.c"

@@ -10,12 +10,12 @@ from mlp_fast import backends
 from mlp_fast.backends.base import Backend
 from mlp_fast.backends.compiled import CompileStep
 from mlp_fast.config import Config
-from mlp_fast.corpus import Corpus
-from mlp_fast.kernels import native
-from mlp_fast.log import RunLog
-from mlp_fast.models import Shape
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape, evaluated_windows
+from mlp_fast.corpus.load import Corpus
+from mlp_fast.kernels import cpu_step as native
+from mlp_fast.model.mlp import Shape
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape, evaluated_windows
+from mlp_fast.run.log import RunLog
 from mlp_fast.train import Trainer
 
 DEFAULT = Shape(V=27, T=3, E=48, H=512)

@@ -32,11 +32,11 @@ from bench.recording import Recording
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
-from mlp_fast.models import MLP, Shape, initial_parameters
-from mlp_fast.rng import RNG
-from mlp_fast.sampling import SAMPLE_SEED, sample
-from mlp_fast.tape import WeightedWindows
-from mlp_fast.timing import NotEquivalent, Spread
+from mlp_fast.measure.timing import NotEquivalent, Spread
+from mlp_fast.model.mlp import MLP, Shape, initial_parameters
+from mlp_fast.model.rng import RNG
+from mlp_fast.model.sampling import SAMPLE_SEED, sample
+from mlp_fast.model.windows import WeightedWindows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,13 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from processes import SIZES, make_corpus
 from safetensors import safe_open
 
-from mlp_fast import backends, checkpoint, evaluate, files, run_folder, sample, train
-from mlp_fast.checkpoint import Checkpoint, Damaged
+from mlp_fast import backends, evaluate, files, sample, train
 from mlp_fast.config import PER_COMMAND, Config
-from mlp_fast.corpus import load
+from mlp_fast.corpus.load import load
 from mlp_fast.errors import UserError
-from mlp_fast.run_folder import INDEX, RunFolder
-from mlp_fast.state import TrainState
+from mlp_fast.model.state import TrainState
+from mlp_fast.run import checkpoint
+from mlp_fast.run import folder as run_folder
+from mlp_fast.run.checkpoint import Checkpoint, Damaged
+from mlp_fast.run.folder import INDEX, RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from fake_backends import Slow, Unsteady, Wrong, register
 
 from mlp_fast import compare
 from mlp_fast.errors import UserError
-from mlp_fast.timing import Spread
+from mlp_fast.measure.timing import Spread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

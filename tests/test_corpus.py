@@ -18,13 +18,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from mlp_fast import corpus, tokens
 from mlp_fast.config import SPLITTING, Config
-from mlp_fast.corpus import SPLITS, Corpus
+from mlp_fast.corpus import load as corpus
+from mlp_fast.corpus import tokenizer as tokens
+from mlp_fast.corpus.load import SPLITS, Corpus
+from mlp_fast.corpus.tokenizer import Characters, Words
 from mlp_fast.data import synthesize
 from mlp_fast.errors import UserError
-from mlp_fast.rng import RNG
-from mlp_fast.tokens import Characters, Words
+from mlp_fast.model.rng import RNG
 
 
 def folder(path: Path, **splits: bytes) -> str:
@@ -569,7 +570,7 @@ def test_any_folder_loads_whole_or_is_refused_in_one_line(train: bytes, other: b
 MEASURE = """
 import re, sys
 from pathlib import Path
-from mlp_fast import corpus
+from mlp_fast.corpus import load as corpus
 
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from mlp_fast import corpus
-from mlp_fast.corpus import Corpus
+from mlp_fast.corpus import __main__ as command
+from mlp_fast.corpus import load as corpus
+from mlp_fast.corpus.load import Corpus
 from mlp_fast.errors import UserError
 
 
@@ -84,7 +85,7 @@ def files_below(folder: Path) -> list[Path]:
 def test_a_good_download_is_kept_whole_and_loads(
     names: bytes, serve: Callable[[Answer], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert corpus.main(["fetch", "--url", serve(answering(names))]) == 0
+    assert command.main(["fetch", "--url", serve(answering(names))]) == 0
     cached = tmp_path / "cache" / "mlp_fast" / "names.txt"
     assert files_below(tmp_path) == [cached]
     assert cached.read_bytes() == names
@@ -101,7 +102,7 @@ def test_fetch_writes_where_it_is_told_and_replaces_what_was_there(
     target = tmp_path / "a" / "b.txt"
     target.parent.mkdir()
     target.write_bytes(b"old")
-    assert corpus.main(["fetch", "--url", serve(answering(names)), "--to", str(target)]) == 0
+    assert command.main(["fetch", "--url", serve(answering(names)), "--to", str(target)]) == 0
     assert files_below(tmp_path) == [target]
     monkeypatch.setenv(corpus.NAMES_VARIABLE, str(target))
     assert len(corpus.load("names").train) > 0
@@ -160,7 +161,7 @@ def test_a_bad_download_is_one_line_and_changes_nothing(
     if stood_before:
         target.write_bytes(b"what stood there")
     with pytest.raises(UserError, match=message) as error:
-        corpus.main(["fetch", "--url", serve(answer), "--timeout", timeout, "--to", str(target)])
+        command.main(["fetch", "--url", serve(answer), "--timeout", timeout, "--to", str(target)])
     assert "\n" not in str(error.value)
     assert files_below(tmp_path) == ([target] if stood_before else [])
     assert not stood_before or target.read_bytes() == b"what stood there"
@@ -177,7 +178,7 @@ def test_no_server_is_one_line(names: bytes, tmp_path: Path) -> None:
         ("http://a b/", "http"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            corpus.main(["fetch", "--url", url, "--timeout", "5"])
+            command.main(["fetch", "--url", url, "--timeout", "5"])
         assert "\n" not in str(error.value)
     assert files_below(tmp_path) == []
 
@@ -194,7 +195,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
     url = serve(answering(names))
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="No space left"):
-        corpus.main(["fetch", "--url", url, "--to", str(target)])
+        command.main(["fetch", "--url", url, "--to", str(target)])
     assert files_below(tmp_path) == [target]
     assert target.read_bytes() == b"old"
 
@@ -206,14 +207,14 @@ def test_a_target_that_cannot_be_written_is_one_line(
     url = serve(answering(names))
     for target in (tmp_path, tmp_path / "file" / "names.txt"):
         with pytest.raises(UserError, match="cannot write"):
-            corpus.main(["fetch", "--url", url, "--to", str(target)])
+            command.main(["fetch", "--url", url, "--to", str(target)])
     assert files_below(tmp_path) == [tmp_path / "file"]
 
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "soon"])
 def test_a_timeout_that_is_none_is_refused(timeout: str) -> None:
     with pytest.raises(UserError, match="--timeout") as caught:
-        corpus.main(["fetch", "--timeout", timeout])
+        command.main(["fetch", "--timeout", timeout])
     assert "\n" not in str(caught.value)
 
 

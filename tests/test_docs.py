@@ -20,7 +20,10 @@ CHINESE = [page for page in ALL if page.path.stem.endswith(".zh-CN")]
 
 # Commands whose options the documents may name.
 COMMANDS = [
-    *(f"mlp_fast.{name}" for name in ("train", "evaluate", "sample", "compare", "profile", "visualize", "corpus")),
+    *(
+        f"mlp_fast.{name}"
+        for name in ("train", "evaluate", "sample", "compare", "profile", "visualize", "corpus.__main__")
+    ),
     *(f"bench.{name}" for name in ("probes", "record", "report", "resources", "numerics", "rungs")),
 ]
 
@@ -181,7 +184,7 @@ def known_options() -> set[str]:
 
 
 def _least_arguments(name: str) -> list[str]:
-    return {"mlp_fast.corpus": ["fetch"]}.get(
+    return {"mlp_fast.corpus.__main__": ["fetch"]}.get(
         name, ["RUN"] if name.rsplit(".")[-1] in ("evaluate", "sample", "visualize") else []
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from updates import Difference, pre_activations
 
-from mlp_fast.kernels import native
+from mlp_fast.kernels import cpu_step as native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ISAS = native.instruction_sets() if native.unavailable() is None else ()

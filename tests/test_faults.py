@@ -20,13 +20,14 @@ import reliability
 import torch
 from processes import SIZES, Python, finish, start
 
-from mlp_fast import checkpoint, train
+from mlp_fast import train
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
-from mlp_fast.log import RunLog
-from mlp_fast.run_folder import INDEX
-from mlp_fast.state import TrainState
+from mlp_fast.model.state import TrainState
+from mlp_fast.run import checkpoint
+from mlp_fast.run.folder import INDEX
+from mlp_fast.run.log import RunLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,10 +19,10 @@ import os, signal, sys, warnings
 import torch
 from mlp_fast import backends
 from mlp_fast.config import Config
-from mlp_fast.models import Shape
+from mlp_fast.model.mlp import Shape
 from mlp_fast.ops import FusedMLP
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape, evaluated_windows
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape, evaluated_windows
 
 warnings.simplefilter("ignore")  # newer Pythons warn of forking with threads
 seconds, *names = sys.argv[1:]

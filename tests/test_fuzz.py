@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from processes import make_corpus
 
-from mlp_fast import checkpoint, evaluate, sample, train
+from mlp_fast import evaluate, sample, train
 from mlp_fast.config import Config, flag
 from mlp_fast.errors import EXIT_NON_FINITE, EXIT_NOT_SAVED, EXIT_USER_ERROR, UserError
+from mlp_fast.run import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

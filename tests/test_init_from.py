@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlp_fast import checkpoint, evaluate, train
+from mlp_fast import evaluate, train
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
-from mlp_fast.models import MLP
+from mlp_fast.model.mlp import MLP
+from mlp_fast.run import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,9 +40,9 @@ def test_its_first_steps_are_those_of_torchs_adamw(tmp_path: Path, parent: Path)
     before, after = checkpoint.load(parent), checkpoint.load(out)
     assert (after.state.step, after.config.num_steps, after.config.hidden_size) == (5, 5, 5)
     assert after.config.data == before.config.data
-    from mlp_fast import corpus
-    from mlp_fast.optim import learning_rate
-    from mlp_fast.tape import Tape
+    from mlp_fast.corpus import load as corpus
+    from mlp_fast.model.schedule import learning_rate
+    from mlp_fast.model.windows import Tape
 
     tape = Tape(corpus.load(before.config.data).train, 2)
     model = MLP(before.shape, before.state.parameters).double()

@@ -18,12 +18,14 @@ import torch
 from fake_backends import Clocked, register
 from processes import SIZES, finish, start, wait_for
 
-from mlp_fast import checkpoint, run_folder, train
+from mlp_fast import train
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config, Parser, add_config_arguments
-from mlp_fast.interrupt import Interrupt, Interrupted
-from mlp_fast.resume import resume_command
-from mlp_fast.tape import WeightedWindows
+from mlp_fast.model.windows import WeightedWindows
+from mlp_fast.run import checkpoint
+from mlp_fast.run import folder as run_folder
+from mlp_fast.run.interrupt import Interrupt, Interrupted
+from mlp_fast.run.resume import resume_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -319,7 +321,7 @@ def test_a_command_ends_with_its_code_and_all_of_its_output() -> None:
     """What is registered for the end still happens; what Python would then take apart is left to the system."""
     program = """
 import atexit
-from mlp_fast.command import begin, run_main
+from mlp_fast.cli import begin, run_main
 
 begin()
 atexit.register(lambda: print("last"))

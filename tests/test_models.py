@@ -9,13 +9,13 @@ import torch
 from processes import Python
 
 from mlp_fast.config import Config
-from mlp_fast.corpus import Corpus
-from mlp_fast.models import MLP, PARAMETER_NAMES, MLPRaw, Shape, initial_parameters
-from mlp_fast.optim import BETA1, BETA2, EPS, learning_rate, update_scalars
-from mlp_fast.rng import RNG
-from mlp_fast.state import TrainState
-from mlp_fast.step import adamw_, chosen_form, loss_and_gradients
-from mlp_fast.tape import Tape
+from mlp_fast.corpus.load import Corpus
+from mlp_fast.model.manual_step import adamw_, chosen_form, loss_and_gradients
+from mlp_fast.model.mlp import MLP, PARAMETER_NAMES, MLPRaw, Shape, initial_parameters
+from mlp_fast.model.rng import RNG
+from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rate, update_scalars
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
 
 DEFAULT = Shape(V=27, T=3, E=48, H=512)
 

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 
 from mlp_fast import backends
 from mlp_fast.config import Config
-from mlp_fast.corpus import Corpus
-from mlp_fast.kernels import native
-from mlp_fast.models import PARAMETER_NAMES, Shape
-from mlp_fast.sampling import PROMPT, SAMPLE_LENGTH, SAMPLE_SEED
-from mlp_fast.state import TrainState
-from mlp_fast.tape import TRAIN_EVAL_BATCHES, Tape, evaluated_windows
+from mlp_fast.corpus.load import Corpus
+from mlp_fast.kernels import cpu_step as native
+from mlp_fast.model.mlp import PARAMETER_NAMES, Shape
+from mlp_fast.model.sampling import PROMPT, SAMPLE_LENGTH, SAMPLE_SEED
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import TRAIN_EVAL_BATCHES, Tape, evaluated_windows
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"native: {native.unavailable()}")
 
@@ -678,7 +678,7 @@ def python(code: str, **options: Any) -> subprocess.Popen[str]:
 
 SETUP = """
 import os, sys, time, torch
-from mlp_fast.kernels import native
+from mlp_fast.kernels import cpu_step as native
 model = native.NativeModel(27, 3, 48, 512)
 parts = [[torch.full(shape, 0.01) for shape in model.shapes] for _ in range(3)]
 model.load(*parts, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlp_fast.kernels import native
+from mlp_fast.kernels import cpu_step as native
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "kernels" / "csrc" / "train_step.c"

@@ -18,11 +18,14 @@ import pytest
 import torch
 
 from mlp_fast import __main__ as commands
-from mlp_fast import backends, checkpoint, command, errors, files, machine, plot, train
+from mlp_fast import backends, errors, files, train
+from mlp_fast import cli as command
 from mlp_fast.backends import compiled, triton_step
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
-from mlp_fast.models import Shape
+from mlp_fast.measure import machine
+from mlp_fast.model.mlp import Shape
+from mlp_fast.run import checkpoint, plot
 
 COMPILING = ("compile-raw", "compile", "compile-step")
 
@@ -235,7 +238,9 @@ import mlp_fast
 for module in pkgutil.walk_packages(mlp_fast.__path__, "mlp_fast."):
     if not module.name.startswith("mlp_fast.kernels") and module.name != "mlp_fast.__main__":
         importlib.import_module(module.name)
-from mlp_fast import backends, corpus, evaluate, machine, sample, train
+from mlp_fast import backends, evaluate, sample, train
+from mlp_fast.corpus import load as corpus
+from mlp_fast.measure import machine
 from mlp_fast.config import Config
 
 folder = sys.argv[1]
@@ -336,6 +341,7 @@ def test_the_package_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> N
     listed = re.findall(r"python -m mlp_fast\.(\w+)", capsys.readouterr().out)
     folder = Path(commands.__file__).parent
     there = {path.stem for path in folder.glob("*.py") if "\n    run_main(" in path.read_text()} - {"__main__"}
+    there |= {path.parent.name for path in folder.glob("*/__main__.py")}
     assert sorted(listed) == sorted(there)
     with pytest.raises(UserError, match="unrecognized arguments: train"):
         commands.main(["train"])

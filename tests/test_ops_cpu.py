@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mlp_fast import ops
-from mlp_fast.models import MLP, Shape, initial_parameters
+from mlp_fast.model.mlp import MLP, Shape, initial_parameters
 
 # torch writes some of its tangents in what it has itself deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")

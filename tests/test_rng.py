@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlp_fast.rng import RNG
+from mlp_fast.model.rng import RNG
 
 
 def test_scalar_draws_are_the_references(golden: dict[str, Any]) -> None:

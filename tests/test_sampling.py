@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlp_fast import checkpoint, train
 from mlp_fast import sample as sample_command
+from mlp_fast import train
+from mlp_fast.corpus.tokenizer import Characters
 from mlp_fast.errors import UserError
-from mlp_fast.rng import RNG
+from mlp_fast.model.rng import RNG
+from mlp_fast.model.sampling import default_prompt, draw, padded, sample, shaped
+from mlp_fast.run import checkpoint
 from mlp_fast.sample import unescape
-from mlp_fast.sampling import default_prompt, draw, padded, sample, shaped
-from mlp_fast.tokens import Characters
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 0), (0.1, 0), (0.26, 1), (0.74, 1), (0.76, 2), (0.999, 2)])

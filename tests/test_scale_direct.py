@@ -10,11 +10,11 @@ from mlp_fast import backends
 from mlp_fast.backends.compiled import forward
 from mlp_fast.config import Config, Parser, add_config_arguments, config_from
 from mlp_fast.errors import UserError
-from mlp_fast.models import B1, B2, DIRECT, MLP, W1, W2, WTE, MLPRaw, Shape, initial_parameters
+from mlp_fast.model.manual_step import loss_and_gradients
+from mlp_fast.model.mlp import B1, B2, DIRECT, MLP, W1, W2, WTE, MLPRaw, Shape, initial_parameters
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
 from mlp_fast.ops import FusedMLP
-from mlp_fast.state import TrainState
-from mlp_fast.step import loss_and_gradients
-from mlp_fast.tape import Tape
 
 SHAPE = Shape(V=13, T=3, E=5, H=7, direct=True)
 

@@ -18,14 +18,16 @@ import rank_program
 import torch
 from processes import Python
 
-from mlp_fast import backends, checkpoint, corpus, distributed, evaluate, train
+from mlp_fast import backends, distributed, evaluate, train
 from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
-from mlp_fast.corpus import Corpus
+from mlp_fast.corpus import load as corpus
+from mlp_fast.corpus.load import Corpus
 from mlp_fast.distributed import World
 from mlp_fast.errors import UserError
-from mlp_fast.log import RunLog
-from mlp_fast.models import Shape
+from mlp_fast.model.mlp import Shape
+from mlp_fast.run import checkpoint
+from mlp_fast.run.log import RunLog
 
 PROGRAM = str(Path(rank_program.__file__))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -136,7 +138,7 @@ def parsed(arguments: list[str]) -> Config:
 
 
 def resumed_config(run: Path, stop_after: int) -> Config:
-    from mlp_fast.resume import resumed_config
+    from mlp_fast.run.resume import resumed_config
 
     return resumed_config({"resume": str(run), "stop_after": stop_after, "quiet": True})
 
@@ -192,7 +194,7 @@ import datetime, sys, time
 from torch.distributed import distributed_c10d
 from mlp_fast import distributed, train
 from mlp_fast.backends.eager import Eager
-from mlp_fast.run_folder import RunFolder
+from mlp_fast.run.folder import RunFolder
 
 def slow_once(cls, name, rank):
     method, pauses = getattr(cls, name), [4]
@@ -226,7 +228,7 @@ SPOILT = """
 import sys
 from mlp_fast import train
 from mlp_fast.backends.eager import Eager
-from mlp_fast.command import run_main
+from mlp_fast.cli import run_main
 
 def state(backend, method=Eager.state):
     state = method(backend)

@@ -18,11 +18,14 @@ import torch
 from hypothesis import given, settings
 
 from bench import generate_words
-from mlp_fast import corpus, evaluate, sample, token_cache, tokens, train
-from mlp_fast.corpus import SPLITS, Corpus
+from mlp_fast import evaluate, sample, train
+from mlp_fast.corpus import cache as token_cache
+from mlp_fast.corpus import load as corpus
+from mlp_fast.corpus import tokenizer as tokens
+from mlp_fast.corpus.load import SPLITS, Corpus
+from mlp_fast.corpus.tokenizer import UNKNOWN, Bytes, Characters, Words, from_json
 from mlp_fast.errors import UserError
-from mlp_fast.tape import Tape, evaluated_windows
-from mlp_fast.tokens import UNKNOWN, Bytes, Characters, Words, from_json
+from mlp_fast.model.windows import Tape, evaluated_windows
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +220,7 @@ def test_an_entry_of_the_cache_is_made_once_and_again_when_it_must_be(
 BUILDING = """
 import sys, time
 from pathlib import Path
-from mlp_fast import corpus
+from mlp_fast.corpus import load as corpus
 
 data, together, number = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 corpus.STREAMED_ABOVE = dict.fromkeys(corpus.STREAMED_ABOVE, -1)

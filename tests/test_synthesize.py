@@ -13,7 +13,7 @@ import pytest
 from mlp_fast.data import synthesize
 from mlp_fast.data.synthesize import ALPHABET, SMOOTHING, CharacterProcess
 from mlp_fast.errors import UserError
-from mlp_fast.rng import RNG
+from mlp_fast.model.rng import RNG
 
 
 @pytest.fixture(scope="module")

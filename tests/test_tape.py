@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from bench.reference_loop import batches
 from mlp_fast import backends
-from mlp_fast import tape as tape_module
 from mlp_fast.config import Config
-from mlp_fast.tape import Tape, evaluated_positions, evaluated_windows
+from mlp_fast.model import windows as tape_module
+from mlp_fast.model.windows import Tape, evaluated_positions, evaluated_windows
 
 
 @given(n=st.integers(2, 60), T=st.integers(1, 8), B=st.integers(1, 70), V=st.integers(1, 300))
@@ -85,8 +85,8 @@ def test_distinct_windows_take_little_memory_beside_themselves() -> None:
     """In a process of its own, whose memory at its highest is known."""
     program = """
 import torch
-from mlp_fast.machine import resident_peak
-from mlp_fast.tape import Tape, evaluated_windows
+from mlp_fast.measure.machine import resident_peak
+from mlp_fast.model.windows import Tape, evaluated_windows
 
 tape = Tape(torch.randint(2**15, (1_000_000,)).to(torch.int16), 5)
 evaluated_windows(tape, 128, 8)

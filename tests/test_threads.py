@@ -98,7 +98,7 @@ def test_no_more_threads_than_processors_unless_asked_for(
 def test_the_number_of_threads_is_an_option(backend: str) -> None:
     command = [sys.executable, "-m", "mlp_fast.train", "--backend", backend, "--num-steps", "2", "--threads", "3"]
     if backend == "native":
-        pytest.importorskip("mlp_fast.kernels.native").unavailable() and pytest.skip("native is not built")
+        pytest.importorskip("mlp_fast.kernels.cpu_step").unavailable() and pytest.skip("native is not built")
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert f"backend {backend} on cpu, 3 threads" in run.stdout, run.stderr
 

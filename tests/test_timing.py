@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlp_fast import machine
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
-from mlp_fast.models import PARAMETER_NAMES, W1, W2, Shape
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape
-from mlp_fast.timing import BASELINE, Contender, Judge, NotEquivalent, Spread, float64_run, measure
+from mlp_fast.measure import machine
+from mlp_fast.measure.timing import BASELINE, Contender, Judge, NotEquivalent, Spread, float64_run, measure
+from mlp_fast.model.mlp import PARAMETER_NAMES, W1, W2, Shape
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
 
 SHAPE = Shape(V=11, T=2, E=6, H=20)
 CONFIG = Config(context_length=2, embedding_size=6, hidden_size=20, batch_size=16, num_steps=60, device="cpu")

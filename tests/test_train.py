@@ -24,10 +24,10 @@ from fake_backends import Clocked, register
 
 from mlp_fast import evaluate, sample, train
 from mlp_fast.config import Config
-from mlp_fast.corpus import Corpus
+from mlp_fast.corpus.load import Corpus
 from mlp_fast.errors import UserError
-from mlp_fast.log import RunLog
-from mlp_fast.models import MLP, PARAMETER_NAMES, Shape
+from mlp_fast.model.mlp import MLP, PARAMETER_NAMES, Shape
+from mlp_fast.run.log import RunLog
 
 SMALL = [
     "--backend",

@@ -8,10 +8,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from mlp_fast import checkpoint, sampling, train, visualize
+from mlp_fast import train, visualize
+from mlp_fast.corpus.tokenizer import Bytes, Characters
 from mlp_fast.errors import EXIT_USER_ERROR, UserError
-from mlp_fast.models import MLP, Shape
-from mlp_fast.tokens import Bytes, Characters
+from mlp_fast.model import sampling
+from mlp_fast.model.mlp import MLP, Shape
+from mlp_fast.run import checkpoint
 from mlp_fast.visualize import computation_graph, next_probabilities, principal_components, summary
 
 SMALL = ["--backend", "eager", "--num-steps", "2", "--hidden-size", "8", "--embedding-size", "4", "--quiet"]

@@ -7,8 +7,8 @@ import pytest
 
 from mlp_fast import backends
 from mlp_fast.config import Config
-from mlp_fast.corpus import Corpus
-from mlp_fast.log import RunLog
+from mlp_fast.corpus.load import Corpus
+from mlp_fast.run.log import RunLog
 from mlp_fast.train import Trainer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "upstream_embedded_50000.json").read_text())

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlp_fast import backends, corpus
+from mlp_fast import backends
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
-from mlp_fast.models import PARAMETER_NAMES, Shape
-from mlp_fast.optim import update_scalars
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape
+from mlp_fast.corpus import load as corpus
+from mlp_fast.model.mlp import PARAMETER_NAMES, Shape
+from mlp_fast.model.schedule import update_scalars
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
 
 CONFIG = Config(backend="eager", num_steps=50_000)
 SHAPE = Shape(V=27, T=3, E=48, H=512)

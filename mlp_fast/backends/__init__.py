@@ -9,9 +9,9 @@ from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.kernels._runtime import enable_interpreter
-from mlp_fast.models import Shape
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape
+from mlp_fast.model.mlp import Shape
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
 
 # name -> "module:class" below mlp_fast.backends, in the order of the ladder from eager code to whole-run kernels
 REGISTRY = {

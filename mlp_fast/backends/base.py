@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mlp_fast import distributed
 from mlp_fast.config import Config
-from mlp_fast.models import Shape
-from mlp_fast.rng import RNG
-from mlp_fast.sampling import sample
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape, WeightedWindows
+from mlp_fast.model.mlp import Shape
+from mlp_fast.model.rng import RNG
+from mlp_fast.model.sampling import sample
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape, WeightedWindows
 
 # Windows per forward pass of an evaluation, and logits: they bound its memory.
 EVALUATION_ROWS, EVALUATION_LOGITS = 4096, 2**24

@@ -19,11 +19,11 @@ from mlp_fast.backends.eager import MATMUL_PRECISION, Eager, EagerRaw, torch_pre
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.files import code_obstacle, shown
-from mlp_fast.models import B1, B2, DIRECT, W1, W2, WTE, Parameters, Shape
-from mlp_fast.optim import update_scalars
-from mlp_fast.state import TrainState
-from mlp_fast.step import adamw_, chosen_form, loss_and_gradients
-from mlp_fast.tape import Tape
+from mlp_fast.model.manual_step import adamw_, chosen_form, loss_and_gradients
+from mlp_fast.model.mlp import B1, B2, DIRECT, W1, W2, WTE, Parameters, Shape
+from mlp_fast.model.schedule import update_scalars
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
 
 
 def compiler_missing(device: torch.device) -> str | None:

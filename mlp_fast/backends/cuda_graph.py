@@ -8,9 +8,9 @@ from torch import Tensor
 
 from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
-from mlp_fast.models import Parameters, Shape
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape, WeightedWindows
+from mlp_fast.model.mlp import Parameters, Shape
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape, WeightedWindows
 
 
 class StepGraph:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
-from mlp_fast.models import DIRECT, MLP, W1, W2, MLPRaw, Parameters, Shape
-from mlp_fast.optim import BETA1, BETA2, EPS, learning_rate
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape
+from mlp_fast.model.mlp import DIRECT, MLP, W1, W2, MLPRaw, Parameters, Shape
+from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rate
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
 
 # torch's own settings; it has none that splits a product into three TF32 ones, so tf32x3 takes full float32.
 MATMUL_PRECISION = {"fp32": "highest", "tf32x3": "highest", "tf32": "high"}

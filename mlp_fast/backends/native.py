@@ -1,4 +1,4 @@
-"""The whole step in C on the CPU (kernels/native.py, kernels/csrc/train_step.c)."""
+"""The whole step in C on the CPU (kernels/cpu_step.py, kernels/csrc/train_step.c)."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,10 +10,10 @@ from torch import Tensor
 from mlp_fast.backends.base import Backend
 from mlp_fast.backends.eager import torch_precision_error
 from mlp_fast.config import Config
-from mlp_fast.kernels import native
-from mlp_fast.models import PARAMETER_NAMES, Parameters, Shape
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape, WeightedWindows
+from mlp_fast.kernels import cpu_step as native
+from mlp_fast.model.mlp import PARAMETER_NAMES, Parameters, Shape
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape, WeightedWindows
 
 
 class Native(Backend):

@@ -7,11 +7,11 @@ from mlp_fast.backends.cuda_graph import DeviceLoop, StepGraph
 from mlp_fast.backends.eager import MATMUL_PRECISION
 from mlp_fast.backends.triton_step import capability_error, kernels_missing
 from mlp_fast.config import Config
-from mlp_fast.models import Shape
+from mlp_fast.model.mlp import Shape
+from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rates
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
 from mlp_fast.ops import FusedMLP, adamw_
-from mlp_fast.optim import BETA1, BETA2, EPS, learning_rates
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape
 
 
 class TritonOp(DeviceLoop):

@@ -16,13 +16,13 @@ from mlp_fast.backends.cuda_graph import StepGraph
 from mlp_fast.config import Config
 from mlp_fast.files import code_obstacle
 from mlp_fast.kernels._runtime import LEAST_CAPABILITY, interpreting
-from mlp_fast.models import PARAMETER_NAMES, Shape
-from mlp_fast.optim import update_scalars
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape, WeightedWindows
+from mlp_fast.model.mlp import PARAMETER_NAMES, Shape
+from mlp_fast.model.schedule import update_scalars
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape, WeightedWindows
 
 if TYPE_CHECKING:
-    from mlp_fast.kernels.evaluation import Weights
+    from mlp_fast.kernels.inference import Weights
     from mlp_fast.kernels.train_step import TrainStep
 
 # A graph of a thousand steps is replayed in hundredths of a second; one of many more would take seconds to capture.
@@ -144,17 +144,17 @@ class _StepKernels(Backend):
         self._step = state.step
 
     def _weights(self) -> Weights:
-        from mlp_fast.kernels.evaluation import Weights
+        from mlp_fast.kernels.inference import Weights
 
         return Weights(*self.kernels.planes()[0])
 
     def logits(self, contexts: Tensor) -> Tensor:
-        from mlp_fast.kernels import evaluation
+        from mlp_fast.kernels import inference as evaluation
 
         return evaluation.logits(self._weights(), contexts, precision=self.config.precision)
 
     def mean_loss(self, windows: WeightedWindows) -> float:
-        from mlp_fast.kernels import evaluation
+        from mlp_fast.kernels import inference as evaluation
 
         mean = evaluation.mean_loss(
             self._weights(), windows.rows, windows.counts, self._finished, precision=self.config.precision
@@ -162,7 +162,7 @@ class _StepKernels(Backend):
         return mean.item()
 
     def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
-        from mlp_fast.kernels import evaluation
+        from mlp_fast.kernels import inference as evaluation
 
         if len(prompt) < self.shape.T:
             raise ValueError(f"the prompt has {len(prompt)} tokens, the context {self.shape.T}")

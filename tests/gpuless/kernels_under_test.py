@@ -13,7 +13,7 @@ from torch import Tensor
 from mlp_fast.kernels import persistent_step, train_step
 from mlp_fast.kernels.persistent_step import PersistentStep
 from mlp_fast.kernels.train_step import StepConfig, TrainStep
-from mlp_fast.optim import update_scalars
+from mlp_fast.model.schedule import update_scalars
 
 Sizes = tuple[int, int, int, int, int]  # B, V, T, E, H
 DEFAULT: Sizes = (128, 27, 3, 48, 512)

@@ -21,11 +21,11 @@ from torch._inductor.runtime import triton_heuristics  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mlp_fast import step  # noqa: E402
 from mlp_fast.backends.compiled import step_options  # noqa: E402
 from mlp_fast.kernels._aot import Shipped  # noqa: E402
 from mlp_fast.kernels._math import mul_rn  # noqa: E402
 from mlp_fast.kernels._runtime import interpreting  # noqa: E402
+from mlp_fast.model import manual_step as step  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter is on, so nothing is compiled")
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)

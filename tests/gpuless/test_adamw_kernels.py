@@ -14,8 +14,8 @@ from steps import Problem
 from updates import Difference
 
 from mlp_fast.kernels.adamw import adamw
-from mlp_fast.models import PARAMETER_NAMES
-from mlp_fast.optim import update_scalars
+from mlp_fast.model.mlp import PARAMETER_NAMES
+from mlp_fast.model.schedule import update_scalars
 
 pytestmark = pytest.mark.usefixtures("engine", "one_thread")
 

@@ -10,11 +10,11 @@ pytest.importorskip("triton")
 from emulator import Emulator, Finding, Schedule
 from kernels_under_test import ADVERSE, undefined
 
-from mlp_fast.kernels import evaluation
-from mlp_fast.kernels.evaluation import Weights
-from mlp_fast.models import MLP, Shape, initial_parameters
-from mlp_fast.rng import RNG
-from mlp_fast.sampling import sample
+from mlp_fast.kernels import inference as evaluation
+from mlp_fast.kernels.inference import Weights
+from mlp_fast.model.mlp import MLP, Shape, initial_parameters
+from mlp_fast.model.rng import RNG
+from mlp_fast.model.sampling import sample
 
 pytestmark = pytest.mark.usefixtures("engine", "one_thread")
 

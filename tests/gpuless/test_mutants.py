@@ -20,7 +20,8 @@ from mutants import BARRIERS, COUNTS, ORDERS, Mutant, mutants_of, recorder, why_
 from test_evaluation_kernels import model, windows
 from test_operator_kernels import randint, randn
 
-from mlp_fast.kernels import embed_linear_tanh, evaluation, linear_cross_entropy
+from mlp_fast.kernels import embed_linear_tanh, linear_cross_entropy
+from mlp_fast.kernels import inference as evaluation
 from mlp_fast.kernels.persistent_step import BarrierTimeout
 
 pytestmark = pytest.mark.usefixtures("engine", "one_thread")

@@ -25,7 +25,7 @@ from kernels_under_test import (
 from steps import Problem
 
 from mlp_fast.kernels.persistent_step import PersistentStep
-from mlp_fast.models import W1, WTE
+from mlp_fast.model.mlp import W1, WTE
 
 pytestmark = pytest.mark.usefixtures("engine", "one_thread")
 

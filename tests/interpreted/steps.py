@@ -9,9 +9,9 @@ from torch import Tensor
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
 from mlp_fast.kernels._runtime import interpreting
-from mlp_fast.models import MLP, PARAMETER_NAMES, Shape
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape
+from mlp_fast.model.mlp import MLP, PARAMETER_NAMES, Shape
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cpu" if interpreting() else "cuda")  # of the kernels

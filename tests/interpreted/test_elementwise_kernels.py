@@ -11,7 +11,7 @@ from mlp_fast import ops
 from mlp_fast.kernels import adamw
 from mlp_fast.kernels._math import tanh
 from mlp_fast.kernels._runtime import interpreting
-from mlp_fast.optim import learning_rate
+from mlp_fast.model.schedule import learning_rate
 
 
 def test_adamw(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from steps import DEVICE
 from torch import Tensor
 
-from mlp_fast.kernels import evaluation
-from mlp_fast.kernels.evaluation import ModelConfig, Weights
-from mlp_fast.models import MLP, Shape, initial_parameters
-from mlp_fast.rng import RNG
-from mlp_fast.sampling import sample
+from mlp_fast.kernels import inference as evaluation
+from mlp_fast.kernels.inference import ModelConfig, Weights
+from mlp_fast.model.mlp import MLP, Shape, initial_parameters
+from mlp_fast.model.rng import RNG
+from mlp_fast.model.sampling import sample
 
 SIZES = [(27, 3, 48, 512), (1, 1, 1, 1), (256, 2, 5, 33), (29, 8, 13, 70), (2, 16, 3, 17)]  # V, T, E, H
 

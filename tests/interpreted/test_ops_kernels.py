@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from mlp_fast import ops
 from mlp_fast.kernels._runtime import interpreting
-from mlp_fast.models import MLP, Shape, initial_parameters
+from mlp_fast.model.mlp import MLP, Shape, initial_parameters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,7 +19,7 @@ from mlp_fast.kernels import _barrier, train_step
 from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.kernels.persistent_step import BarrierTimeout, PersistentStep, default_config, wrapped
 from mlp_fast.kernels.train_step import StepConfig, TrainStep
-from mlp_fast.optim import update_scalars
+from mlp_fast.model.schedule import update_scalars
 
 SIZES = (16, 5, 2, 4, 48)  # B, V, T, E, H
 PROGRAMS = 3

@@ -9,12 +9,12 @@ from steps import DEVICE
 
 from mlp_fast import backends
 from mlp_fast.config import Config
-from mlp_fast.corpus import Corpus
+from mlp_fast.corpus.load import Corpus
 from mlp_fast.kernels import adamw, embed_linear_tanh, linear_cross_entropy
 from mlp_fast.kernels._runtime import interpreting
-from mlp_fast.models import Shape
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape, evaluated_windows
+from mlp_fast.model.mlp import Shape
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape, evaluated_windows
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "upstream_embedded_50000.json").read_text())
 LARGE_TILES: list[tuple[Any, dict[str, int]]] = [

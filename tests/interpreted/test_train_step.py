@@ -19,10 +19,10 @@ from mlp_fast.errors import UserError
 from mlp_fast.kernels import train_step
 from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.kernels.train_step import StepConfig, TrainStep
-from mlp_fast.models import B1, B2, W1, W2, WTE, Shape
-from mlp_fast.optim import update_scalars
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape, evaluated_windows
+from mlp_fast.model.mlp import B1, B2, W1, W2, WTE, Shape
+from mlp_fast.model.schedule import update_scalars
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape, evaluated_windows
 
 DEFAULT = (128, 27, 3, 48, 512)  # B, V, T, E, H
 ODD = (19, 29, 2, 13, 37)

@@ -10,10 +10,10 @@ from mlp_fast import backends
 from mlp_fast.backends.eager import Eager
 from mlp_fast.backends.triton_op import TritonOp
 from mlp_fast.config import Config
-from mlp_fast.corpus import Corpus
-from mlp_fast.models import Shape
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape
+from mlp_fast.corpus.load import Corpus
+from mlp_fast.model.mlp import Shape
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
 
 INTERPRET = not torch.cuda.is_available()
 

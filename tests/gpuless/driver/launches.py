@@ -20,7 +20,7 @@ from bench import resources
 from bench.barrier_kernel import run_barriers
 from mlp_fast import backends, train
 from mlp_fast.backends.base import Backend
-from mlp_fast.kernels import evaluation
+from mlp_fast.kernels import inference as evaluation
 
 VERBS = ("prepare", "advance", "mean_loss", "logits", "sample", "state")
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlp_fast import checkpoint
 from mlp_fast.config import MAY_CHANGE, OF_THE_CORPUS, OF_THE_MODEL, PER_COMMAND, Config, flag
 from mlp_fast.errors import UserError
+from mlp_fast.run import checkpoint
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Config))
 

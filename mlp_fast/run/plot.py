@@ -9,7 +9,7 @@ from mlp_fast.errors import UserError
 from mlp_fast.files import check_writable
 
 if TYPE_CHECKING:
-    from mlp_fast.log import Evaluation
+    from mlp_fast.run.log import Evaluation
 
 FORMATS = (".png", ".svg", ".pdf")
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mlp_fast.corpus.tokenizer import Vocabulary
 from mlp_fast.errors import UserError
-from mlp_fast.rng import RNG
-from mlp_fast.tokens import Vocabulary
+from mlp_fast.model.rng import RNG
 
 PROMPT = "\nrichard"
 SAMPLE_SEED = 42

@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mlp_fast import checkpoint
-from mlp_fast.checkpoint import Checkpoint
 from mlp_fast.errors import UserError
 from mlp_fast.files import UNFINISHED, sync_folder, write_atomically
-from mlp_fast.lock import FolderLock
+from mlp_fast.run import checkpoint
+from mlp_fast.run.checkpoint import Checkpoint
+from mlp_fast.run.lock import FolderLock
 
 INDEX = "run.json"
 INDEX_VERSION = 1

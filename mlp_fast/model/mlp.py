@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlp_fast.rng import RNG
+from mlp_fast.model.rng import RNG
 
 # Parameters under the names of MLP's state_dict, in the order in which they are drawn and stored everywhere.
 WTE, W1, B1, W2, B2 = PARAMETER_NAMES = ("wte.weight", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")

@@ -54,7 +54,7 @@ def commit() -> str | None:
 
     Outside a checkout it is what MLP_FAST_COMMIT says, or None.
     """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return os.environ.get("MLP_FAST_COMMIT")
     head = _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlp_fast.models import B1, B2, DIRECT, W1, W2, WTE, Parameters
-from mlp_fast.optim import BETA1, BETA2, EPS
+from mlp_fast.model.mlp import B1, B2, DIRECT, W1, W2, WTE, Parameters
+from mlp_fast.model.schedule import BETA1, BETA2, EPS
 
 
 def chosen_form(form: str, vocab_size: int, batch_size: int) -> str:

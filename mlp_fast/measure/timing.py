@@ -26,11 +26,11 @@ from torch import Tensor
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
-from mlp_fast.corpus import check_sizes, load_for
-from mlp_fast.models import MLP, Parameters, Shape, initial_parameters
-from mlp_fast.optim import BETA1, BETA2, EPS, learning_rate
-from mlp_fast.state import TrainState
-from mlp_fast.tape import Tape
+from mlp_fast.corpus.load import check_sizes, load_for
+from mlp_fast.model.mlp import MLP, Parameters, Shape, initial_parameters
+from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rate
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape
 
 BASELINE = "eager"
 CHECK_STEPS = 20

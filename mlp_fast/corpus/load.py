@@ -1,17 +1,10 @@
 """Corpora: text -> vocabulary -> one tape of tokens a split.
 
-    python -m mlp_fast.corpus fetch     downloads the names corpus, checked, into the user's cache
-
 The steps are apart: reading (`read_text`, UTF-8 bytes with every line end a newline), splitting (`split_lines`,
 `split_contiguous`), and tokens (tokens.py). Text stays UTF-8 bytes throughout and is decoded a chunk at a time, through
 numpy lookup tables: loading needs the file and its tape in memory, and never a Python object a line or a character. Of
 more text than STREAMED_ABOVE, the tapes are files that are mapped into memory (token_cache.py).
 """
-
-if __name__ == "__main__":
-    from mlp_fast.command import begin
-
-    begin()
 
 import codecs
 import contextlib
@@ -24,11 +17,10 @@ import os
 import random
 import re
 import stat
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,14 +30,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlp_fast import token_cache, tokens
-from mlp_fast.command import run_main
-from mlp_fast.config import Config, Parser
+from mlp_fast.config import Config
+from mlp_fast.corpus import cache as token_cache
+from mlp_fast.corpus import tokenizer as tokens
+from mlp_fast.corpus.tokenizer import Bytes, Characters, Utf8, Vocabulary, Words
 from mlp_fast.data import synthesize
 from mlp_fast.errors import UserError
 from mlp_fast.files import file_mode, shown, write_atomically
-from mlp_fast.rng import RNG
-from mlp_fast.tokens import Bytes, Characters, Utf8, Vocabulary, Words
+from mlp_fast.model.rng import RNG
 
 SPLITS = ("train", "val", "test")
 
@@ -729,30 +721,8 @@ def _download(url: str, timeout: float) -> bytes:
     return content
 
 
-# --- messages and the command line ------------------------------------------------------------------------------------
+# --- messages --------------------------------------------------------------------------------------------------------
 
 
 def _one_line(message: object) -> str:
     return " ".join(str(message).split())
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit code."""
-    parser = Parser(prog="python -m mlp_fast.corpus", description="The names corpus.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    fetch = commands.add_parser("fetch", help="download names.txt, check it, keep it in the cache")
-    fetch.add_argument("--url", default=NAMES_URL, help="where from")
-    fetch.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds to wait")
-    fetch.add_argument("--to", type=Path, metavar="FILE", help="where to (names.txt in the user's cache)")
-    options = parser.parse_args(arguments)
-    if not 0 < options.timeout <= 3600:
-        raise UserError(f"--timeout must be more than 0 and at most 3600 seconds (got {options.timeout:g})")
-    path = options.to or names_cache()
-    fetch_names(options.url, options.timeout, path)
-    use = "--data names" if options.to is None else f"{NAMES_VARIABLE}={shown(path)} and --data names"
-    print(f"{shown(path)}: {NAMES_BYTES:,} bytes, checked; use it by {use}")
-    return 0
-
-
-if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))

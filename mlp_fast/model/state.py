@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlp_fast.models import Parameters, Shape, initial_parameters
+from mlp_fast.model.mlp import Parameters, Shape, initial_parameters
 
 
 @dataclass

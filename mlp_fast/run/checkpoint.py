@@ -24,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mlp_fast.config import PER_COMMAND, Config
+from mlp_fast.corpus.tokenizer import Vocabulary, from_json
 from mlp_fast.errors import UserError
 from mlp_fast.files import file_mode, write_atomically
-from mlp_fast.models import MLP, Shape
-from mlp_fast.state import TrainState
-from mlp_fast.tokens import Vocabulary, from_json
+from mlp_fast.model.mlp import MLP, Shape
+from mlp_fast.model.state import TrainState
 
 FORMAT_VERSION = 3
 _FILE = re.compile(r"step-(\d{8,})\.safetensors")

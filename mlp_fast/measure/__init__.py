@@ -1,0 +1,1 @@
+"""Equivalence of backends, times, and the machine they were measured on."""
