@@ -12,7 +12,7 @@ import torch
 from mlp_fast import train
 
 TEXTS = {"train": "abc\nba\ncab\n" * 12, "val": "ab\ncab\n" * 6, "test": "ba\nabc\n" * 6}
-SIZES = {"--embedding-size": 4, "--hidden-size": 8, "--batch-size": 8, "--num-steps": 2, "--eval-every": 1}
+SIZES = {"--embedding-size": 4, "--hidden-size": 8, "--batch-size": 8, "--num-steps": 4, "--eval-every": 2}
 
 
 @pytest.fixture(scope="module")
