@@ -1,8 +1,8 @@
 """What the machine executes, counted without a GPU, phase by phase, and the time that follows.
 
     python -m bench.counts [NAMES ...] [--gpu NAME ...] [--precision P ...]   counts and prints
-    python -m bench.counts --write                                            counts all that is kept in BUDGETS,
-                                                                              writes it anew, and the documents with it
+    python -m bench.counts --write [NAMES ...] [--label TEXT]                 counts what is kept in BUDGETS, writes it
+                                                                              anew, and the documents with it
 
 Kernels, as compiled, run in the emulator of PTX (bench/workloads.py), which counts for one program how often each
 instruction runs and what it takes of shared and global memory. The machine code says by its line table which PTX each
@@ -28,6 +28,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -78,26 +79,28 @@ def _rounded(kinds: dict[str, float]) -> dict[str, int]:
 
 
 @functools.cache
-def _launches(name: str, sm: int, gpu: Gpu, precision: str) -> list[Launch]:
+def _launches(name: str, like: Gpu, precision: str) -> list[Launch]:
     from bench.workloads import WORKLOADS
 
-    return WORKLOADS[name].launches(gpu, precision)
+    return WORKLOADS[name].launches(like, precision)
+
+
+def launches(name: str, gpu: Gpu, precision: str) -> list[Launch]:
+    """A workload's, as they are on a GPU: GPUs of one architecture and as many multiprocessors have the same."""
+    return _launches(name, next(g for g in GPUS.values() if g[1:3] == (gpu.sm, gpu.processors)), precision)
 
 
 def count(name: str, gpu: Gpu, precision: str) -> Counted:
     """Compiles, emulates and counts a workload as it is on a GPU."""
-    # A launch depends on the architecture and the number of multiprocessors: GPUs that have both in common share it.
-    like = next(g for g in GPUS.values() if (g.sm, g.processors) == (gpu.sm, gpu.processors))
-    launches = _launches(name, gpu.sm, like, precision)
     phases: dict[str, Row] = {}
-    for launch in launches:
+    for launch in (found := launches(name, gpu, precision)):
         for phase, row in rows_of(launch, gpu).items():
             if round(row.instructions):
                 phases.setdefault(phase, Row()).add(row)
     if name.startswith("triton-step"):  # whose kernels are nodes of a captured graph
-        ends = [len(launches) * gpus.wait_us(gpu, "node", high) for high in (False, True)]
+        ends = [len(found) * gpus.wait_us(gpu, "node", high) for high in (False, True)]
         phases["ends of kernels"] = Row(us=ends)
-    return Counted(name, gpu.name, precision, [launch.programs for launch in launches], phases)
+    return Counted(name, gpu.name, precision, [launch.programs for launch in found], phases)
 
 
 def worse(counted: dict[str, Any], budget: dict[str, Any]) -> list[str]:
@@ -153,20 +156,58 @@ def phases_table(counted: dict[str, Any]) -> str:
     return _markdown(head, rows) + f"\nInstructions by kind: {kinds}.\n"
 
 
-def times_table(kept: Sequence[dict[str, Any]]) -> str:
+def brief_phases(name: str, gpu: str) -> str:
+    """The phases that take time, of a workload in every precision that is kept."""
+    parts = []
+    for counted in chosen(name, gpu):
+        rows = [
+            [
+                phase,
+                f"{row['instructions']:,.0f}",
+                _span(row["wavefronts"]),
+                f"{row['exposed']:,.1f}",
+                _span(row["us"], 1),
+            ]
+            for phase, row in {**counted["phases"], SUM: counted[SUM]}.items()
+            if row["us"][1] >= 0.1
+        ]
+        head = (f"{name}, {counted['precision']}, {gpu}", "instructions", "wavefronts", "exposed", "us")
+        parts.append(_markdown(head, rows))
+    return "\n".join(parts)
+
+
+def times_table(kept: Sequence[dict[str, Any]], folder: Path = recording.RESULTS) -> str:
     """Microseconds of workloads by GPU, and what was measured behind them where a recording has it."""
     named = dict.fromkeys((c["name"], c["precision"]) for c in kept)
     by_key = {(c["name"], c["precision"], c["gpu"]): c for c in kept}
+    shown = [gpu for gpu in GPUS if any(c["gpu"] == gpu for c in kept)]
     rows = []
     for name, precision in named:
         cells = []
-        for gpu in GPUS:
+        for gpu in shown:
             counted = by_key.get((name, precision, gpu))
-            measured = counted and measured_us(counted)
+            measured = counted and measured_us(counted, folder)
             span = _span(counted[SUM]["us"], 1) if counted else "–"
             cells.append(span + (f", measured {measured:.1f}" if measured else ""))
         rows.append([f"{name}, {precision}", *cells])
-    return _markdown(("us", *GPUS), rows)
+    return _markdown(("us", *shown), rows)
+
+
+def history_table(entries: Sequence[dict[str, Any]]) -> str:
+    """The persistent step as it was counted, change by change."""
+    parts = []
+    for precision in PRECISIONS:
+        rows = []
+        for entry in entries:
+            by_gpu = {s["gpu"]: s for s in entry["sums"] if (s["name"], s["precision"]) == (STEPS[0], precision)}
+            here = by_gpu["H100"]
+            us = (_span(by_gpu[gpu]["us"], 1) for gpu in ("H100", "A100"))
+            rows.append(
+                [entry["label"], f"{here['issue']:,.0f}", _span(here["wavefronts"]), f"{here['exposed']:,.0f}", *us]
+            )
+        head = (f"{STEPS[0]}, {precision}", "issue", "wavefronts", "exposed", "us, H100", "us, A100")
+        parts.append(_markdown(head, rows))
+    return "\n".join(parts)
 
 
 def work_table(kept: Sequence[dict[str, Any]]) -> str:
@@ -187,16 +228,18 @@ def work_table(kept: Sequence[dict[str, Any]]) -> str:
 
 STEPS = ("triton-persistent", "triton-step")
 PRECISIONS = ("fp32", "tf32x3")
+REMEMBERED = ("A100", "H100")  # in the history
+OTHERS_ON = ("H100",)  # all but the steps are counted here
 
 
 def usual() -> Iterator[tuple[str, Gpu, str]]:
-    """What BUDGETS holds: steps in two precisions and all else in fp32, on every GPU."""
+    """What BUDGETS holds: steps in two precisions on every GPU, all else in fp32."""
     from bench.workloads import WORKLOADS
 
     for name in WORKLOADS:
         for gpu in GPUS.values():
             for precision in PRECISIONS if name in STEPS else ("fp32",):
-                if gpu.sm >= LEAST_CAPABILITY[precision]:
+                if gpu.sm >= LEAST_CAPABILITY[precision] and (name in STEPS or gpu.name in OTHERS_ON):
                     yield name, gpu, precision
 
 
@@ -210,18 +253,34 @@ def chosen(name: str | None = None, gpu: str | None = None) -> list[dict[str, An
     return [c for c in kept()["workloads"] if name in (None, c["name"]) and gpu in (None, c["gpu"])]
 
 
-def write() -> None:
-    """Counts all that is kept, and brings the documents up to date."""
-    import triton
+def write(names: Sequence[str], label: str | None) -> None:
+    """Counts what is kept under these names, keeps the rest as it is, and brings the documents up to date.
 
+    label: a name under which the sums of the steps are kept for good, beside those of before.
+    """
     from bench import report
 
+    old: dict[str, Any] = kept() if BUDGETS.exists() else {"workloads": [], "history": []}
+    before = {(c["name"], c["gpu"], c["precision"]): c for c in old["workloads"]}
     workloads = []
     for name, gpu, precision in usual():
-        workloads.append(count(name, gpu, precision).kept())
-        print(f"counted: {name}, {precision}, {gpu.name}: {_span(workloads[-1][SUM]['us'], 1)} us", flush=True)
-    lines = ",\n".join(json.dumps(workload) for workload in workloads)
-    BUDGETS.write_text(f'{{"triton": "{triton.__version__}", "workloads": [\n{lines}\n]}}\n')
+        if name in names:
+            workloads.append(count(name, gpu, precision).kept())
+            print(f"counted: {name}, {precision}, {gpu.name}: {_span(workloads[-1][SUM]['us'], 1)} us", flush=True)
+        elif (name, gpu.name, precision) in before:
+            workloads.append(before[name, gpu.name, precision])
+    history = old["history"]
+    if label is not None:
+        key = ("name", "gpu", "precision")
+        sums = [
+            {**{k: c[k] for k in key}, **c[SUM]} for c in workloads if c["name"] in STEPS and c["gpu"] in REMEMBERED
+        ]
+        history = [*history, {"label": label, "sums": sums}]
+    text = ",\n".join(
+        f'"{name}": [\n' + ",\n".join(map(json.dumps, entries)) + "\n]"
+        for name, entries in (("workloads", workloads), ("history", history))
+    )
+    BUDGETS.write_text(f'{{"triton": "{version("triton")}",\n{text}\n}}\n')
     report.update(report.ROOT, recording.RESULTS, check=False)
 
 
@@ -231,8 +290,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAMES", help="what to count (default: the training steps)")
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["H100"], metavar="NAME", help=", ".join(GPUS))
     parser.add_argument("--precision", nargs="+", choices=("fp32", "tf32x3", "tf32"), default=["fp32"])
-    parser.add_argument("--write", action="store_true", help="count all that is kept, and write it anew")
+    parser.add_argument("--write", action="store_true", help="count what is kept (all, or NAMES), and write it anew")
+    parser.add_argument("--label", metavar="TEXT", help="with --write: remember the steps' sums under this name")
     arguments = parser.parse_args(argv)
+    if arguments.label is not None and not arguments.write:
+        raise UserError("--label names what --write keeps; add --write")
     if interpreting():
         raise UserError("TRITON_INTERPRET is set, so kernels would not be compiled; unset it")
     if importlib.util.find_spec("triton") is None:
@@ -242,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := sorted(set(arguments.names) - set(WORKLOADS)):
         raise UserError(f"{unknown[0]}: nothing of that name is counted; choose from {', '.join(WORKLOADS)}")
     if arguments.write:
-        write()
+        write(arguments.names or list(WORKLOADS), arguments.label)
         return 0
     for name in arguments.names or STEPS:
         for gpu in (GPUS[each] for each in arguments.gpu):

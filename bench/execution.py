@@ -72,7 +72,7 @@ class Launch:
 
     def phase(self, i: Instruction) -> str:
         """Of an instruction."""
-        return self.phases.get(i.line, self.kernel)
+        return self.phases.get(i.line, phase_of("", self.kernel))
 
     @functools.cached_property
     def copies(self) -> Counter[tuple[int, str]]:

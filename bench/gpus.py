@@ -3,7 +3,8 @@
 Sources, by the column that they are of:
 
     processors, ghz, dram, l2  NVIDIA's data sheets and architecture whitepapers (T4, A100, H100, H200, Ada); the clock
-                               is the boost clock
+                               is the boost clock. A slice of an A100 has the shares of NVIDIA's MIG User Guide: an
+                               eighth of the memory and L2, and 14 multiprocessors
     fp32 .. shuffle            CUDA C++ Programming Guide, "Arithmetic Instructions": results a clock and multiprocessor
     tf32, half                 multiply-adds a clock and multiprocessor: dense rates of the data sheets at that clock
     .._latency                 microbenchmarks: Jia et al., arXiv:1903.07486 (T4); Luo et al., arXiv:2402.13499 (others)
@@ -11,7 +12,7 @@ Sources, by the column that they are of:
 Assumed, for want of a document:
 
     - A multiprocessor has four schedulers of one instruction a clock each (whitepapers). Instructions of one kind keep
-      to the rates above, one wavefront of shared memory takes a clock (128 bytes), and so does a warp's shuffle.
+      to the rates above, one wavefront of shared memory takes a clock (128 bytes), on the way that shuffles take.
     - Between two block barriers or branches the slowest of these alone sets the time: issue slots, a kind of
       instruction, wavefronts, bytes from L2 (64 a clock and multiprocessor), or one warp's chain of stalls and waits.
     - Low: plain loads hit L1, and shared memory merges all lanes of a warp. High: they come from L2, and it does not.
@@ -21,6 +22,7 @@ Assumed, for want of a document:
       CUDA Graphs" measures; at most 1.3 us either, which nobody has measured here.
     - What is neither arithmetic of a known latency nor a load from global memory (shared memory, shuffles, special
       functions, conversions) has its result after the latency of shared memory.
+    - Conversions of 32 bits and less keep to the rate of special functions.
     - Bytes that do not fit L2 come from or go to device memory once.
     - Atomics take the way of stores: 32 bytes a sector, no wait for each other.
 """
@@ -48,7 +50,7 @@ class Gpu(NamedTuple):
     special: int
     wide: int  # conversions from and to 64 bits
     shuffle: int
-    tf32: int  # multiply-adds
+    tf32: int  # multiply-adds; 0: it has none
     half: int  # multiply-adds of 16 bits
     l1_latency: float  # clocks
     shared_latency: float
@@ -62,7 +64,7 @@ GPUS = {
         Gpu("A100 1g", 80, 14, 1.410, 1555 / 8, 40 / 8, 64, 32, 64, 16, 16, 32, 512, 1024, 37.9, 29.0, 261.5),
         Gpu("H100", 90, 132, 1.980, 3350, 50, 128, 64, 64, 16, 16, 32, 1024, 2048, 40.7, 29.0, 263.0),
         Gpu("H200", 90, 132, 1.980, 4800, 50, 128, 64, 64, 16, 16, 32, 1024, 2048, 40.7, 29.0, 263.0),
-        Gpu("T4", 75, 40, 1.590, 320, 4, 64, 2, 64, 16, 2, 32, 1, 512, 32.0, 19.0, 188.0),
+        Gpu("T4", 75, 40, 1.590, 320, 4, 64, 2, 64, 16, 2, 32, 0, 512, 32.0, 19.0, 188.0),
         Gpu("RTX 4090", 89, 128, 2.520, 1008, 72, 128, 2, 64, 16, 2, 32, 128, 256, 43.4, 30.1, 273.0),
     )
 }
@@ -85,7 +87,7 @@ def clocks(gpu: Gpu, demand: Demand, alone: float, warps: int, high: bool) -> fl
     """That a multiprocessor takes for so many warps of it; `alone`: for one without the others."""
     of_a_scheduler = math.ceil(warps / SCHEDULERS)
     units = (of_a_scheduler * SCHEDULERS * amount / getattr(gpu, unit) for unit, amount in demand.units.items())
-    shared = warps * ((demand.high if high else demand.low) + demand.shuffles)
+    shared = warps * ((demand.high if high else demand.low) + 32 * demand.shuffles / gpu.shuffle)
     from_l2 = demand.written + (demand.read if high else 0)
     memory = warps * max(from_l2 / 64, (demand.written + demand.read) / 128)
     barrier = warps * 32 / 16 if demand.ends_in_barrier else 0

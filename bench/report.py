@@ -10,7 +10,8 @@ A document says where a table goes by a pair of comments; what stands between th
     <!-- /bench:steps -->
 
 The names are those of BLOCKS. Every block has a part for each recorded device, from the latest recording that has
-figures for it, and says what it was measured on; a device without a recording is not shown.
+figures for it, and says what it was measured on; a device without a recording is not shown. Blocks of the name COUNTED
+show what was counted without a device (`python -m bench.counts --write`).
 """
 
 import argparse
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import chinese, probes, recording, tables
+from bench import chinese, counts, probes, recording, tables
 from bench.case import Entry
 from bench.recording import Recording
 from mlp_fast.cli import run_main
@@ -89,6 +90,14 @@ BLOCKS: dict[str, Callable[[Recording], str]] = {
     "numerics": lambda record: record.extra["numerics"]["output"] if "numerics" in record.extra else "",
 }
 
+COUNTED: dict[str, Callable[[], str]] = {
+    "counted-phases": lambda: counts.brief_phases("triton-persistent", "H100"),
+    "counted-times": lambda: counts.times_table([c for c in counts.chosen() if c["name"] in counts.STEPS]),
+    "counted-others": lambda: counts.times_table([c for c in counts.chosen() if c["name"] not in counts.STEPS]),
+    "counted-history": lambda: counts.history_table(counts.kept()["history"]),
+    "counted-work": lambda: counts.work_table(counts.chosen(gpu="H100")),
+}
+
 
 def documents(root: Path) -> list[Path]:
     """The documents that may hold blocks."""
@@ -100,8 +109,10 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
 
     def body(match: re.Match[str]) -> str:
         block = match["name"]
+        if block in COUNTED:
+            return f"{match['begin']}\n{tables.narrow(COUNTED[block]()).strip()}\n\n{match['end']}"
         if block not in BLOCKS:
-            raise UserError(f"{name}: no block is called {block!r}; there are {', '.join(BLOCKS)}")
+            raise UserError(f"{name}: no block is called {block!r}; there are {', '.join([*BLOCKS, *COUNTED])}")
         parts = []
         for recordings in devices:
             record = next((record for record in recordings if BLOCKS[block](record)), None)

@@ -105,13 +105,13 @@ def _step(gpu: Gpu, precision: str, B: int, module: str, **changes: Any) -> list
 
 def _evaluation(gpu: Gpu, precision: str, B: int) -> list[Launch]:
     """The mean loss of the embedded corpus' val split."""
-    from mlp_fast.kernels import evaluation
+    from mlp_fast.kernels import inference
 
-    weights = evaluation.Weights(*initial_parameters(Shape(V, T, E, H), seed=7).values())
+    weights = inference.Weights(*initial_parameters(Shape(V, T, E, H), seed=7).values())
     windows = evaluated_windows(Tape(load("embedded").val, T), B)
     finished = torch.zeros(1, dtype=torch.int32)
     return _launches(
-        gpu, lambda: evaluation.mean_loss(weights, windows.rows, windows.counts, finished, precision=precision)
+        gpu, lambda: inference.mean_loss(weights, windows.rows, windows.counts, finished, precision=precision)
     )
 
 
@@ -126,28 +126,26 @@ def _tokens(*shape: int) -> Tensor:
     return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(1))
 
 
-def _embed_linear_tanh(gpu: Gpu, precision: str, B: int, form: str, backward: bool) -> list[Launch]:
+def _embed_linear_tanh(gpu: Gpu, precision: str, B: int, form: str) -> list[Launch]:
     from mlp_fast.kernels.embed_linear_tanh import embed_linear_tanh_bwd, embed_linear_tanh_fwd
 
     idx, wte, weight = _tokens(B, T), _numbers(V, E), _numbers(H, T * E)
 
     def run() -> None:
         h = embed_linear_tanh_fwd(idx, wte, weight, _numbers(H), form, precision)
-        if backward:
-            embed_linear_tanh_bwd(h, h, idx, wte, weight, form, precision, True, True)
+        embed_linear_tanh_bwd(h, h, idx, wte, weight, form, precision, True, True)
 
     return _launches(gpu, run)
 
 
-def _linear_cross_entropy(gpu: Gpu, precision: str, B: int, backward: bool) -> list[Launch]:
+def _linear_cross_entropy(gpu: Gpu, precision: str, B: int) -> list[Launch]:
     from mlp_fast.kernels.linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 
     h, weight, bias, targets = _numbers(B, H), _numbers(V, H), _numbers(V), _tokens(B)
 
     def run() -> None:
         _, lse = linear_cross_entropy_fwd(h, weight, bias, targets, precision)
-        if backward:
-            linear_cross_entropy_bwd(torch.ones(()), lse, h, weight, bias, targets, precision, True, True)
+        linear_cross_entropy_bwd(torch.ones(()), lse, h, weight, bias, targets, precision, True, True)
 
     return _launches(gpu, run)
 
@@ -195,13 +193,10 @@ def _workloads() -> list[Workload]:
         Workload("adamw", 128, _adamw, "kernels"),
     ]
     for B, prefix in ((128, ""), (LARGE_B, "large-")):
-        for backward in (False, True):
-            suffix = "-and-backward" if backward else ""
-            for form in ("table", "gather"):
-                of_form = functools.partial(_embed_linear_tanh, form=form, backward=backward)
-                found.append(Workload(f"{prefix}embed_linear_tanh-{form}{suffix}", B, of_form, "kernels"))
-            loss = functools.partial(_linear_cross_entropy, backward=backward)
-            found.append(Workload(f"{prefix}linear_cross_entropy{suffix}", B, loss, "kernels"))
+        for form in ("table", "gather"):
+            of_form = functools.partial(_embed_linear_tanh, form=form)
+            found.append(Workload(f"{prefix}embed_linear_tanh-{form}-and-backward", B, of_form, "kernels"))
+        found.append(Workload(f"{prefix}linear_cross_entropy-and-backward", B, _linear_cross_entropy, "kernels"))
     return found
 
 

@@ -24,7 +24,7 @@ COMMANDS = [
         f"mlp_fast.{name}"
         for name in ("train", "evaluate", "sample", "compare", "profile", "visualize", "corpus.__main__")
     ),
-    *(f"bench.{name}" for name in ("probes", "record", "report", "resources", "numerics", "rungs")),
+    *(f"bench.{name}" for name in ("probes", "record", "report", "resources", "numerics", "rungs", "counts")),
 ]
 
 CODE_WIDTH = 80  # characters: what a phone shows in landscape at a readable size

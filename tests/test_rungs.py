@@ -78,7 +78,7 @@ def test_the_model_of_a_step_s_time_follows_from_its_assumptions(
         "bytes, resident": (kib - kept) / (G * 64 * clock),
         "two waits": 2 * 1.3,
     }
-    shown = {row[0]: float(row[column]) for row in rows_below("The model of a step's time")}
+    shown = {row[0]: float(row[column]) for row in rows_below("What a model from operations and bytes says")}
     for name, microseconds in expected.items():
         assert shown[name] == pytest.approx(microseconds, abs=0.051), name
     for precision in ("fp32", "tf32x3"):

@@ -7,7 +7,8 @@
 What it models: divergence and reconvergence of a warp's lanes; block and warp barriers; global memory seen through a
 block's own L1 cache and stores that arrive late; shared memory; atomics; releases and acquires of GPU scope;
 asynchronous copies; products of matrices in fragments. What it does not: ptxas, the order of instructions within a
-warp, the intermediate rounding of tensor cores, time.
+warp, the intermediate rounding of tensor cores, time. What one block asks of the hardware, instruction by instruction,
+it counts on request (engine/count.h; bench/counts.py makes tables of it).
 """
 
 from .engine import NoCompiler, Schedule
