@@ -270,7 +270,8 @@ def test_gpu_sh_walks_every_stage_in_a_dry_run(tmp_path: Path) -> None:
     result = run_gpu_sh("--dry-run", str(tmp_path))
     assert result.returncode == 0, result.stdout[-4000:]
     stages = ("environment", "tests of the kernels", "tests of the backends", "record", "train")
-    for name in (*stages, *(f"sanitizer {backend}" for backend in ("triton-op", "triton-step", "triton-persistent"))):
+    triton = ("triton-op", "triton-step", "triton-persistent")
+    for name in (*stages, "litmus", *(f"one step of {backend}" for backend in triton)):
         assert f"== {name}" in result.stdout
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["log.txt", "recording.json", "trace.json.gz", "train-fp32.jsonl", "train.png"]
