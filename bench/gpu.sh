@@ -217,13 +217,13 @@ if ! has pytest; then
 elif ! has pytest_benchmark; then
     skip "litmus test of the grid barrier" "pytest-benchmark is not installed"
 else
-    tests "litmus test of the grid barrier" 40 260 $litmus "$site/bench/test_barrier.py"
+    tests "litmus test of the grid barrier" 60 260 $litmus "$site/bench/test_barrier.py"
 fi
 if ! has pytest; then
     :
 elif [ -n "$dry" ]; then
-    tests "tests of the kernels" 60 260 gather "$root/tests/interpreted/test_triton_op.py"
-    tests "tests of the backends" 60 260 "eager and state_goes" "$root/tests/test_backends.py"
+    tests "tests of the kernels" 80 260 gather "$root/tests/interpreted/test_triton_op.py"
+    tests "tests of the backends" 80 260 "eager and state_goes" "$root/tests/test_backends.py"
 else
     # The files of tests/interpreted that compile for the GPU where there is one; the others need the interpreter.
     # shellcheck disable=SC2086

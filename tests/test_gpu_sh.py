@@ -57,7 +57,7 @@ def test_a_stage_that_hangs_is_interrupted_and_the_others_follow(without_litmus:
     log, calls = without_litmus
     name = "litmus test of the grid barrier"
     assert re.search(
-        rf"== {name}\nit has begun\nit was interrupted\n{name}: ended by its limit of 2 s\n== {name}: exit code", log
+        rf"== {name}\nit has begun\nit was interrupted\n{name}: ended by its limit of 3 s\n== {name}: exit code", log
     )
     assert re.search(rf"== all: \d+ s; failed: '{name}'\n", log)
     tests = [call for call in calls if call.startswith("-m pytest")]
