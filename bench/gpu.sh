@@ -189,7 +189,7 @@ if ! ask "from mlp_fast.corpus.load import load; load('names')"; then
 fi
 
 shown=8
-stage environment 30 260 sh -c '
+stage environment 60 260 sh -c '
     timeout 10 nvidia-smi || echo "nvidia-smi: not found"
     "$1" -c "
 import json, torch
