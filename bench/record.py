@@ -40,31 +40,31 @@ def record(plan: Plan, groups: Sequence[str], path: Path, *, budget: float | Non
         plan: how much, and where.
         groups: some of suite.GROUPS.
         path: of the recording.
-        budget: seconds, of which cases may use four fifths: none is begun after that, and what is left out is noted
-            as skipped.
+        budget: seconds, of which cases may use four fifths: none is begun after that, no slow one after half, and what
+            is left out is noted as skipped.
     """
     start = time.perf_counter()
     recording = Recording.begin(torch.device(plan.device), dry=plan.dry)
-    for group in groups:
-        for case in cases(group, plan):
-            if budget is not None and time.perf_counter() - start >= 0.8 * budget:
-                recording.skipped.append((group, case.id, f"the budget of {budget:g} s was spent"))
-                continue
-            begun = time.perf_counter()
-            try:
-                entry = recording.add(case, plain_timer)
-            except Skipped as reason:
-                outcome = f"skipped: {reason}"
-            except NotEquivalent as reason:
-                outcome = f"no number: {reason}"
-            except Exception as error:  # of a compiler or a device; the other cases have numbers all the same
-                outcome = failure(error)
-                traceback.print_exc()
-            else:
-                outcome = f"{entry['ms']['median']:.4f} ms per {entry['per']}"
-            recording.save(path)
-            print(f"{group:10} {case.id:36} {outcome}  [{time.perf_counter() - begun:.1f} s]", flush=True)
+    planned = [(group, case) for group in groups for case in cases(group, plan)]
+    for group, case in sorted(planned, key=lambda one: one[1].slow):
+        if budget is not None and time.perf_counter() - start >= (0.5 if case.slow else 0.8) * budget:
+            recording.skipped.append((group, case.id, f"the budget of {budget:g} s was spent"))
+            continue
+        begun = time.perf_counter()
+        try:
+            entry = recording.add(case, plain_timer)
+        except Skipped as reason:
+            outcome = f"skipped: {reason}"
+        except NotEquivalent as reason:
+            outcome = f"no number: {reason}"
+        except Exception as error:  # of a compiler or a device; the other cases have numbers all the same
+            outcome = failure(error)
+            traceback.print_exc()
+        else:
+            outcome = f"{entry['ms']['median']:.4f} ms per {entry['per']}"
         recording.save(path)
+        print(f"{group:10} {case.id:36} {outcome}  [{time.perf_counter() - begun:.1f} s]", flush=True)
+    recording.save(path)
     return recording
 
 

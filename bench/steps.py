@@ -5,8 +5,9 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -233,25 +234,32 @@ def contenders(plan: Plan) -> list[str]:
     names = [name for name in backends.REGISTRY if name not in slow]
     if plan.device == "cpu":
         return [REFERENCE, *names]
-    # What a GPU is asked for first, in case the time does not suffice for all; Inductor takes minutes.
-    return sorted(names, key=lambda name: (name.startswith("compile"), not name.startswith("triton")))
+    # What a GPU is asked for first, in case the time does not suffice for all.
+    return sorted(names, key=lambda name: not name.startswith("triton"))
 
 
 def step_cases(plan: Plan) -> Iterator[Case]:
-    """A training step of every backend at the default sizes, in every precision."""
+    """A training step of every backend at the default sizes, in every precision; on CUDA Inductor's come last."""
+
+    def case(name: str, **settings: Any) -> Case:
+        config = plan.config(**settings)
+        mode = [config.compile_mode] if "compile_mode" in settings else []
+        id = "-".join([name, str(config.batch_size), config.precision, *mode])
+        return step_case("step", id, name, Setting(config), rivals_of(name, plan), plan)
+
+    def is_slow(name: str) -> bool:
+        return plan.device == "cuda" and name.startswith("compile")
+
+    names = contenders(plan)
     for precision in plan.precisions:
-        setting = Setting(plan.config(precision=precision))
-        for name in contenders(plan):
-            if precision != "fp32" and name.startswith("compile") and not plan.full:
-                continue  # minutes of compilation
-            id = f"{name}-{setting.config.batch_size}-{precision}"
-            yield step_case("step", id, name, setting, rivals_of(name, plan), plan)
+        yield from (case(name, precision=precision) for name in names if not is_slow(name))
+    slow = [name for name in names if is_slow(name)]
+    for precision in plan.precisions if plan.full else plan.precisions[:1]:
+        yield from (replace(case(name, precision=precision), slow=True) for name in slow)
     if plan.device == "cuda":
         # torch.compile at its best, whichever of its modes that is.
         for mode in ("reduce-overhead", "max-autotune"):
-            setting = Setting(plan.config(compile_mode=mode))
-            id = f"compile-{setting.config.batch_size}-fp32-{mode}"
-            yield step_case("step", id, "compile", setting, rivals_of("compile", plan), plan)
+            yield replace(case("compile", compile_mode=mode), slow=True)
 
 
 def thread_cases(plan: Plan) -> Iterator[Case]:

@@ -235,6 +235,30 @@ def test_steps_on_cuda_are_measured_in_every_precision() -> None:
     assert {"triton-step-128-fp32", "triton-step-128-tf32x3", "triton-step-128-tf32"} <= set(ids)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_on_cuda_what_inductor_compiles_comes_after_all_else(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(full, device="cuda")
+    measured: list[str] = []
+
+    def without_a_gpu(group: str, plan: Plan) -> list[Case]:
+        def run(case: Case) -> Callable[..., Entry]:
+            return lambda *_: {"per": measured.append(case.id) or "step", "ms": {"median": 1.0}}
+
+        return [dataclasses.replace(case, run=run(case)) for case in suite.cases(group, plan)]
+
+    monkeypatch.setattr(record, "cases", without_a_gpu)
+    monkeypatch.setattr(recording.Recording, "begin", lambda device, dry: recording.Recording(FACTS, dry))
+    record.record(plan, ["step", "rng"], tmp_path / "recording.json")
+    slow = [id.startswith("compile") for id in measured]
+    assert slow == sorted(slow)
+    assert any(slow)
+    assert len(measured) == len(suite.cases("step", plan)) + 2
+    done = measured[: slow.index(True)]
+    assert {f"{name}-128-{p}" for name in ("eager", "triton-step") for p in ("fp32", "tf32x3", "tf32")} <= set(done)
+
+
 def test_random_numbers_are_measured() -> None:
     fill, scalar = (case.entry(plain_timer, {}) for case in suite.cases("rng", DRY))
     assert fill["per"] == "10,000 uniforms"
