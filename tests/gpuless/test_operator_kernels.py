@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 from emulator import Emulator, Schedule
 from kernels_under_test import ADVERSE, undefined
 
+from bench import operators
+from mlp_fast.config import Config
 from mlp_fast.kernels import embed_linear_tanh, linear_cross_entropy
 from mlp_fast.kernels._sum import sum_parts
 
@@ -146,6 +148,17 @@ def test_the_naive_kernels(B: int, T: int, V: int, E: int, H: int) -> None:
         lambda: [linear_cross_entropy.linear_cross_entropy_1(*inputs, targets)],
         [loss(*inputs)], [loss(*(t.double() for t in inputs))], 90, "fp32",
     )  # fmt: skip
+
+
+def test_the_naive_works_of_the_benchmark_compute_what_they_stand_beside() -> None:
+    config = Config(batch_size=5, context_length=2, embedding_size=3, hidden_size=20)
+    for name, make in operators.NAIVE_WORKS.items():
+        with Emulator(90):
+            got = make(config, torch.device("cpu"))()
+        plain = operators.OPERATORS[name](config, torch.device("cpu"), torch.float32, False)()
+        assert len(got) == len(plain)
+        for a, b in zip(got, plain, strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=2e-6, atol=2e-6)
 
 
 def test_products_of_16_bits() -> None:
