@@ -29,7 +29,7 @@ def _backend_case(group: str, name: str, per: str, plan: Plan, task_of: Callable
     def run(timer: Timer, probes: floor.Probes) -> Entry:
         corpus = load("embedded")
         config = plan.config()
-        shape = Shape(len(corpus.vocabulary), config.context_length, config.embedding_size, config.hidden_size)
+        shape = Shape.of(config, len(corpus.vocabulary))
         tape = Tape(corpus.train, config.context_length)
         judge = Judge(config, shape, tape)
         model = MLP(shape, judge.initial.parameters).double()

@@ -103,9 +103,7 @@ def training_case(
     """
 
     def run(timer: Timer, probes: floor.Probes) -> Entry:
-        shape = Shape(
-            vocab_size, config.context_length, config.embedding_size, config.hidden_size, direct=config.direct
-        )
+        shape = Shape.of(config, vocab_size)
         reason = backends.obstacle(config.backend, config, shape)
         if reason is not None:
             raise Skipped(reason)

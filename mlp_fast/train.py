@@ -346,7 +346,7 @@ def checked_shape(config: Config, corpus: Corpus) -> Shape:
     check_sizes(corpus, T, B)
     if ranks > B:
         raise UserError(f"--batch-size {B} is less than the {ranks} processes share")
-    shape = Shape(len(corpus.vocabulary), T, config.embedding_size, config.hidden_size, config.direct)
+    shape = Shape.of(config, len(corpus.vocabulary))
     check_memory(shape, B)
     backends.resolve(config, shape, Tape(corpus.train, T))
     return shape

@@ -486,7 +486,7 @@ def test_follows_the_golden_run(
     """1,000 steps on the names corpus: batch losses, evaluations, the sample, and the sizes of the parameters."""
     monkeypatch.setenv("MLP_FAST_ISA", isa)
     config = Config(backend="native", data="names", num_steps=1000)
-    shape = Shape(len(names_corpus.vocabulary), config.context_length, config.embedding_size, config.hidden_size)
+    shape = Shape.of(config, len(names_corpus.vocabulary))
     train, val, test = (Tape(tokens, shape.T) for tokens in (names_corpus.train, names_corpus.val, names_corpus.test))
     backend = backends.create(config, shape, train, TrainState.initial(shape, config.seed))
     windows = [evaluated_windows(train, 128, TRAIN_EVAL_BATCHES), evaluated_windows(val, 128)]

@@ -70,8 +70,7 @@ def subject(config: Config) -> tuple[Shape, Tape]:
     """The model's sizes and the training tape, on the CPU, of a run with these settings; UserError as in training."""
     corpus = load_for(config)
     check_sizes(corpus, config.context_length, config.batch_size)
-    T, E, H = config.context_length, config.embedding_size, config.hidden_size
-    return Shape(len(corpus.vocabulary), T, E, H, config.direct), Tape(corpus.train, T)
+    return Shape.of(config, len(corpus.vocabulary)), Tape(corpus.train, config.context_length)
 
 
 def seconds(work: Callable[[], Any]) -> float:
