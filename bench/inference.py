@@ -36,7 +36,7 @@ def _backend_case(group: str, name: str, per: str, plan: Plan, task_of: Callable
 
         def made(chosen: str) -> Callable[[], object]:
             settings = dataclasses.replace(config, backend=chosen)
-            reason = backends.obstacle(chosen, settings, shape)
+            reason = backends.unsupported(chosen, settings, shape)
             if reason is not None:
                 raise Skipped(reason)
             backend = backends.create(settings, shape, tape, judge.initial)

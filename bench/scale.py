@@ -104,7 +104,7 @@ def training_case(
 
     def run(timer: Timer, probes: floor.Probes) -> Entry:
         shape = Shape.of(config, vocab_size)
-        reason = backends.obstacle(config.backend, config, shape)
+        reason = backends.unsupported(config.backend, config, shape)
         if reason is not None:
             raise Skipped(reason)
         options = [*settings, "--data", "embedded" if words is None else str(word_corpus(words))]

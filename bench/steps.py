@@ -95,7 +95,7 @@ class Workshop:
 
     def _backend(self, name: str, setting: Setting, round_seconds: float, probes: floor.Probes) -> Ready:
         config = dataclasses.replace(setting.config, backend=name)
-        reason = backends.obstacle(name, config, self.shape)
+        reason = backends.unsupported(name, config, self.shape)
         if reason is not None:
             raise Skipped(reason)
         start = time.perf_counter()

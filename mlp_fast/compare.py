@@ -70,8 +70,9 @@ class _Rival:
     def __init__(self, name: str, config: Config, shape: Shape, tape: Tape, initial: TrainState) -> None:
         config = dataclasses.replace(config, backend=name)
         start = time.perf_counter()
-        with machine.PeakMemory(backends.device_of(backends.backend_class(name), config.device)) as memory:
-            self.backend: Backend = backends.create(config, shape, tape, initial)
+        choice = backends.resolve(config, shape, tape)
+        with machine.PeakMemory(choice.device) as memory:
+            self.backend: Backend = choice.create(config, shape, tape, initial)
             self.backend.prepare()
         self.name = name
         self.compile_seconds = time.perf_counter() - start
@@ -218,11 +219,11 @@ def chosen(text: str | None, config: Config, shape: Shape) -> list[str]:
         UserError: a name is unknown, or a backend that was asked for is unavailable.
     """
     if text is None:
-        return [name for name in backends.REGISTRY if backends.obstacle(name, config, shape) is None]
+        return [name for name in backends.REGISTRY if backends.unsupported(name, config, shape) is None]
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise UserError("--backends names none; give some of " + ", ".join(backends.names()))
-    resolved = [backends.resolve(dataclasses.replace(config, backend=name), shape) for name in names]
+    resolved = [backends.resolve(dataclasses.replace(config, backend=name), shape).cls.name for name in names]
     return list(dict.fromkeys(resolved))
 
 

@@ -18,6 +18,7 @@ import torch
 from updates import CONFIG, Difference, check, check_backend, differences, flat, updates
 
 from mlp_fast import backends, ops
+from mlp_fast.config import Config
 from mlp_fast.kernels import cpu_step as native
 from mlp_fast.model import manual_step as step
 from mlp_fast.model.schedule import learning_rate, update_scalars
@@ -47,7 +48,7 @@ def native_differences(isa: str) -> dict[str, Difference]:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_step_by_hand(compiled: bool) -> None:
-    if compiled and (reason := backends.backend_class("compile-step").unavailable(torch.device("cpu"))):
+    if compiled and (reason := backends.unsupported("compile-step", Config(device="cpu"))):
         pytest.skip(reason)
     check(step_differences(torch.compile(step.adamw_) if compiled else step.adamw_))
 
@@ -84,7 +85,7 @@ def test_the_operator_on_a_cpu() -> None:
     ],
 )
 def test_the_parameters_after_a_step(name: str) -> None:
-    reason = backends.obstacle(name, replace(CONFIG, backend=name))
+    reason = backends.unsupported(name, replace(CONFIG, backend=name))
     if reason:
         pytest.skip(f"{name}: {reason}")
     check_backend(name, updates())

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mlp_fast.backends.base import Backend
-from mlp_fast.backends.cuda_graph import DeviceLoop, StepGraph
-from mlp_fast.backends.eager import MATMUL_PRECISION, Eager, EagerRaw, torch_precision_error
+from mlp_fast.backends.device_loop import DeviceLoop, StepGraph
+from mlp_fast.backends.eager import Eager, EagerRaw
+from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_torch
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.files import code_obstacle, shown
@@ -88,8 +89,8 @@ class _Compiled(Backend):
     """What is the same for all that torch.compile serves."""
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return compiler_missing(device)
+    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
+        return compiler_missing(device) or super().unsupported(config, device, shape, tape)
 
     def prepare(self) -> None:
         with _one_line(self.name):
@@ -139,10 +140,13 @@ class CompileStep(_Compiled, DeviceLoop):
         super().__init__(config, shape, tape, state, device, parameters)
 
     @classmethod
-    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
+    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
+        reason = super().unsupported(config, device, shape, tape)
+        if reason or shape is None:
+            return reason
         if device.type == "cuda" and config.compile_mode in ("reduce-overhead", "max-autotune"):
             return f"--compile-mode {config.compile_mode} captures CUDA graphs of its own; {cls.name} takes default"
-        return torch_precision_error(config, device)
+        return unsupported_by_torch(config.precision, device)
 
     def _step(self) -> None:
         self.compiled()

@@ -6,21 +6,12 @@ import torch
 from torch import Tensor
 
 from mlp_fast.backends.base import Backend
+from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_torch
 from mlp_fast.config import Config
 from mlp_fast.model.mlp import DIRECT, MLP, W1, W2, MLPRaw, Parameters, Shape
 from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rate
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape
-
-# torch's own settings; it has none that splits a product into three TF32 ones, so tf32x3 takes full float32.
-MATMUL_PRECISION = {"fp32": "highest", "tf32x3": "highest", "tf32": "high"}
-
-
-def torch_precision_error(config: Config, device: torch.device) -> str | None:
-    """Why torch's own matrix products do not have this precision on the device, or None where they do."""
-    if device.type == "cpu" and config.precision != "fp32":
-        return f"--precision {config.precision} is arithmetic of NVIDIA GPUs; on the CPU choose fp32"
-    return None
 
 
 class _Autograd(Backend):
@@ -48,8 +39,8 @@ class _Autograd(Backend):
         self.load(state)
 
     @classmethod
-    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
-        return torch_precision_error(config, device)
+    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
+        return None if shape is None else unsupported_by_torch(config.precision, device)
 
     def _build(self, parameters: Parameters) -> None:
         raise NotImplementedError

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from mlp_fast.backends.base import Backend
-from mlp_fast.backends.cuda_graph import StepGraph
+from mlp_fast.backends.device_loop import StepGraph
+from mlp_fast.backends.precision import unsupported_by_triton
 from mlp_fast.config import Config
 from mlp_fast.files import code_obstacle
-from mlp_fast.kernels._runtime import LEAST_CAPABILITY, interpreting
+from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.model.mlp import PARAMETER_NAMES, Shape
 from mlp_fast.model.schedule import update_scalars
 from mlp_fast.model.state import TrainState
@@ -45,19 +46,6 @@ def kernels_missing(device: torch.device) -> str | None:
     return None
 
 
-def capability_error(precision: str, device: torch.device) -> str | None:
-    """Why the device cannot run Triton kernels of this precision, or None where it can."""
-    if device.type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    least = LEAST_CAPABILITY["fp32"]
-    if 10 * major + minor < least:
-        return f"its kernels are made for GPUs from sm_{least} on, and this one is sm_{major}{minor}"
-    if 10 * major + minor < LEAST_CAPABILITY[precision]:
-        return f"--precision {precision} needs a GPU from sm_80 on, and this one is sm_{major}{minor}; choose fp32"
-    return None
-
-
 class _StepKernels(Backend):
     """What the backends on the step kernels share: all but how the steps are launched."""
 
@@ -70,29 +58,20 @@ class _StepKernels(Backend):
         self.load(state)
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return kernels_missing(device)
-
-    @classmethod
-    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
-        from mlp_fast.kernels.train_step import check_sizes
+    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
+        reason = kernels_missing(device)
+        if reason or shape is None:
+            return reason
+        from mlp_fast.kernels.train_step import check_sizes, check_tape
 
         if config.form == "gather":
             return "its kernels have the table form only; --form gather is for triton-op and compile-step"
-        if reason := capability_error(config.precision, device):
+        if reason := unsupported_by_triton(config.precision, device):
             return reason
         try:
             check_sizes(config.batch_size, shape.V, shape.T, shape.E, shape.H)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    @classmethod
-    def rejects_tape(cls, tape: Tape) -> str | None:
-        from mlp_fast.kernels.train_step import check_tape
-
-        try:
-            check_tape(len(tape.tokens))
+            if tape is not None:
+                check_tape(len(tape.tokens))
         except ValueError as error:
             return str(error)
         return None
