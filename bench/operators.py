@@ -15,7 +15,8 @@ from bench import floor
 from bench.case import Case, Entry, Plan, Timer
 from mlp_fast import ops
 from mlp_fast.config import Config
-from mlp_fast.measure.timing import NotEquivalent, Spread, seconds
+from mlp_fast.measure.equivalence import NotEquivalent
+from mlp_fast.measure.timing import Spread, seconds
 from mlp_fast.model.mlp import B1, B2, W1, W2, WTE, Shape, initial_parameters
 from mlp_fast.model.schedule import BETA1, BETA2, EPS
 

@@ -27,7 +27,7 @@ from mlp_fast.cli import run_main
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import load
 from mlp_fast.errors import UserError
-from mlp_fast.measure.timing import NotEquivalent
+from mlp_fast.measure.equivalence import NotEquivalent
 
 COMPARED_STEPS = 500
 ARITHMETIC_STEPS = 1000

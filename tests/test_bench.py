@@ -32,7 +32,8 @@ from bench.recording import Recording
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
-from mlp_fast.measure.timing import NotEquivalent, Spread
+from mlp_fast.measure.equivalence import NotEquivalent
+from mlp_fast.measure.timing import Spread
 from mlp_fast.model.mlp import MLP, Shape, initial_parameters
 from mlp_fast.model.rng import RNG
 from mlp_fast.model.sampling import SAMPLE_SEED, sample
