@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FORMS = ("auto", "table", "gather")  # FORM_* of train_step.c
+from ._model import FORMS
+
 RESPONSE_TIME = 0.04  # seconds that one call of C takes, where its least piece of work allows it
 PAUSE, LONGEST_PAUSE = 0.25, 4.0  # seconds for which fewer threads work after they lacked processors
 LEAST_CONTEXTS = 16  # of one call: fewer cost nearly as much, since they read all weights

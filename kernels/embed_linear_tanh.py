@@ -26,10 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._math import dot, tanh
+from ._model import choose_form
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision
 from ._sum import MAX_PART_NUMBERS, MAX_PARTS, parts_of, sum_parts
-
-FORMS = ("auto", "gather", "table")
 
 # One tile shape for every matrix product here: M rows, N columns, K a step. Larger fp32 FMA tiles spill registers.
 BLOCK_M, BLOCK_N, BLOCK_K = 32, 64, 16
@@ -318,19 +317,6 @@ def demb_kernel(
         )
         acc = dot(dpre.to(weight.dtype), weight, acc, INPUT_PRECISION)
     tl.store(demb_ptr + rows[:, None] * K + cols[None, :], acc, mask=in_rows[:, None] & in_cols[None, :])
-
-
-def choose_form(form: str, B: int, V: int) -> str:
-    """The form to use: `table` while V < B, where a table of V rows costs less than B rows, else `gather`.
-
-    Raises:
-        ValueError: the form is not one of auto, gather, table.
-    """
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
-    if form != "auto":
-        return form
-    return "table" if V < B else "gather"
 
 
 def _tiles(precision: str, columns: int) -> dict[str, object]:

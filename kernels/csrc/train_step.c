@@ -51,7 +51,7 @@ enum { UNITS = 32 };              /* hidden units of a block */
 enum { LANES = 16 };              /* padding of every other innermost dimension: the widest vector, in floats */
 enum { STRIP = 512 };             /* terms of a product summed at a time: 64 KB of its second operand */
 enum { STRIP_BLOCKS = 4 };        /* blocks of units, likewise: 16 KB of W2 transposed */
-enum { FORM_AUTO, FORM_TABLE, FORM_GATHER };
+enum { FORM_AUTO, FORM_GATHER, FORM_TABLE };
 enum { TABLE_FLOATS = 1 << 15 };  /* slots whose tables are held at once: as many as fit, at least one, */
 enum { MAX_SLOTS = 4 };           /* at most these */
 enum { GROUP_BLOCKS = 2 };        /* blocks of a group, */

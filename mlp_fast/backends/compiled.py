@@ -20,7 +20,8 @@ from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_torch
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.files import code_obstacle, shown
-from mlp_fast.model.manual_step import adamw_, chosen_form, loss_and_gradients
+from mlp_fast.kernels._model import choose_form
+from mlp_fast.model.manual_step import adamw_, loss_and_gradients
 from mlp_fast.model.mlp import B1, B2, DIRECT, W1, W2, WTE, Parameters, Shape
 from mlp_fast.model.schedule import update_scalars
 from mlp_fast.model.state import TrainState
@@ -132,7 +133,7 @@ class CompileStep(_Compiled, DeviceLoop):
 
     def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
         torch.set_float32_matmul_precision(MATMUL_PRECISION[config.precision])
-        self.form = chosen_form(config.form, shape.V, config.batch_size)
+        self.form = choose_form(config.form, config.batch_size, shape.V)
         self.scalars = update_scalars(config).to(device)
         options = step_options(config.compile_mode)
         self.compiled = torch.compile(self._update, fullgraph=True, dynamic=False, options=options)

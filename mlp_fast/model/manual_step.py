@@ -25,13 +25,6 @@ from mlp_fast.model.mlp import B1, B2, DIRECT, W1, W2, WTE, Parameters
 from mlp_fast.model.schedule import BETA1, BETA2, EPS
 
 
-def chosen_form(form: str, vocab_size: int, batch_size: int) -> str:
-    """`auto` resolved: the table form where it has fewer rows to multiply than the batch has, V < B."""
-    if form != "auto":
-        return form
-    return "table" if vocab_size < batch_size else "gather"
-
-
 def loss_and_gradients(parameters: Parameters, idx: Tensor, targets: Tensor, form: str) -> tuple[Tensor, Parameters]:
     """The batch loss and its gradient by hand.
 

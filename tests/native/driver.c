@@ -137,7 +137,7 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < count && i < all; i++)
         for (int64_t isa = 0; isa < mlp_isa_count(); isa++) {
             if (!mlp_isa_supported(isa) || (races && isa > 0 && mlp_isa_supported(isa - 1))) continue;
-            for (int64_t form = FORM_AUTO; form <= FORM_GATHER; form++) {
+            for (int64_t form = FORM_AUTO; form <= FORM_TABLE; form++) {
                 double loss = 0;
                 for (int64_t threads = races ? 2 : 1; threads <= 3; threads++, runs++) {
                     mlp_shape s = {cases[i][0], cases[i][1], cases[i][2], cases[i][3]};
