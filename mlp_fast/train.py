@@ -8,7 +8,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Sequence
@@ -115,7 +114,6 @@ class Trainer:
         self.first_step = self.step = state.step
         self.losses = start.losses if start else {}  # of the latest evaluation, as a checkpoint keeps them
         self.backend = self.choice.create(config, self.shape, self.tapes["train"], state)
-        self.floor = functools.cache(self._floor)  # split -> what the title, the log and the summary tell
         if config.interpret:
             products = "" if config.precision == "fp32" else f"; its products are fp32, not {config.precision}"
             log.warning(
@@ -191,7 +189,7 @@ class Trainer:
             return f"{done}; " + ("what was saved is gone" if self.folder.entries else "nothing is saved yet")
         return f"{done}; saved: {newest}; go on with: {resume_command(self.config, str(self.folder.path))}"
 
-    def _floor(self, split: str) -> float | None:
+    def floor(self, split: str) -> float | None:
         """The mean -ln P of the split's evaluated targets under the process that made the corpus, where it is known."""
         if self.corpus.cost is None:
             return None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlp_fast.backends.base import Backend
 from mlp_fast.backends.device_loop import DeviceLoop, StepGraph
-from mlp_fast.backends.eager import Eager, EagerRaw
+from mlp_fast.backends.eager import AutogradLoop, Eager, EagerRaw
 from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_torch
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
@@ -87,7 +87,7 @@ def _one_line(name: str) -> Iterator[None]:
 
 
 class _Compiled(Backend):
-    """What is the same for all that torch.compile serves."""
+    """A backend that torch.compile serves: it needs a compiler, whose errors become one line."""
 
     @classmethod
     def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
@@ -98,32 +98,32 @@ class _Compiled(Backend):
             super().prepare()
 
 
-class CompileRaw(_Compiled, EagerRaw):
-    """EagerRaw with its loss compiled, and by that the backward pass; AdamW, the batch and the loop stay eager."""
+class _CompiledLoss(_Compiled, AutogradLoop):
+    """The loss is compiled, and by that the backward pass; AdamW, the batch and the loop stay eager."""
+
+    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
+        super().__init__(config, shape, tape, state, device)
+        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
+
+
+class CompileRaw(_CompiledLoss, EagerRaw):
+    """EagerRaw with its loss compiled."""
 
     name = "compile-raw"
     summary = "MLPRaw with torch.compile around forward and backward"
 
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        super().__init__(config, shape, tape, state, device)
-        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
 
-
-class Compile(_Compiled, Eager):
-    """Eager with its loss compiled, and by that the backward pass; AdamW, the batch and the loop stay eager."""
+class Compile(_CompiledLoss, Eager):
+    """Eager with its loss compiled."""
 
     name = "compile"
     summary = "MLP with torch.compile around forward and backward"
 
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        super().__init__(config, shape, tape, state, device)
-        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
-
 
 class CompileStep(_Compiled, DeviceLoop):
-    """Batch, forward, backward and AdamW of step.py as one compiled graph.
+    """Batch, forward, backward and AdamW of model/manual_step.py as one compiled graph.
 
-    One compilation serves the whole run, and on CUDA a captured run of steps is replayed.
+    One compilation serves the whole run; on CUDA GRAPH_STEPS of its steps are captured and replayed.
     """
 
     name = "compile-step"

@@ -14,7 +14,7 @@ from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape
 
 
-class _Autograd(Backend):
+class AutogradLoop(Backend):
     """A training loop of loss.backward() and optimizer.step() around a model."""
 
     model: Any
@@ -82,14 +82,14 @@ class _Autograd(Backend):
         return self.model(contexts, targets)[1]
 
     def state(self) -> TrainState:
-        moments = [self.optimizer.state[tensor] for tensor in self._tensors().values()]
-        names = list(self._tensors())
-        return TrainState(
-            {name: self._stored(name, tensor) for name, tensor in self._tensors().items()},
-            {name: self._stored(name, moment["exp_avg"]) for name, moment in zip(names, moments, strict=True)},
-            {name: self._stored(name, moment["exp_avg_sq"]) for name, moment in zip(names, moments, strict=True)},
-            self.step,
+        held = {
+            name: {"parameters": tensor, **self.optimizer.state[tensor]} for name, tensor in self._tensors().items()
+        }
+        parameters, exp_avg, exp_avg_sq = (
+            {name: self._stored(name, tensors[part]) for name, tensors in held.items()}
+            for part in ("parameters", "exp_avg", "exp_avg_sq")
         )
+        return TrainState(parameters, exp_avg, exp_avg_sq, self.step)
 
     def load(self, state: TrainState) -> None:
         self.step = state.step
@@ -115,7 +115,7 @@ class _Autograd(Backend):
         return view.to("cpu", copy=True).contiguous()
 
 
-class EagerRaw(_Autograd):
+class EagerRaw(AutogradLoop):
     """MLPRaw: every operation spelled out on bare tensors, its weights transposed views of the stored ones."""
 
     name = "eager-raw"
@@ -129,7 +129,7 @@ class EagerRaw(_Autograd):
         return self.model.parameters()
 
 
-class Eager(_Autograd):
+class Eager(AutogradLoop):
     """MLP, an nn.Module: the baseline that every other backend's time and error are compared with."""
 
     name = "eager"

@@ -1,11 +1,11 @@
-"""The fused operators (ops.py) in an ordinary training loop under autograd; on CUDA many steps in one graph."""
+"""The fused operators (mlp_fast.ops) in an ordinary training loop under autograd; on CUDA many steps in one graph."""
 
 import torch
 from torch import Tensor
 
 from mlp_fast.backends.device_loop import DeviceLoop, StepGraph
 from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_triton
-from mlp_fast.backends.triton_step import kernels_missing
+from mlp_fast.backends.step_kernels import kernels_missing
 from mlp_fast.config import Config
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rates
