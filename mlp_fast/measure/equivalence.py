@@ -9,7 +9,7 @@ AdamW divides a gradient by its own size, so a wrong scale hardly shows in the p
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape
 
 BASELINE = "eager"
+LOSS = "a loss"
 CHECK_STEPS = 20
 
 # By precision: of a loss in nats, and of the state relative to its tensors. TF32 keeps 10 bits of an operand: 2^-10 is
@@ -34,21 +35,6 @@ EAGER_TOLERANCES = 10  # eager is compared with float64 only, and may err by so 
 
 class NotEquivalent(Exception):
     """A backend computes something else than the model; the message says what and by how much."""
-
-
-@dataclass(frozen=True)
-class Errors:
-    """How far a run went from the float64 one.
-
-    Attributes:
-        loss: the largest difference of a batch loss, in nats.
-        state: (part, parameter name) -> difference. Of a parameter the RMS over the tensor's own: a gradient that is
-            zero but for rounding moves single elements by a whole learning rate. Of a moment the largest over the
-            tensor's largest.
-    """
-
-    loss: float
-    state: dict[tuple[str, str], float]
 
 
 class Verifier:
@@ -73,28 +59,30 @@ class Verifier:
         Raises:
             NotEquivalent: an error exceeds its limit.
         """
+        errors = self._errors(backend)
+        for what, error in errors.items():
+            tolerance = (LOSS_TOLERANCE if what == LOSS else STATE_TOLERANCE)[self.config.precision]
+            limit = EAGER_TOLERANCES * tolerance if backend.name == BASELINE else 2 * self.eager[what] + tolerance
+            require(backend.name, what, error, limit)
+        return errors[LOSS]
 
-        def limit(eager: float, tolerance: float) -> float:
-            return EAGER_TOLERANCES * tolerance if backend.name == BASELINE else 2 * eager + tolerance
+    def _errors(self, backend: Backend) -> dict[str, float]:
+        """What is compared, in words -> how far it is from the float64 run.
 
-        errors, precision = self._errors(backend), self.config.precision
-        require(backend.name, "a loss", errors.loss, limit(self.eager.loss, LOSS_TOLERANCE[precision]))
-        for (part, name), error in errors.state.items():
-            most = limit(self.eager.state[part, name], STATE_TOLERANCE[precision])
-            require(backend.name, f"{part} of {name}, relative,", error, most)
-        return errors.loss
-
-    def _errors(self, backend: Backend) -> Errors:
+        A loss in nats, the largest over the steps. A parameter by the RMS over the tensor's own: a gradient that is
+        zero but for rounding moves single elements by a whole learning rate. A moment by its largest over the tensor's.
+        """
         backend.load(self.initial)
         losses = backend.advance(self.steps).double().cpu()
         found = backend.state().parts
         backend.load(self.initial)
-        state = {
-            (part, name): _relative_error(found[part][name], true, largest=part != "parameters")
-            for part, tensors in self.state.parts.items()
-            for name, true in tensors.items()
-        }
-        return Errors((losses - self.losses).abs().max().item(), state)
+        errors = {LOSS: (losses - self.losses).abs().max().item()}
+        for part, tensors in self.state.parts.items():
+            for name, true in tensors.items():
+                order = 2 if part == "parameters" else math.inf
+                error, size = (torch.linalg.vector_norm(t, order) for t in (found[part][name] - true, true))
+                errors[f"{part} of {name}, relative,"] = (error / size if size > 0 else error).item()
+        return errors
 
 
 def float64_run(config: Config, shape: Shape, tape: Tape, steps: int) -> tuple[Tensor, TrainState]:
@@ -118,13 +106,6 @@ def float64_run(config: Config, shape: Shape, tape: Tape, steps: int) -> tuple[T
 
     parameters = {name: tensors[name].detach() for name in shape.parameters}
     return torch.stack(losses), TrainState(parameters, moment("exp_avg"), moment("exp_avg_sq"), steps)
-
-
-def _relative_error(found: Tensor, true: Tensor, *, largest: bool) -> float:
-    """The error over the true tensor's size, both by the largest element or the RMS; over zeros, the error itself."""
-    order = math.inf if largest else 2
-    error, size = (torch.linalg.vector_norm(tensor, order) for tensor in (found - true, true))
-    return (error / size if size > 0 else error).item()
 
 
 def require(name: str, what: str, error: float, limit: float) -> None:
