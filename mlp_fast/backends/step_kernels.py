@@ -79,6 +79,15 @@ class StepKernels(Backend):
         """Tape and scalars, as a launcher takes them."""
         return self.tape.tokens.to(torch.int32), update_scalars(self.config)
 
+    def _settings(self) -> dict[str, Any]:
+        """The arguments of train_step.default_config() and persistent_step.default_config()."""
+        shape, config = self.shape, self.config
+        settings: dict[str, Any] = {"B": config.batch_size, "V": shape.V, "T": shape.T, "E": shape.E, "H": shape.H}
+        settings |= {"precision": config.precision, "deterministic": config.reduction == "deterministic"}
+        if self.device.type == "cuda":
+            settings["processors"] = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return settings
+
     def prepare(self) -> None:
         """Compiles every kernel, leaving the state as it was."""
         state = self.state()
@@ -142,12 +151,3 @@ class StepKernels(Backend):
         if len(prompt) < self.shape.T:
             raise ValueError(f"the prompt has {len(prompt)} tokens, the context {self.shape.T}")
         return inference.sample(self._weights(), prompt[-self.shape.T :], count, seed).tolist()
-
-
-def kernel_settings(config: Config, shape: Shape, device: torch.device) -> dict[str, Any]:
-    """The arguments of train_step.default_config()."""
-    settings: dict[str, Any] = {"B": config.batch_size, "V": shape.V, "T": shape.T, "E": shape.E, "H": shape.H}
-    settings |= {"precision": config.precision, "deterministic": config.reduction == "deterministic"}
-    if device.type == "cuda":
-        settings["processors"] = torch.cuda.get_device_properties(device).multi_processor_count
-    return settings

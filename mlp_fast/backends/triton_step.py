@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from mlp_fast.backends.device_loop import StepGraph
-from mlp_fast.backends.step_kernels import StepKernels, kernel_settings
-from mlp_fast.config import Config
-from mlp_fast.model.mlp import Shape
-from mlp_fast.model.state import TrainState
-from mlp_fast.model.windows import Tape
+from mlp_fast.backends.step_kernels import StepKernels
 
 if TYPE_CHECKING:
     from mlp_fast.kernels.train_step import TrainStep
@@ -25,20 +20,16 @@ class TritonStep(StepKernels):
 
     name = "triton-step"
     summary = "the whole step as a few kernels, many steps in one CUDA graph"
-
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        super().__init__(config, shape, tape, state, device)
-        self._graphs: list[StepGraph] = []  # the longest first
+    _graphs: Sequence[StepGraph] = ()  # the longest first
 
     def _kernels(self) -> TrainStep:
         from mlp_fast.kernels.train_step import TrainStep, default_config
 
-        settings = kernel_settings(self.config, self.shape, self.device)
-        return TrainStep(default_config(**settings), *self._arguments())
+        return TrainStep(default_config(**self._settings()), *self._arguments())
 
     def prepare(self) -> None:
         """Compiles every kernel and captures the graphs, leaving the state as it was."""
-        self._graphs = []
+        self._graphs = ()
         super().prepare()
         if self.device.type == "cuda":
             interval = min(self.config.eval_every, self.config.num_steps, MAX_GRAPH_STEPS)
