@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from bench.floor import form_of, step_cost
+from bench.interpreter import prepare_once
 from mlp_fast import backends
 from mlp_fast.cli import run_main
 from mlp_fast.compare import compare
@@ -127,17 +129,21 @@ def _unseen(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @contextlib.contextmanager
-def _interpreted(count: Count, programs: int | None = None) -> Iterator[None]:
-    """Counts loads and stores of launches, of the first so many programs of each."""
+def _interpreted(count: Count, programs: int | None = None) -> Iterator[Counter[int]]:
+    """Counts loads and stores of launches, of the first so many programs of each; yields the bytes by program."""
     import numpy as np
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    by_program: Counter[int] = Counter()
 
     def counting(name: str, pointer: int, mask: int) -> Any:
         access = getattr(InterpreterBuilder, name)
 
         def counted(self: Any, *args: Any) -> Any:
             size = args[pointer].get_element_ty().primitive_bitwidth // 8
-            count.bytes += size * int(np.broadcast_to(args[mask].data, args[pointer].data.shape).sum())
+            moved = size * int(np.broadcast_to(args[mask].data, args[pointer].data.shape).sum())
+            count.bytes += moved
+            by_program[self.grid_idx[0]] += moved
             return access(self, *args)
 
         return mock.patch.object(InterpreterBuilder, name, counted)
@@ -155,7 +161,7 @@ def _interpreted(count: Count, programs: int | None = None) -> Iterator[None]:
         counting("create_atomic_rmw", 1, 3),
         mock.patch.object(GridExecutor, "__call__", launched),
     ):
-        yield
+        yield by_program
 
 
 def count_operators() -> Count:
@@ -183,7 +189,8 @@ def count_step_kernels(name: str) -> Count:
             stack.enter_context(mock.patch.object(each, "interpreting", return_value=False))
         config = module.default_config(CONFIG.batch_size, shape.V, shape.T, shape.E, shape.H)
 
-    def counted(steps: int, programs: int) -> Count:
+    def counted(steps: int) -> tuple[Count, int]:
+        """Of the first DISTINCT programs; and the bytes of the last of these alone."""
         count = Count()
         # Program 0 has moved the clock by the time that the others begin: for them the steps after these are counted.
         kernels = launcher(config, tape.tokens.to(torch.int32), torch.ones(2 * steps, 3))
@@ -192,13 +199,14 @@ def count_step_kernels(name: str) -> Count:
                 buffer.zero_()  # what memory happens to hold may be NaN, and storing that it was seen counts too
         kernels.load([[torch.zeros_like(tensor) for tensor in plane] for plane in kernels.planes()], 0)
         # Programs run one after another and would wait for ever; what they compute does not matter here.
-        with _interpreted(count, programs), mock.patch.object(persistent_step, "grid_barrier", return_value=None):
+        without_barrier = mock.patch.object(persistent_step, "grid_barrier", return_value=None)
+        with without_barrier, _interpreted(count, DISTINCT) as by_program:
             kernels.run(steps)
-        return count
+        return count, by_program[DISTINCT - 1]
 
-    some, more = ((counted(2, n).bytes - counted(1, n).bytes) for n in (DISTINCT - 1, DISTINCT))
-    each, once = counted(2, 0).launches - counted(1, 0).launches, counted(1, 0).launches
-    return Count(each + (once - each) / RUN, more + (config.G - DISTINCT) * (more - some))
+    (once, last_once), (twice, last_twice) = counted(1), counted(2)
+    each, rest = twice.launches - once.launches, (config.G - DISTINCT) * (last_twice - last_once)
+    return Count(each + (once.launches - each) / RUN, twice.bytes - once.bytes + rest)
 
 
 def count_native() -> Count:
@@ -258,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.count:
+        prepare_once()
         print(json.dumps(asdict(COUNTED[arguments.count]())))
         return 0
     if unknown := [name for name in arguments.names if name not in backends.REGISTRY]:

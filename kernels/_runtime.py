@@ -28,9 +28,13 @@ def input_precision(precision: str) -> str:
         raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(INPUT_PRECISION)}") from None
 
 
+# As Triton reads it, once: a look at the environment takes longer than all checks of a small operator's arguments.
+_interpreting = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), where CPU tensors may enter them."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    return _interpreting
 
 
 def enable_interpreter() -> None:
@@ -44,4 +48,6 @@ def enable_interpreter() -> None:
         raise RuntimeError(
             "Triton was already imported to compile: set TRITON_INTERPRET=1 before the process starts instead"
         )
+    global _interpreting
     os.environ["TRITON_INTERPRET"] = "1"
+    _interpreting = True

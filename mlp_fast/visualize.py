@@ -28,6 +28,7 @@ from mlp_fast.config import Parser
 from mlp_fast.corpus.load import Vocabulary
 from mlp_fast.errors import UserError
 from mlp_fast.model.mlp import MLP
+from mlp_fast.model.sampling import padded
 from mlp_fast.run import checkpoint
 from mlp_fast.run.plot import drawable
 from mlp_fast.sample import unescape
@@ -270,7 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--context",
         metavar="TEXT",
-        help="what the next token is predicted from, \\n a newline (default: token 0, T times)",
+        help="what the next token is predicted from, \\n a newline; a short one is padded as a prompt of sample is "
+        "(default: token 0, T times)",
     )
     parser.add_argument("--out", default="pictures", metavar="DIR", help="folder for the pictures, made if missing")
     parser.add_argument("--format", default="png", choices=FORMATS, help="of the pictures")
@@ -296,14 +298,12 @@ def _require_matplotlib() -> None:
 
 
 def _context(text: str | None, saved: checkpoint.Checkpoint) -> list[int]:
-    """The last T tokens of a text as typed in a shell; without one, token 0 T times: for characters, the newline."""
+    """The last T tokens of a text as typed in a shell, padded as a prompt; without one, token 0 T times: for
+    characters, the newline."""
     T = saved.config.context_length
     if text is None:
         return [0] * T
-    tokens = saved.vocabulary.encode(unescape(text))
-    if len(tokens) < T:
-        raise UserError(f"--context has {len(tokens)} tokens, the model's context {T}; give at least {T}")
-    return tokens[-T:]
+    return padded(saved.vocabulary.encode(unescape(text)), saved.vocabulary, T, saved.beginning)[-T:]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import reliability
 import torch
-from processes import SIZES, finish, start
+from processes import SIZES, Python, finish, start
 
 from mlp_fast import train
 from mlp_fast.backends.eager import Eager
@@ -424,10 +424,10 @@ def test_the_counts_are_written_between_their_marks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", [[], ["--long", "-k", "bytes"], ["--long", "-m", "not long"]])
 def test_counts_of_a_part_are_not_recorded(part: list[str]) -> None:
-    command = [sys.executable, "-m", "pytest", "--record", "--collect-only", str(Path(__file__)), *part]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "--record is of the whole" in done.stderr
+    suite = Python("-m", "pytest", "--record", "--collect-only", str(Path(__file__)), *part)
+    _, told = suite.communicate(timeout=100)
+    assert suite.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--record is of the whole" in told
 
 
 def test_every_test_that_the_document_names_exists() -> None:

@@ -1,13 +1,12 @@
 """The two eager models: golden initial values and gradients, and float64 gradients of the hand-written step."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import ddp_program
 import pytest
 import torch
+from processes import Python
 
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus
@@ -109,9 +108,10 @@ def test_the_schedule_is_half_a_cosine() -> None:
 
 def test_ranks_of_distributed_data_parallel_have_the_gradients_of_plain_torch(tmp_path: Path) -> None:
     files = [str(tmp_path / f"{rank}.pt") for rank in range(2)]
-    program = [sys.executable, str(Path(__file__).parent / "ddp_program.py")]
-    ranks = [subprocess.Popen([*program, str(rank), str(tmp_path / "store"), files[rank]]) for rank in range(2)]
-    assert [process.wait(120) for process in ranks] == [0, 0]
+    program = str(Path(__file__).parent / "ddp_program.py")
+    ranks = [Python(program, str(rank), str(tmp_path / "store"), files[rank]) for rank in range(2)]
+    told = [process.communicate(120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], told
     model = MLP(ddp_program.SHAPE, initial_parameters(ddp_program.SHAPE, 1)).double()
     model(*ddp_program.batch())[1].backward()
     for file in files:

@@ -40,7 +40,7 @@ def test_compiles_without_a_warning(cc: str, tmp_path: Path) -> None:
     [
         ("gcc", "address,undefined"),
         ("gcc", "thread"),
-        ("clang", "thread"),
+        pytest.param("clang", "thread", marks=pytest.mark.long),
         pytest.param("clang", "address,undefined", marks=pytest.mark.long),
     ],
     ids=str,

@@ -1,5 +1,6 @@
 """Several processes compute the steps of one, and end together: on this machine, over gloo."""
 
+import functools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import rank_program
 import torch
+from processes import Python
 
 from mlp_fast import backends, distributed, evaluate, train
 from mlp_fast.backends.base import Backend
@@ -32,21 +34,14 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def started(size: int, *arguments: str) -> list["subprocess.Popen[str]"]:
+def started(size: int, *arguments: str) -> list[Python]:
     """The processes of a run, given their places as torchrun gives them, without its own start-up time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**ENVIRONMENT, **places, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
+        Python(*arguments, environment={**places, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)
     ]
 
 
@@ -55,6 +50,9 @@ def wait_for(happened: Callable[[], Any], seconds: float = 120) -> None:
     while not happened():
         assert time.monotonic() < deadline, f"nothing within {seconds} s"
         time.sleep(0.05)
+
+
+of_one = functools.cache(rank_program.outcome)
 
 
 def assert_equal_outcomes(several: dict[str, Any], one: dict[str, Any]) -> None:
@@ -81,7 +79,7 @@ def test_two_processes_of_torchrun_compute_the_steps_of_one(tmp_path: Path) -> N
     assert {"eager", "eager-raw", "triton-op"} <= written["outcomes"].keys()
     # The single process is always eager: the others must compute the same.
     for name, several in written["outcomes"].items():
-        assert_equal_outcomes(several, rank_program.outcome("eager-raw" if name == "eager-raw" else "eager"))
+        assert_equal_outcomes(several, of_one("eager-raw" if name == "eager-raw" else "eager"))
 
 
 def test_four_processes_compute_the_steps_of_one(tmp_path: Path) -> None:
@@ -91,7 +89,7 @@ def test_four_processes_compute_the_steps_of_one(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0, 0, 0]
     written = json.loads((tmp_path / "out").read_text())
     assert written["size"] == 4
-    assert_equal_outcomes(written["outcomes"]["eager"], rank_program.outcome("eager"))
+    assert_equal_outcomes(written["outcomes"]["eager"], of_one("eager"))
 
 
 TRAIN = ["--backend", "eager", "--preset", "tiny", "--eval-every", "1000"]

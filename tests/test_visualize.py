@@ -1,6 +1,7 @@
 """The pictures of a saved model: what they show is computed right, and bad input gets one clear line."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,6 +11,7 @@ import torch
 from mlp_fast import train, visualize
 from mlp_fast.corpus.tokenizer import Bytes, Characters
 from mlp_fast.errors import EXIT_USER_ERROR, UserError
+from mlp_fast.model import sampling
 from mlp_fast.model.mlp import MLP, Shape
 from mlp_fast.run import checkpoint
 from mlp_fast.visualize import computation_graph, next_probabilities, principal_components, summary
@@ -115,7 +117,6 @@ def test_a_large_vocabulary_and_formula_signs_are_drawn(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["nowhere"], "nowhere"),
-        (["RUN", "--context", "an"], "--context has 2 tokens, the model's context 3"),
         (["RUN", "--context", "\N{SNOWMAN}an"], "not in the vocabulary"),
         (["RUN", "--format", "bmp"], "bmp"),
         (["RUN", "--out", "FILE"], "cannot make this folder"),
@@ -142,3 +143,17 @@ def test_the_default_context_is_the_end_of_text(run: Path) -> None:
     saved = checkpoint.load(run)
     assert visualize._context(None, saved) == [0, 0, 0]
     assert visualize._context(r"xx\nan", saved) == saved.vocabulary.encode("\nan")
+
+
+def test_a_short_context_is_padded_as_a_prompt_is(run: Path, tmp_path: Path) -> None:
+    saved = checkpoint.load(run)
+    for text in ("an", "n", ""):
+        expected = sampling.padded(saved.vocabulary.encode(text), saved.vocabulary, 3, saved.beginning)
+        assert visualize._context(text, saved) == expected == saved.vocabulary.encode("\n" * (3 - len(text)) + text)
+    assert visualize.main([str(run), "--context", "a", "--out", str(tmp_path)]) == 0
+    # Without a newline in its vocabulary, as its corpus begins; a checkpoint that does not tell how is one clear line.
+    config = replace(saved.config, context_length=3)
+    bare = replace(saved, config=config, vocabulary=Characters("abc"), beginning=(2, 1, 2))
+    assert visualize._context("a", bare) == [2, 1, 0]
+    with pytest.raises(UserError, match="the prompt has 1 tokens, the model's context 3"):
+        visualize._context("a", replace(bare, beginning=()))

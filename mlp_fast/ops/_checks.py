@@ -18,19 +18,25 @@ def one_of(what: str, name: str, names: Iterable[str]) -> str:
 
 def check_dtype(names: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
     """All tensors have the same dtype, one of `dtypes`."""
-    if tensors and (tensors[0].dtype not in dtypes or any(t.dtype != tensors[0].dtype for t in tensors)):
-        expected, found = (
-            ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in group}))
-            for group in (dtypes, [t.dtype for t in tensors])
-        )
-        raise TypeError(f"{names} must have one dtype of {expected}, not {found}")
+    dtype = None
+    for t in tensors:  # a loop, for a generator's start takes as long as several passes
+        if t.dtype != dtype:
+            if dtype is not None or t.dtype not in dtypes:
+                expected, found = (
+                    ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in group}))
+                    for group in (dtypes, [t.dtype for t in tensors])
+                )
+                raise TypeError(f"{names} must have one dtype of {expected}, not {found}")
+            dtype = t.dtype
 
 
 def check_device(names: str, tensors: Sequence[Tensor]) -> None:
     """All tensors are on one device."""
-    if any(t.device != tensors[0].device for t in tensors):
-        found = ", ".join(sorted({str(t.device) for t in tensors}))
-        raise ValueError(f"{names} must be on one device, not on {found}")
+    device = tensors[0].device
+    for t in tensors:
+        if t.device != device:
+            found = ", ".join(sorted({str(t.device) for t in tensors}))
+            raise ValueError(f"{names} must be on one device, not on {found}")
 
 
 def check_in_range(what: str, t: Tensor, V: int) -> None:

@@ -21,7 +21,7 @@ _library = torch.library.Library("mlp_fast", "FRAGMENT")
 
 def use_kernels(t: Tensor) -> bool:
     """Whether a tensor's computation is done by the Triton kernels, else by plain torch."""
-    return t.dtype != torch.float64 and (t.device.type == "cuda" or (t.device.type == "cpu" and interpreting()))
+    return t.dtype != torch.float64 and (t.is_cuda or (t.is_cpu and interpreting()))
 
 
 def kernels(name: str) -> ModuleType:
@@ -50,7 +50,7 @@ def use_opaque(*operands: Tensor | None) -> bool:
 
 def wide(t: Tensor) -> Tensor:
     """16-bit tensors as fp32, in which plain torch computes as the kernels do."""
-    return t if t.dtype == torch.float64 else t.float()
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 def plain_gradients(
@@ -94,8 +94,7 @@ def call(name: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
     seen = (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
+        or torch._C._is_any_autocast_enabled()
     )
     return (getattr(torch.ops.mlp_fast, name) if seen else function)(*args)
 

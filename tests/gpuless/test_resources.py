@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from bench import resources
 from bench.resources import Resources
+from mlp_fast.errors import UserError
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -124,26 +127,20 @@ def test_each_fault_is_found() -> None:
     assert not any("M=32 N=32 K=16" in line for line in faults)
 
 
-def test_modules_are_named_shortly() -> None:
-    result = run("--modules", "adamw", "--sm", "80")
-    assert result.returncode == 0, result.stderr
-    assert "adamw_kernel" in result.stdout
+def test_modules_are_named_shortly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # Compiled here: the processes for it are started by the test above.
+    monkeypatch.setattr(resources, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(1))
+    assert resources.main(["--modules", "adamw", "--sm", "80"]) == 0
+    assert "adamw_kernel" in capsys.readouterr().out
     for name, reason in (("adam", "there is no such module"), ("no.such", "no such module"), ("_math", "no shipped()")):
-        result = run("--modules", name)
-        assert result.returncode == 2
-        assert f"--modules {name}: " in result.stderr
-        assert reason in result.stderr
-        assert "Traceback" not in result.stderr
+        with pytest.raises(UserError, match=f"--modules {re.escape(name)}: .*{re.escape(reason)}"):
+            resources.main(["--modules", name])
 
 
-def test_it_needs_a_compiling_process() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "bench.resources"],
-        cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert "TRITON_INTERPRET is set" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_it_needs_a_compiling_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "interpreting", lambda: True)
+    with pytest.raises(UserError, match="TRITON_INTERPRET is set"):
+        resources.main([])
 
 
 @pytest.mark.parametrize(

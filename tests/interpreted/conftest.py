@@ -4,9 +4,14 @@ The switch holds for a whole process and is read when Triton is imported, so the
 pytest tests/interpreted.
 """
 
+from importlib.util import find_spec
+
 import torch
 
+from bench.interpreter import prepare_once
 from mlp_fast.kernels._runtime import enable_interpreter
 
 if not torch.cuda.is_available():
     enable_interpreter()
+    if find_spec("triton"):
+        prepare_once()

@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from bench.interpreter import prepare_once
 from mlp_fast.kernels.persistent_step import PersistentStep
 
 PHASES = ("embedding_phase", "forward_phase", "softmax_phase", "backward_phase", "resident_backward")
@@ -77,6 +78,7 @@ class Programs:
 def _work(rank: int, ended: Tensor, tasks: Any, answers: Any) -> None:
     """A process: launches the program of its number, task by task."""
     torch.set_num_threads(1)
+    prepare_once()
     from triton.runtime.interpreter import GridExecutor
 
     # The interpreter ends a launch by copying its arguments back, here onto themselves, under the others' hands.
