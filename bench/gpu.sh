@@ -186,7 +186,7 @@ triton=$("$python" -c "
 from mlp_fast import backends
 from mlp_fast.config import Config
 config = Config(device='$device')
-print(*(n for n in backends.REGISTRY if n.startswith('triton') and backends.obstacle(n, config) is None))" 2>> "$log")
+print(*(n for n in backends.REGISTRY if n.startswith('triton') and backends.unsupported(n, config) is None))" 2>> "$log")
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null || true)
 for backend in $triton; do
     one_step="-m mlp_fast.profile --backend $backend --device $device --steps 1 --warmup 0 --no-profiler $sizes"
