@@ -244,7 +244,7 @@ triton=$(ask "
 from mlp_fast import backends
 from mlp_fast.config import Config
 config = Config(device='$device')
-print(*(n for n in backends.REGISTRY if n.startswith('triton') and backends.obstacle(n, config) is None))")
+print(*(n for n in backends.REGISTRY if n.startswith('triton') and backends.unsupported(n, config) is None))")
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null || true)
 shown=3
 for backend in $triton; do

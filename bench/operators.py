@@ -16,7 +16,8 @@ from bench import floor
 from bench.case import Case, Entry, Plan, Timer
 from mlp_fast import ops
 from mlp_fast.config import Config
-from mlp_fast.measure.timing import NotEquivalent, Spread, seconds
+from mlp_fast.measure.equivalence import NotEquivalent
+from mlp_fast.measure.timing import Spread, seconds
 from mlp_fast.model.mlp import B1, B2, W1, W2, WTE, Shape, initial_parameters
 from mlp_fast.model.schedule import BETA1, BETA2, EPS
 
@@ -36,7 +37,7 @@ def _inputs(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
     """Parameters that need gradients, tokens, targets and hidden activations: the same numbers in every dtype."""
     B, T = config.batch_size, config.context_length
     generator = torch.Generator().manual_seed(1)
-    named = initial_parameters(Shape(V, T, config.embedding_size, config.hidden_size), config.seed)
+    named = initial_parameters(Shape.of(config, V), config.seed)
     tensors = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in named.items()}
     hidden = torch.rand(B, config.hidden_size, generator=generator) * 2 - 1
     tensors["h"] = hidden.to(device, dtype).requires_grad_()

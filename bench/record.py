@@ -27,7 +27,7 @@ from mlp_fast.cli import run_main
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import load
 from mlp_fast.errors import UserError
-from mlp_fast.measure.timing import NotEquivalent
+from mlp_fast.measure.equivalence import NotEquivalent
 
 COMPARED_STEPS = 500
 ARITHMETIC_STEPS = 1000
@@ -97,7 +97,7 @@ def comparison(plan: Plan) -> dict[str, Any]:
     config = plan.config(num_steps=20 if plan.dry else COMPARED_STEPS)
     # On CUDA Inductor takes minutes to compile all; one stands for the others.
     left_out = ("compile-raw", "compile") if plan.device == "cuda" or plan.dry else ()
-    here = [n for n in backends.REGISTRY if n not in left_out and backends.obstacle(n, config) is None]
+    here = [n for n in backends.REGISTRY if n not in left_out and backends.unsupported(n, config) is None]
     options = ["--backends", ",".join(here), "--num-steps", str(config.num_steps)]
     return _command(compare.main, [*options, *_sizes(plan)])
 
@@ -108,7 +108,7 @@ def profiles(plan: Plan, trace: Path | None) -> dict[str, Any]:
     results = {}
     for name in ("eager", "auto"):
         alias = backends.ALIASES.get(name, (name,))
-        chosen = next((b for b in alias if backends.obstacle(b, config) is None), None)
+        chosen = next((b for b in alias if backends.unsupported(b, config) is None), None)
         if chosen is None or chosen in results:
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -45,7 +45,7 @@ class ReferenceLoop:
 
     def __init__(self, config: Config, splits: Mapping[str, Sequence[int]], vocab_size: int) -> None:
         self.config, self.splits = config, splits
-        shape = Shape(vocab_size, config.context_length, config.embedding_size, config.hidden_size)
+        shape = Shape.of(config, vocab_size)
         self.model = MLPRaw(initial_parameters(shape, config.seed))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters().values(),

@@ -248,7 +248,7 @@ def row(name: str) -> list[str]:
 def timed(name: str, num_steps: int) -> str:
     """Its time on this machine beside eager's, or why it has none."""
     config = Config(num_steps=num_steps)
-    if reason := backends.obstacle(name, config):
+    if reason := backends.unsupported(name, config):
         return f"{name}: no time here: {reason}"
     results = compare([name], config, *subject(config))
     if refused := [result.refused for result in results if result.refused]:

@@ -30,10 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._math import dot, load_transposed, tanh
+from ._model import choose_form
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision
 from ._sum import MAX_PART_NUMBERS, MAX_PARTS, parts_of, sum_parts
-
-FORMS = ("auto", "gather", "table")
 
 NAIVE_H = 128  # hidden units of a program of the naive kernel: one a thread
 # One tile shape for every matrix product here: M rows, N columns, K a step. Larger fp32 FMA tiles spill registers.
@@ -389,19 +388,6 @@ def embed_linear_tanh_1(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor) 
             T=T, E=E, BLOCK_H=NAIVE_H, num_warps=4,
         )  # fmt: skip
     return h
-
-
-def choose_form(form: str, B: int, V: int) -> str:
-    """The form to use: `table` while V < B, where a table of V rows costs less than B rows, else `gather`.
-
-    Raises:
-        ValueError: the form is not one of auto, gather, table.
-    """
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
-    if form != "auto":
-        return form
-    return "table" if V < B else "gather"
 
 
 def _tiles(precision: str, columns: int) -> dict[str, object]:

@@ -52,6 +52,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _model
 from ._math import tanh
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision, interpreting
 from .adamw import adamw_update
@@ -60,9 +61,9 @@ MAX_B, MAX_V, MAX_T, MAX_E, MAX_H = 8192, 256, 16, 256, 4096
 DEFAULT_PROGRAMS = 64  # at most; the default sizes take 32
 MAX_PROGRAMS = 128  # so that the fixed-point sums below cannot overflow: 2^7 programs
 
-BETA1: tl.constexpr = tl.constexpr(0.9)
-BETA2: tl.constexpr = tl.constexpr(0.999)
-EPS: tl.constexpr = tl.constexpr(1e-8)
+BETA1: tl.constexpr = tl.constexpr(_model.BETA1)
+BETA2: tl.constexpr = tl.constexpr(_model.BETA2)
+EPS: tl.constexpr = tl.constexpr(_model.EPS)
 # Fixed point: value * SCALE in int64. LIMIT * SCALE * MAX_PROGRAMS = 2^62.
 LOGITS_SCALE: tl.constexpr = tl.constexpr(2.0**40)
 LOGITS_LIMIT: tl.constexpr = tl.constexpr(2.0**15)

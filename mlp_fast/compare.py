@@ -1,8 +1,8 @@
 """`python -m mlp_fast.compare`: backends side by side: same seed, same batches, their rounds interleaved.
 
 Every backend trains the same N steps twice. Each pass is cut into rounds, and the rounds of all backends are taken in
-turns; eager is always among them, as the baseline. A backend that does not compute the model gets no number; timing.py
-says how that is decided.
+turns; eager is always among them, as the baseline. A backend that does not compute the model gets no number;
+equivalence.py says how that is decided.
 """
 
 if __name__ == "__main__":
@@ -27,7 +27,8 @@ from mlp_fast.config import RUN_ONLY, Config, Parser, add_config_arguments, conf
 from mlp_fast.errors import UserError
 from mlp_fast.files import check_writable
 from mlp_fast.measure import machine
-from mlp_fast.measure.timing import BASELINE, Contender, Judge, NotEquivalent, Spread, measure, subject
+from mlp_fast.measure.equivalence import BASELINE, NotEquivalent, Verifier
+from mlp_fast.measure.timing import Candidate, Spread, measure, subject
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape
@@ -70,8 +71,9 @@ class _Rival:
     def __init__(self, name: str, config: Config, shape: Shape, tape: Tape, initial: TrainState) -> None:
         config = dataclasses.replace(config, backend=name)
         start = time.perf_counter()
-        with machine.PeakMemory(backends.device_of(backends.backend_class(name), config.device)) as memory:
-            self.backend: Backend = backends.create(config, shape, tape, initial)
+        choice = backends.resolve(config, shape, tape)
+        with machine.PeakMemory(choice.device) as memory:
+            self.backend: Backend = choice.create(config, shape, tape, initial)
             self.backend.prepare()
         self.name = name
         self.compile_seconds = time.perf_counter() - start
@@ -88,7 +90,7 @@ class _Rival:
     def end_pass(self) -> None:
         self.states.append(self.backend.state())
 
-    def settle(self, losses: Tensor) -> None:
+    def keep(self, losses: Tensor) -> None:
         self.losses[-1].append(losses.cpu().clone())
 
     def pass_losses(self, index: int) -> Tensor:
@@ -114,21 +116,21 @@ def compare(names: Sequence[str], config: Config, shape: Shape, tape: Tape) -> l
         tape: the training split, on the CPU.
     """
     names = list(names) if BASELINE in names else [BASELINE, *names]
-    judge = Judge(config, shape, tape)
-    rivals = [_Rival(name, config, shape, tape, judge.initial) for name in names]
+    verifier = Verifier(config, shape, tape)
+    rivals = [_Rival(name, config, shape, tape, verifier.initial) for name in names]
     for rival in rivals:
         try:
-            judge.check(rival.backend)
+            verifier.check(rival.backend)
         except NotEquivalent as refusal:
             rival.refused = str(refusal)
     timed = [rival for rival in rivals if rival.refused is None]
-    contenders = [Contender.of(rival.backend, rival.settle) for rival in timed]
+    candidates = [Candidate.of(rival.backend, rival.keep) for rival in timed]
     samples: dict[str, list[float]] = {rival.name: [] for rival in timed}
     for _ in range(PASSES):
         for rival in timed:
             rival.begin_pass()
-        if contenders:
-            for name, times in measure(contenders, cut(config.num_steps, ROUNDS)).items():
+        if candidates:
+            for name, times in measure(candidates, cut(config.num_steps, ROUNDS)).items():
                 samples[name] += times
         for rival in timed:
             rival.end_pass()
@@ -218,11 +220,11 @@ def chosen(text: str | None, config: Config, shape: Shape) -> list[str]:
         UserError: a name is unknown, or a backend that was asked for is unavailable.
     """
     if text is None:
-        return [name for name in backends.REGISTRY if backends.obstacle(name, config, shape) is None]
+        return [name for name in backends.REGISTRY if backends.unsupported(name, config, shape) is None]
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise UserError("--backends names none; give some of " + ", ".join(backends.names()))
-    resolved = [backends.resolve(dataclasses.replace(config, backend=name), shape) for name in names]
+    resolved = [backends.resolve(dataclasses.replace(config, backend=name), shape).cls.name for name in names]
     return list(dict.fromkeys(resolved))
 
 

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mlp_fast.errors import UserError
+from mlp_fast.kernels._model import FORMS
 
 PRECISIONS = ("fp32", "tf32x3", "tf32")
-FORMS = ("auto", "table", "gather")
 REDUCTIONS = ("deterministic", "fast")
 DEVICES = ("auto", "cpu", "cuda")
 TOKENS = ("char", "byte", "word")

@@ -324,15 +324,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--warmup and --steps together exceed --num-steps, {config.num_steps}; ask for fewer")
     backends.check(config)
     shape, tape = subject(config)
-    name = backends.resolve(config, shape)
-    device = backends.device_of(backends.backend_class(name), config.device)
+    choice = backends.resolve(config, shape, tape)
+    name, device = choice.cls.name, choice.device
     if arguments.proton is not None and (reason := proton_missing(device)):
         raise UserError(f"--proton: {reason}")
     trace = _output_file("--trace", arguments.trace or f"runs/trace-{name}.json", make_folder=arguments.trace is None)
     report = None if arguments.json is None else _output_file("--json", arguments.json)
 
-    config = dataclasses.replace(config, backend=name)
-    backend = backends.create(config, shape, tape, TrainState.initial(shape, config.seed))
+    backend = choice.create(config, shape, tape, TrainState.initial(shape, config.seed))
     warm = WarmSteps(backend, arguments.warmup, arguments.steps)
     if arguments.no_profiler:
         warm.for_external_profiler()

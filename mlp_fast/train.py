@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mlp_fast import backends, distributed
+from mlp_fast.backends import Choice
 from mlp_fast.backends.base import Backend
 from mlp_fast.cli import run_main
 from mlp_fast.config import Config, Parser, add_config_arguments, config_from
@@ -89,6 +90,7 @@ class Trainer:
         folder: where to save; None saves nothing.
         start: the checkpoint to go on from; at step 0, with another run's parameters, for --init-from.
         interrupt: what may ask the run to end early.
+        plan: the model's sizes and the backend, as from planned(), which is called here if None.
     """
 
     def __init__(
@@ -99,8 +101,9 @@ class Trainer:
         folder: RunFolder | None = None,
         start: Checkpoint | None = None,
         interrupt: Interrupt | None = None,
+        plan: tuple[Shape, Choice] | None = None,
     ) -> None:
-        self.shape = checked_shape(config, corpus)
+        self.shape, self.choice = plan or planned(config, corpus)
         self.world = distributed.world()
         self.config, self.corpus, self.log, self.folder = config, corpus, log, folder
         self.interrupt = interrupt or Interrupt()
@@ -110,7 +113,7 @@ class Trainer:
         state = start.state if start else TrainState.initial(self.shape, config.seed)
         self.first_step = self.step = state.step
         self.losses = start.losses if start else {}  # of the latest evaluation, as a checkpoint keeps them
-        self.backend = backends.create(config, self.shape, self.tapes["train"], state)
+        self.backend = self.choice.create(config, self.shape, self.tapes["train"], state)
         if config.interpret:
             products = "" if config.precision == "fp32" else f"; its products are fp32, not {config.precision}"
             log.warning(
@@ -138,7 +141,7 @@ class Trainer:
             parameters=self.shape.num_parameters,
             floor=self.floor("val"),
         )
-        log.message(self._title(backends.passed_over(config, self.shape, self.tapes["train"], type(self.backend))))
+        log.message(self._title(self.choice.note))
         vocabulary = self.corpus.vocabulary
         if isinstance(vocabulary, Words) and vocabulary.unspaced:
             log.warning(
@@ -340,16 +343,15 @@ class Trainer:
             self.log.event("checkpoint", step=self.step, file=str(path), best=self.folder.best)
 
 
-def checked_shape(config: Config, corpus: Corpus) -> Shape:
-    """The sizes of a run's model; UserError where the corpus, this machine or the backend forbids the run."""
+def planned(config: Config, corpus: Corpus) -> tuple[Shape, Choice]:
+    """A run's model and backend; UserError where the corpus, this machine or the backend forbids the run."""
     T, B, ranks = config.context_length, config.batch_size, distributed.world().size
     check_sizes(corpus, T, B)
     if ranks > B:
         raise UserError(f"--batch-size {B} is less than the {ranks} processes share")
-    shape = Shape(len(corpus.vocabulary), T, config.embedding_size, config.hidden_size, config.direct)
+    shape = Shape.of(config, len(corpus.vocabulary))
     check_memory(shape, B)
-    backends.resolve(config, shape, Tape(corpus.train, T))
-    return shape
+    return shape, backends.resolve(config, shape, Tape(corpus.train, T))
 
 
 def check_memory(shape: Shape, batch_size: int) -> None:
@@ -397,11 +399,11 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
             if config.plot is not None:
                 check_plot(config.plot)
             corpus = _corpus(config)
-            checked_shape(config, corpus)  # before a folder is made or a file is opened
+            plan = planned(config, corpus)  # before a folder is made or a file is opened
             folder = stack.enter_context(RunFolder(Path(config.out), config.keep)) if config.out is not None else None
             start = _start(config, corpus, folder)
             log = stack.enter_context(contextlib.closing(RunLog(config, start.state.step if start else 0)))
-            trainer = Trainer(config, corpus, log, folder, start, interrupt)
+            trainer = Trainer(config, corpus, log, folder, start, interrupt, plan)
         try:
             result = trainer.run()
             log.message(trainer.summary(result))

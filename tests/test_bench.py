@@ -32,7 +32,8 @@ from bench.recording import Recording
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
-from mlp_fast.measure.timing import NotEquivalent, Spread
+from mlp_fast.measure.equivalence import NotEquivalent
+from mlp_fast.measure.timing import Spread
 from mlp_fast.model.mlp import MLP, Shape, initial_parameters
 from mlp_fast.model.rng import RNG
 from mlp_fast.model.sampling import SAMPLE_SEED, sample
@@ -196,7 +197,7 @@ def test_a_wrong_backend_is_recorded_without_a_number() -> None:
 
 @pytest.mark.usefixtures("workshop")
 def test_an_unavailable_backend_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Slow, "unavailable", classmethod(lambda cls, device: "it is asleep"))
+    monkeypatch.setattr(Slow, "unsupported", classmethod(lambda cls, *of: "it is asleep"))
     with pytest.raises(Skipped, match="it is asleep"):
         step_case("slow").entry(plain_timer, PROBES)
     # As a rival it is left out; it has a case of its own.

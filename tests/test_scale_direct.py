@@ -84,8 +84,8 @@ def test_every_backend_trains_with_them_or_says_that_it_does_not(name: str) -> N
         with pytest.raises(UserError, match="direct connections"):
             backends.resolve(config, SHAPE)
         return
-    if backends.obstacle(name, config, SHAPE):
-        pytest.skip(str(backends.obstacle(name, config, SHAPE)))
+    if backends.unsupported(name, config, SHAPE):
+        pytest.skip(str(backends.unsupported(name, config, SHAPE)))
     tokens = torch.randint(13, (100,), generator=torch.Generator().manual_seed(4)).to(torch.uint8)
     baseline = MLPRaw({k: v.double() for k, v in initial_parameters(SHAPE, 1).items()})
     optimizer = torch.optim.AdamW(baseline.parameters().values(), lr=7e-4, weight_decay=1e-4)

@@ -21,7 +21,7 @@ TOLERANCE = 2e-6  # nats, at every one of 251 evaluations: six printed digits, b
 )
 def test_a_whole_run_follows_the_reference(name: str, embedded_corpus: Corpus) -> None:
     config = Config(backend=name, quiet=True)
-    reason = backends.obstacle(name, config)
+    reason = backends.unsupported(name, config)
     if reason:
         pytest.skip(f"{name}: {reason}")
     result = Trainer(config, embedded_corpus, RunLog(config)).run()

@@ -1,11 +1,11 @@
-"""The fused operators (ops.py) in an ordinary training loop under autograd; on CUDA many steps in one graph."""
+"""The fused operators (mlp_fast.ops) in an ordinary training loop under autograd; on CUDA many steps in one graph."""
 
 import torch
 from torch import Tensor
 
-from mlp_fast.backends.cuda_graph import DeviceLoop, StepGraph
-from mlp_fast.backends.eager import MATMUL_PRECISION
-from mlp_fast.backends.triton_step import capability_error, kernels_missing
+from mlp_fast.backends.device_loop import DeviceLoop, StepGraph
+from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_triton
+from mlp_fast.backends.step_kernels import kernels_missing
 from mlp_fast.config import Config
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rates
@@ -33,12 +33,9 @@ class TritonOp(DeviceLoop):
         super().__init__(config, shape, tape, state, device, dict(self.model.named_parameters()))
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return kernels_missing(device)
-
-    @classmethod
-    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
-        return capability_error(config.precision, device)
+    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
+        reason = kernels_missing(device)
+        return reason if reason or shape is None else unsupported_by_triton(config.precision, device)
 
     def _gradients(self) -> tuple[Tensor, list[Tensor]]:
         """This rank's part of the batch loss, and of the gradients."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlp_fast.kernels._model import FORMS
 from mlp_fast.kernels._runtime import INPUT_PRECISION
 from mlp_fast.ops._checks import (
     FLOATS,
@@ -31,8 +32,6 @@ from mlp_fast.ops._dispatch import (
     use_opaque,
     wide,
 )
-
-FORMS = ("auto", "gather", "table")
 
 
 def embed_linear_tanh(

@@ -64,9 +64,7 @@ class Checkpoint:
     @property
     def shape(self) -> Shape:
         """The model's sizes."""
-        config = self.config
-        sizes = (config.context_length, config.embedding_size, config.hidden_size)
-        return Shape(len(self.vocabulary), *sizes, config.direct)
+        return Shape.of(self.config, len(self.vocabulary))
 
     @property
     def given_vocabulary(self) -> Vocabulary | None:
@@ -193,7 +191,7 @@ def _checkpoint(facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
     losses = dict(facts["losses"])
     if not all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in losses.values()):
         raise ValueError("the losses are not finite numbers")
-    sizes = Shape(len(vocabulary), config.context_length, config.embedding_size, config.hidden_size, config.direct)
+    sizes = Shape.of(config, len(vocabulary))
     groups = {kind: {name: f"{kind}.{name}" for name in sizes.parameters} for kind in _MOMENTS}
     groups = {"parameters": {name: name for name in sizes.parameters}} | groups
     wanted = {key: sizes.parameters[name] for group in groups.values() for name, key in group.items()}
