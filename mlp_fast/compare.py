@@ -5,11 +5,6 @@ turns; eager is always among them, as the baseline. A backend that does not comp
 says how that is decided.
 """
 
-if __name__ == "__main__":
-    from mlp_fast.cli import begin
-
-    begin()
-
 import dataclasses
 import json
 import time
@@ -22,8 +17,8 @@ from torch import Tensor
 
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
-from mlp_fast.cli import run_main
-from mlp_fast.config import RUN_ONLY, Config, Parser, add_config_arguments, config_from
+from mlp_fast.cli import Parser, add_config_arguments, config_from, run_main
+from mlp_fast.config import RUN_ONLY, Config
 from mlp_fast.errors import UserError
 from mlp_fast.files import check_writable
 from mlp_fast.measure import machine

@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlp_fast.errors import UserError
-from mlp_fast.run.interrupt import Interrupted
+from mlp_fast.errors import Interrupted, UserError
 
 # How long a step waits for the other processes. Those that end are noticed at once, by their closed connection (gloo)
 # or by torchrun; this is for a machine that falls silent.

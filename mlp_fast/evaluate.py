@@ -1,17 +1,12 @@
 """`python -m mlp_fast.evaluate RUN`: the losses of a saved model on a corpus."""
 
-if __name__ == "__main__":
-    from mlp_fast.cli import begin
-
-    begin()
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlp_fast import backends, distributed
-from mlp_fast.cli import run_main
-from mlp_fast.config import DEVICES, OF_THE_CORPUS, SPLITTING, Parser
+from mlp_fast.cli import Parser, run_main
+from mlp_fast.config import DEVICES, OF_THE_CORPUS, SPLITTING
 from mlp_fast.corpus.load import Corpus, check_sizes, load_for
 from mlp_fast.errors import UserError
 from mlp_fast.model.windows import TRAIN_EVAL_BATCHES, Tape, evaluated_windows

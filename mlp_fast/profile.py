@@ -9,11 +9,6 @@ The same steps in three ways, on any machine:
 docs/profiling.md tells how to read what comes out.
 """
 
-if __name__ == "__main__":
-    from mlp_fast.cli import begin
-
-    begin()
-
 import contextlib
 import dataclasses
 import importlib.util
@@ -31,8 +26,8 @@ from torch.profiler import ProfilerActivity, record_function
 
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
-from mlp_fast.cli import run_main
-from mlp_fast.config import RUN_ONLY, Parser, add_config_arguments, config_from
+from mlp_fast.cli import Parser, add_config_arguments, config_from, run_main
+from mlp_fast.config import RUN_ONLY
 from mlp_fast.errors import UserError
 from mlp_fast.files import check_writable
 from mlp_fast.measure import machine

@@ -1,18 +1,13 @@
 """`python -m mlp_fast.sample RUN`: text from a saved model."""
 
-if __name__ == "__main__":
-    from mlp_fast.cli import begin
-
-    begin()
-
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from mlp_fast.cli import run_main
-from mlp_fast.config import MAX_SEED, Parser
+from mlp_fast.cli import Parser, run_main
+from mlp_fast.config import MAX_SEED
 from mlp_fast.errors import UserError, for_terminal
 from mlp_fast.model.rng import RNG
 from mlp_fast.model.sampling import (

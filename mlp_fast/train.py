@@ -1,10 +1,5 @@
 """`python -m mlp_fast.train`: trains the model and prints what the reference prints."""
 
-if __name__ == "__main__":
-    from mlp_fast.cli import begin
-
-    begin()
-
 import argparse
 import contextlib
 import dataclasses
@@ -19,8 +14,8 @@ import torch
 
 from mlp_fast import backends, distributed
 from mlp_fast.backends.base import Backend
-from mlp_fast.cli import run_main
-from mlp_fast.config import Config, Parser, add_config_arguments, config_from
+from mlp_fast.cli import Parser, add_config_arguments, config_from, run_main
+from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus, check_sizes, load_for
 from mlp_fast.corpus.tokenizer import Words
 from mlp_fast.errors import EXIT_NON_FINITE, EXIT_NOT_SAVED, UserError, report

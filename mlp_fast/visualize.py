@@ -8,11 +8,6 @@
 The pictures need matplotlib.
 """
 
-if __name__ == "__main__":
-    from mlp_fast.cli import begin
-
-    begin()
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
-from mlp_fast.cli import run_main
-from mlp_fast.config import Parser
+from mlp_fast.cli import Parser, run_main
 from mlp_fast.corpus.load import Vocabulary
 from mlp_fast.errors import UserError
 from mlp_fast.model.mlp import MLP

@@ -132,7 +132,7 @@ def test_a_signal_to_one_process_ends_all_saved_and_other_numbers_of_processes_g
 
 
 def parsed(arguments: list[str]) -> Config:
-    from mlp_fast.config import Parser, add_config_arguments, config_from
+    from mlp_fast.cli import Parser, add_config_arguments, config_from
 
     parser = Parser()
     add_config_arguments(parser)

@@ -1,15 +1,9 @@
 """`python -m mlp_fast.corpus fetch`: downloads the names corpus, checked, into the user's cache."""
 
-if __name__ == "__main__":
-    from mlp_fast.cli import begin
-
-    begin()
-
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlp_fast.cli import run_main
-from mlp_fast.config import Parser
+from mlp_fast.cli import Parser, run_main
 from mlp_fast.corpus import names
 from mlp_fast.errors import UserError
 from mlp_fast.files import shown
