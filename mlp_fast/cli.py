@@ -79,6 +79,12 @@ def config_from(arguments: argparse.Namespace) -> Config:
     return Config(**{name: value for name, value in vars(arguments).items() if name in names})
 
 
+def unescape(text: str) -> str:
+    r"""A prompt as typed in a shell: \n and \t stand for the characters, \\ for a backslash."""
+    placeholder = "\0"
+    return text.replace("\\\\", placeholder).replace("\\n", "\n").replace("\\t", "\t").replace(placeholder, "\\")
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits: its code, or that of a UserError or failed write, with one line on stderr."""
     open_missing_streams()

@@ -25,6 +25,7 @@ from mlp_fast.config import Config
 from mlp_fast.model.windows import WeightedWindows
 from mlp_fast.run import checkpoint
 from mlp_fast.run import folder as run_folder
+from mlp_fast.run import trainer as trainer_module
 from mlp_fast.run.interrupt import Interrupt, Interrupted
 from mlp_fast.run.resume import resume_command
 
@@ -97,7 +98,7 @@ def test_a_signal_waits_for_50_milliseconds_of_steps(corpus_folder: str, monkeyp
             return super().advance(steps)
 
     register(monkeypatch, Noting)
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: Clocked.now))
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: Clocked.now))
     options = ("--backend=clocked", "--num-steps=300", "--eval-every=300", "--hidden-size=2", "--batch-size=8")
     train.main([*options, "--quiet", f"--data={corpus_folder}"])
     assert sum(pieces) == 300

@@ -25,6 +25,7 @@ from mlp_fast.distributed import World
 from mlp_fast.errors import UserError
 from mlp_fast.model.mlp import Shape
 from mlp_fast.run import checkpoint
+from mlp_fast.run import trainer as trainer_module
 from mlp_fast.run.log import RunLog
 
 PROGRAM = str(Path(rank_program.__file__))
@@ -197,6 +198,7 @@ from torch.distributed import distributed_c10d
 from mlp_fast import distributed, train
 from mlp_fast.backends.eager import Eager
 from mlp_fast.run.folder import RunFolder
+from mlp_fast.run.trainer import Trainer
 
 def slow_once(cls, name, rank):
     method, pauses = getattr(cls, name), [4]
@@ -206,11 +208,11 @@ def slow_once(cls, name, rank):
         return method(*arguments)
     setattr(cls, name, slow)
 
-def run(trainer, method=train.Trainer.run):
+def run(trainer, method=Trainer.run):
     distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=2))  # once the processes have found each other
     return method(trainer)
 
-train.Trainer.run = run
+Trainer.run = run
 slow_once(Eager, "mean_loss", 1)
 slow_once(RunFolder, "save", 0)
 sys.exit(train.main(sys.argv[1:]))
@@ -335,7 +337,7 @@ def test_backends_say_whether_they_split_a_batch_and_auto_takes_one_that_does() 
 def test_a_batch_smaller_than_the_processes_is_refused(embedded_corpus: Corpus) -> None:
     config = Config(backend="eager", batch_size=1, quiet=True)
     with pytest.raises(UserError, match="--batch-size 1 is less than the 2 processes"):
-        train.Trainer(config, embedded_corpus, RunLog(config))
+        trainer_module.Trainer(config, embedded_corpus, RunLog(config))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 128, 1000])
