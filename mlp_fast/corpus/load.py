@@ -5,6 +5,7 @@ piece at a time, through numpy lookup tables: loading needs the file and its tap
 line or a character. Of more text than STREAMED_ABOVE, the tapes are files that are mapped into memory (cache.py).
 """
 
+import dataclasses
 import hashlib
 import json
 import stat
@@ -20,7 +21,8 @@ import torch
 
 from mlp_fast.config import Config
 from mlp_fast.corpus import cache, names, tokenizer
-from mlp_fast.corpus.split import SPLITS, Source, cut_between_tokens, split_file, split_mapped
+from mlp_fast.corpus.split import SPLITS, Source, mapped, whole
+from mlp_fast.corpus.split import split as split_text
 from mlp_fast.corpus.text import Reading, pieces, read, size
 from mlp_fast.corpus.tokenizer import Bytes, Characters, Utf8, Vocabulary, Words
 from mlp_fast.data import synthesize
@@ -90,8 +92,9 @@ def load(
     if data == "embedded":
         return _load_embedded(how)
     if data == "names":
-        path, texts = names.read()
-        return _assemble(data, texts, dict.fromkeys(SPLITS, path), how)
+        path, splits = names.read()
+        sources = {split: whole(text, how.kind) for split, text in splits.items()}
+        return _assemble(data, sources, dict.fromkeys(SPLITS, path), how)
     if not data:
         raise UserError("the name of the corpus is empty; give embedded, names, a folder or a text file")
     path = Path(data)
@@ -101,10 +104,13 @@ def load(
         paths = dict.fromkeys(SPLITS, path)
     if sum(map(size, dict.fromkeys(paths.values()))) > STREAMED_ABOVE[how.kind]:
         return _streamed(data, paths, how)
-    if _is_one(paths):
-        # No name is bound to the file's whole text, so that it is freed once its splits are made.
-        return _assemble(data, split_file(path, how), paths, how)
-    return _assemble(data, {split: read(paths[split], how.codec) for split in SPLITS}, paths, how)
+    if not _is_one(paths):
+        texts = {split: read(path, how.codec) for split, path in paths.items()}
+        return _assemble(data, {split: whole(text, how.kind) for split, text in texts.items()}, paths, how)
+    text = read(path, how.codec)
+    if how.split == "shuffled" and not text.endswith(b"\n"):
+        text += b"\n"  # the last line may land before another
+    return _assemble(data, split_text(text, path, how), paths, how)
 
 
 def check_sizes(corpus: Corpus, context_length: int, batch_size: int) -> None:
@@ -125,8 +131,13 @@ def check_sizes(corpus: Corpus, context_length: int, batch_size: int) -> None:
 
 def _load_embedded(how: Reading) -> Corpus:
     paths = {split: synthesize.EMBEDDED / f"{split}.txt" for split in SPLITS}
-    texts = {split: read(paths[split]) for split in SPLITS}
-    return _assemble("embedded", texts, paths, how, synthesize.embedded_process())
+    texts = {split: read(path) for split, path in paths.items()}
+    cost = None
+    if how.kind != "word":  # of text that is ASCII, a byte is a character
+        process = synthesize.embedded_process()
+        cost = {split: process.cost(text.decode()) for split, text in texts.items()}
+    sources = {split: whole(text, how.kind) for split, text in texts.items()}
+    return dataclasses.replace(_assemble("embedded", sources, paths, how), cost=cost)
 
 
 def _is_one(paths: dict[str, Path]) -> bool:
@@ -134,28 +145,26 @@ def _is_one(paths: dict[str, Path]) -> bool:
     return len(set(paths.values())) == 1
 
 
-def _assemble(
-    name: str,
-    texts: dict[str, Utf8],
-    paths: dict[str, Path],
-    how: Reading,
-    process: synthesize.CharacterProcess | None = None,
-) -> Corpus:
-    """Makes the vocabulary and the tapes in memory, emptying `texts` as it goes."""
-    # Of text that is ASCII, as the process' is, a byte is a character.
-    has_cost = process is not None and how.kind != "word"
-    cost = {split: process.cost(texts[split].decode()) for split in SPLITS} if process and has_cost else None
-    vocabulary: Vocabulary
-    tapes: dict[str, torch.Tensor]
+def _assemble(name: str, sources: dict[str, Source], paths: dict[str, Path], how: Reading) -> Corpus:
+    """The corpus of some splits, its tapes in memory."""
+    vocabulary = _vocabulary(sources, paths, how)
+
+    def tape(source: Source) -> torch.Tensor:
+        content = bytearray()  # grows by an eighth at a time; a list of pieces would be all of the tape once more
+        for piece in source():
+            content += vocabulary.encoded(piece).data
+        return torch.from_numpy(np.frombuffer(content, vocabulary.dtype))
+
+    tapes = {split: tape(sources[split]) for split in SPLITS}
+    return Corpus(name, vocabulary, tapes["train"], tapes["val"], tapes["test"], _fingerprint(vocabulary, tapes))
+
+
+def _vocabulary(sources: dict[str, Source], paths: dict[str, Path], how: Reading) -> Vocabulary:
     if how.kind == "char":
-        scanned = {split: tokenizer.distinct(tokenizer.decoded(texts[split])) for split in SPLITS}
-        vocabulary = characters = _characters({split: scanned[split][0] for split in SPLITS}, paths, how)
-        tapes = {split: characters.tape(texts.pop(split), scanned[split][1]) for split in SPLITS}
-    else:
-        vocabulary = _other_vocabulary(lambda: _words(texts["train"]), how)
-        tapes = {split: _tape(vocabulary, texts.pop(split)) for split in SPLITS}
-    fingerprint = _fingerprint(vocabulary, tapes)
-    return Corpus(name, vocabulary, tapes["train"], tapes["val"], tapes["test"], fingerprint, cost)
+        return _characters({split: tokenizer.distinct(sources[split]()) for split in SPLITS}, paths, how)
+    if how.vocabulary is not None:
+        return how.vocabulary
+    return Bytes() if how.kind == "byte" else Words.of(sources["train"](), how.min_count)
 
 
 def _characters(found: dict[str, str], paths: dict[str, Path], how: Reading) -> Characters:
@@ -178,22 +187,6 @@ def _characters(found: dict[str, str], paths: dict[str, Path], how: Reading) -> 
         if lacking:
             raise UserError(_first_place(paths[split or "train"], split, lacking, how))
     return Characters(known)
-
-
-def _other_vocabulary(train: Source, how: Reading) -> Vocabulary:
-    """The vocabulary of a corpus by bytes or words."""
-    if how.vocabulary is not None:
-        return how.vocabulary
-    return Bytes() if how.kind == "byte" else Words.of(train(), how.min_count)
-
-
-def _words(text: Utf8) -> Iterator[Utf8]:
-    return tokenizer.cut_at_spaces(tokenizer.slices(text))
-
-
-def _tape(vocabulary: Vocabulary, text: Utf8) -> torch.Tensor:
-    pieces = [np.empty(0, vocabulary.dtype), *map(vocabulary.encoded, _words(text))]
-    return torch.from_numpy(np.concatenate(pieces))
 
 
 def _fingerprint(vocabulary: Vocabulary, tapes: dict[str, torch.Tensor]) -> str:
@@ -234,12 +227,11 @@ def _streamed(name: str, paths: dict[str, Path], how: Reading) -> Corpus:
 
     def build(folder: Path) -> dict[str, Any]:
         if not _is_one(paths):
-            sources: dict[str, Source] = {
-                split: partial(cut_between_tokens, partial(pieces, paths[split], how.codec), how) for split in SPLITS
-            }
-            return _write(folder, sources, paths, how)
-        with split_mapped(paths["train"], how, folder / "text") as sources:
-            return _write(folder, sources, paths, how)
+            read_again: dict[str, Source] = {split: partial(_cut_file, path, how) for split, path in paths.items()}
+            return _write(folder, read_again, paths, how)
+        path = paths["train"]
+        with mapped(path, how, folder / "text") as text:
+            return _write(folder, split_text(text, path, how), paths, how)
 
     folder, description = cache.entry(key, build)
     vocabulary = tokenizer.from_json(description["vocabulary"])
@@ -247,13 +239,14 @@ def _streamed(name: str, paths: dict[str, Path], how: Reading) -> Corpus:
     return Corpus(name, vocabulary, tapes["train"], tapes["val"], tapes["test"], description["fingerprint"])
 
 
+def _cut_file(path: Path, how: Reading) -> Iterator[Utf8]:
+    """The text of a file in pieces cut between tokens, never all of it in memory."""
+    return tokenizer.cut_at_spaces(pieces(path, how.codec)) if how.kind == "word" else pieces(path, how.codec)
+
+
 def _write(folder: Path, sources: dict[str, Source], paths: dict[str, Path], how: Reading) -> dict[str, Any]:
     """Writes the tapes of a corpus into a folder; returns the description of a cache entry."""
-    vocabulary: Vocabulary
-    if how.kind == "char":
-        vocabulary = _characters({split: tokenizer.distinct(sources[split]())[0] for split in SPLITS}, paths, how)
-    else:
-        vocabulary = _other_vocabulary(sources["train"], how)
+    vocabulary = _vocabulary(sources, paths, how)
     sizes = {split: cache.write_tape(folder / split, map(vocabulary.encoded, sources[split]())) for split in SPLITS}
     tapes = {split: cache.map_tape(folder / split, vocabulary.dtype) for split in SPLITS}
     return {"vocabulary": vocabulary.as_json(), "fingerprint": _fingerprint(vocabulary, tapes), "bytes": sizes}

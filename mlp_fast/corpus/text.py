@@ -6,7 +6,7 @@ Text stays bytes throughout, and is decoded a piece at a time: reading never mak
 import codecs
 import itertools
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,11 @@ class Reading:
 
 
 def read(path: Path, codec: str | None = "utf-8") -> Utf8:
-    """A whole file; see pieces()."""
-    return joined(pieces(path, codec))
+    """A whole file; see pieces(). Memory: the text, and an eighth more while it grows."""
+    text = bytearray()
+    for piece in pieces(path, codec):
+        text += piece
+    return text
 
 
 def pieces(path: Path, codec: str | None = "utf-8") -> Iterator[Utf8]:
@@ -88,14 +91,6 @@ def size(path: Path) -> int:
         kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, socket or device"
         raise UserError(f"{shown(path)} is {kind}, not a text file")
     return path.stat().st_size
-
-
-def joined(pieces: Iterable[Utf8]) -> bytearray:
-    """The pieces as one text; memory: the text, and an eighth more while it grows."""
-    text = bytearray()
-    for piece in pieces:
-        text += piece
-    return text
 
 
 def _whole(path: Path, chunk: bytes, offset: int, *, final: bool) -> int:
