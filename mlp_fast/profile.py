@@ -22,7 +22,7 @@ from mlp_fast.config import RUN_ONLY
 from mlp_fast.errors import UserError
 from mlp_fast.files import check_writable
 from mlp_fast.measure import machine
-from mlp_fast.measure.profiling import WarmSteps, external_commands, proton_missing
+from mlp_fast.measure.profiling import WarmSteps, external_commands, profile_steps, proton_missing
 from mlp_fast.measure.timing import seconds, subject
 from mlp_fast.model.state import TrainState
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Proton: proton-viewer -m time/us,count {arguments.proton}.hatchet")
         return 0
     wall = 1e6 * seconds(warm.run) / arguments.steps
-    summary = warm.profiled(trace)
+    summary = profile_steps(backend, arguments.steps, trace)
     print(f"{summary.table(arguments.top)}\n{wall:.2f} us a step without it\n")
     print(f"Chrome trace: {trace} (open it in https://ui.perfetto.dev)")
     if reason := proton_missing(device):

@@ -295,7 +295,7 @@ torch.ones(3).sum()
 before = threads()
 try:
     with distributed.joined() as world, world.agreed():
-        world.meet()
+        world.barrier()
         assert threads() != before
         if sys.argv[1] == "failing":
             raise UserError("on purpose")
@@ -343,9 +343,9 @@ def test_a_batch_smaller_than_the_processes_is_refused(embedded_corpus: Corpus) 
 @pytest.mark.parametrize("count", [1, 2, 7, 128, 1000])
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
 def test_shares_are_whole_disjoint_and_even(count: int, size: int) -> None:
-    shares = [World(rank, size).share(count) for rank in range(size)]
-    assert [row for share in shares for row in range(count)[share]] == list(range(count))
-    lengths = [share.stop - share.start for share in shares]
+    shards = [World(rank, size).shard(count) for rank in range(size)]
+    assert [row for share in shards for row in range(count)[share]] == list(range(count))
+    lengths = [share.stop - share.start for share in shards]
     assert max(lengths) - min(lengths) <= 1
     assert count < size or min(lengths) > 0
 
@@ -353,8 +353,8 @@ def test_shares_are_whole_disjoint_and_even(count: int, size: int) -> None:
 def test_one_process_has_nothing_to_agree_on() -> None:
     world = World()
     gradient = torch.arange(3.0)
-    world.sum_gradients([gradient])
-    world.meet()
+    world.all_reduce_gradients([gradient])
+    world.barrier()
     assert gradient.tolist() == [0, 1, 2]
     assert world.mean(3.5, 2) == 3.5
     assert world.max(2.5) == 2.5

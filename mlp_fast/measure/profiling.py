@@ -5,7 +5,8 @@ import importlib.util
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,9 @@ def summarise(trace: dict[str, Any], steps: int) -> Summary:
     device = bool(work)
     if device:
         own = [(event["name"], event["dur"]) for event in work]
-        launches = len(work)
     else:
         work = [event for event in inside if event.get("cat") == "cpu_op"]
         own = _own_times([event for event in inside if event.get("cat") in ("cpu_op", "user_annotation")])
-        launches = len(work)
     host = sum(
         any(name in event["name"] for name in LAUNCHES)
         for event in inside
@@ -124,7 +123,7 @@ def summarise(trace: dict[str, Any], steps: int) -> Summary:
     rows = [Row(name, count[name] / steps, time / steps, time / steps / wall) for name, time in total.items()]
     rows.sort(key=lambda row: -row.microseconds)
     busy, largest_gap = _busy([(event["ts"], event["ts"] + event["dur"]) for event in work], start, end)
-    return Summary(device, wall, busy / steps, largest_gap, launches / steps, host / steps, rows)
+    return Summary(device, wall, busy / steps, largest_gap, len(work) / steps, host / steps, rows)
 
 
 def _busy(intervals: list[tuple[float, float]], start: float, end: float) -> tuple[float, float]:
@@ -164,17 +163,9 @@ def _own_times(events: list[dict[str, Any]]) -> list[tuple[str, float]]:
     return result
 
 
-@contextlib.contextmanager
-def nvtx(name: str, device: torch.device) -> Iterator[None]:
+def nvtx(name: str, device: torch.device) -> AbstractContextManager[Any]:
     """An NVTX range, on CUDA."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.nvtx.range_push(name)
-    try:
-        yield
-    finally:
-        torch.cuda.nvtx.range_pop()
+    return torch.cuda.nvtx.range(name) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def profile_steps(backend: Backend, steps: int, trace: Path) -> Summary:
@@ -214,10 +205,6 @@ class WarmSteps:
         with nvtx(STEPS_RANGE, self.backend.device):
             self.backend.advance(self.steps)
             self.backend.synchronize()
-
-    def profiled(self, trace: Path) -> Summary:
-        """Does them under torch.profiler and writes the Chrome trace."""
-        return profile_steps(self.backend, self.steps, trace)
 
     def for_external_profiler(self) -> None:
         """Does them between cudaProfilerStart and cudaProfilerStop, on CUDA."""

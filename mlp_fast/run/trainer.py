@@ -161,7 +161,7 @@ class Trainer:
             self._save()
         except Interrupted:
             self._save()
-            self.world.meet()  # torchrun ends all processes once one has ended: not before rank 0 has saved
+            self.world.barrier()  # torchrun ends all processes once one has ended: not before rank 0 has saved
             raise
         with self.world.agreed():  # rank 0 alone has looked at the whole state, to save it
             self._require_finite()
@@ -185,7 +185,7 @@ class Trainer:
 
     def _advance(self, end: int) -> None:
         """Trains up to step `end`, a piece at a time: between two pieces a signal raises Interrupted."""
-        self.world.meet()  # rank 0 may take longer to write than a step may wait
+        self.world.barrier()  # rank 0 may take longer to write than a step may wait
         while self.step < end:
             count = min(self.piece, end - self.step)
             start = time.perf_counter()
