@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 import re
 import sys
 import typing
@@ -87,6 +88,8 @@ def unescape(text: str) -> str:
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits: its code, or that of a UserError or failed write, with one line on stderr."""
+    gc.freeze()  # what was imported, also for the collections at exit
+    gc.enable()
     open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the terminal's encoding

@@ -110,7 +110,7 @@ def load(
     text = read(path, how.codec)
     if how.split == "shuffled" and not text.endswith(b"\n"):
         text += b"\n"  # the last line may land before another
-    return _assemble(data, split_text(text, path, how), paths, how)
+    return _assemble(data, split_text(text, path, how), paths, how, whole(text, how.kind))
 
 
 def check_sizes(corpus: Corpus, context_length: int, batch_size: int) -> None:
@@ -145,9 +145,11 @@ def _is_one(paths: dict[str, Path]) -> bool:
     return len(set(paths.values())) == 1
 
 
-def _assemble(name: str, sources: dict[str, Source], paths: dict[str, Path], how: Reading) -> Corpus:
-    """The corpus of some splits, its tapes in memory."""
-    vocabulary = _vocabulary(sources, paths, how)
+def _assemble(
+    name: str, sources: dict[str, Source], paths: dict[str, Path], how: Reading, text: Source | None = None
+) -> Corpus:
+    """The corpus of some splits, of `text` where they are of one, its tapes in memory."""
+    vocabulary = _vocabulary(sources, paths, how, text)
 
     def tape(source: Source) -> torch.Tensor:
         content = bytearray()  # grows by an eighth at a time; a list of pieces would be all of the tape once more
@@ -159,9 +161,10 @@ def _assemble(name: str, sources: dict[str, Source], paths: dict[str, Path], how
     return Corpus(name, vocabulary, tapes["train"], tapes["val"], tapes["test"], _fingerprint(vocabulary, tapes))
 
 
-def _vocabulary(sources: dict[str, Source], paths: dict[str, Path], how: Reading) -> Vocabulary:
+def _vocabulary(sources: dict[str, Source], paths: dict[str, Path], how: Reading, text: Source | None) -> Vocabulary:
     if how.kind == "char":
-        return _characters({split: tokenizer.distinct(sources[split]()) for split in SPLITS}, paths, how)
+        scanned = sources if text is None else {"": text}  # in its order: quicker than line by line
+        return _characters({split: tokenizer.distinct(source()) for split, source in scanned.items()}, paths, how)
     if how.vocabulary is not None:
         return how.vocabulary
     return Bytes() if how.kind == "byte" else Words.of(sources["train"](), how.min_count)
@@ -231,7 +234,7 @@ def _streamed(name: str, paths: dict[str, Path], how: Reading) -> Corpus:
             return _write(folder, read_again, paths, how)
         path = paths["train"]
         with mapped(path, how, folder / "text") as text:
-            return _write(folder, split_text(text, path, how), paths, how)
+            return _write(folder, split_text(text, path, how), paths, how, whole(text, how.kind))
 
     folder, description = cache.entry(key, build)
     vocabulary = tokenizer.from_json(description["vocabulary"])
@@ -244,9 +247,11 @@ def _cut_file(path: Path, how: Reading) -> Iterator[Utf8]:
     return tokenizer.cut_at_spaces(pieces(path, how.codec)) if how.kind == "word" else pieces(path, how.codec)
 
 
-def _write(folder: Path, sources: dict[str, Source], paths: dict[str, Path], how: Reading) -> dict[str, Any]:
+def _write(
+    folder: Path, sources: dict[str, Source], paths: dict[str, Path], how: Reading, text: Source | None = None
+) -> dict[str, Any]:
     """Writes the tapes of a corpus into a folder; returns the description of a cache entry."""
-    vocabulary = _vocabulary(sources, paths, how)
+    vocabulary = _vocabulary(sources, paths, how, text)
     sizes = {split: cache.write_tape(folder / split, map(vocabulary.encoded, sources[split]())) for split in SPLITS}
     tapes = {split: cache.map_tape(folder / split, vocabulary.dtype) for split in SPLITS}
     return {"vocabulary": vocabulary.as_json(), "fingerprint": _fingerprint(vocabulary, tapes), "bytes": sizes}
