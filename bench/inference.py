@@ -13,11 +13,12 @@ from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
 from mlp_fast.corpus.load import Corpus, load
+from mlp_fast.corpus.prompt import default_prompt
 from mlp_fast.measure.equivalence import BASELINE, Verifier, require
 from mlp_fast.measure.timing import Spread, seconds
 from mlp_fast.model.mlp import MLP, Shape
 from mlp_fast.model.rng import RNG
-from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED, default_prompt
+from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED
 from mlp_fast.model.windows import Tape, evaluated_windows
 
 # Some work, and how far what it returned is from what the model, in float64, gives.

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from mlp_fast.cli import run_main
-from mlp_fast.config import Config, Parser, add_config_arguments, config_from
+from mlp_fast.cli import Parser, add_config_arguments, config_from, run_main
+from mlp_fast.config import Config
 from mlp_fast.corpus.load import load
 from mlp_fast.model.mlp import MLPRaw, Shape, initial_parameters
 from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rate

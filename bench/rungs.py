@@ -32,9 +32,9 @@ from bench.floor import form_of, step_cost
 from bench.interpreter import prepare_once
 from mlp_fast import backends
 from mlp_fast.cli import run_main
-from mlp_fast.compare import compare
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
+from mlp_fast.measure.comparison import compare
 from mlp_fast.measure.timing import subject
 from mlp_fast.model.state import TrainState
 

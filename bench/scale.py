@@ -19,8 +19,8 @@ from bench import floor, generate_words
 from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, spread_ms
 from bench.steps import Setting, step_case
 from mlp_fast import backends, distributed, train
-from mlp_fast.cli import run_main
-from mlp_fast.config import Config, Parser, add_config_arguments, config_from
+from mlp_fast.cli import Parser, add_config_arguments, config_from, run_main
+from mlp_fast.config import Config
 from mlp_fast.corpus import cache as token_cache
 from mlp_fast.measure import machine
 from mlp_fast.measure.equivalence import BASELINE, NotEquivalent, require

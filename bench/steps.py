@@ -19,10 +19,10 @@ from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import load
 from mlp_fast.measure.equivalence import BASELINE, Verifier, require
+from mlp_fast.measure.profiling import profile_steps
 from mlp_fast.measure.timing import Candidate, Spread, measure, seconds
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.windows import Tape
-from mlp_fast.profile import profile_steps
 
 REFERENCE = "reference-loop"  # eager-raw on batches from Python lists, bench/reference_loop.py
 SWEPT_SIZES = (128, 256, 512, 1024, 2048, 4096)

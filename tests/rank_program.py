@@ -17,7 +17,7 @@ from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus
 from mlp_fast.corpus.tokenizer import Characters
 from mlp_fast.run.log import RunLog
-from mlp_fast.train import Trainer
+from mlp_fast.run.trainer import Trainer
 
 STEPS = 200
 V = 30

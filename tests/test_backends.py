@@ -16,7 +16,7 @@ from mlp_fast.model.mlp import Shape
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape, evaluated_windows
 from mlp_fast.run.log import RunLog
-from mlp_fast.train import Trainer
+from mlp_fast.run.trainer import Trainer
 
 DEFAULT = Shape(V=27, T=3, E=48, H=512)
 EAGER = ("eager-raw", "eager")

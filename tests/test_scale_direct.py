@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from mlp_fast import backends
 from mlp_fast.backends.compiled import forward
-from mlp_fast.config import Config, Parser, add_config_arguments, config_from
+from mlp_fast.cli import Parser, add_config_arguments, config_from
+from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.model.manual_step import loss_and_gradients
 from mlp_fast.model.mlp import B1, B2, DIRECT, MLP, W1, W2, WTE, MLPRaw, Shape, initial_parameters

@@ -98,7 +98,7 @@ class Backend(ABC):
 
     def shared_mean_loss(self, windows: WeightedWindows) -> float:
         """mean_loss of all windows, of which every process of the run computes its share; the same on all."""
-        mine = windows.part(self.world.share(len(windows.rows)))
+        mine = windows.part(self.world.shard(len(windows.rows)))
         return self.world.mean(self.mean_loss(mine) if mine.weight else 0.0, mine.weight)
 
     def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:

@@ -53,7 +53,7 @@ class AutogradLoop(Backend):
             # Compiles without the others: their compilers may take their time.
             self._gradients(self.step)
             self.optimizer.zero_grad(set_to_none=True)
-            self.world.meet()
+            self.world.barrier()
         super().prepare()
 
     def advance(self, steps: int) -> Tensor:
@@ -62,15 +62,15 @@ class AutogradLoop(Backend):
         for i in range(steps):
             self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.config)
             losses[i] = self._gradients(self.step)
-            self.world.sum_gradients([tensor.grad for tensor in tensors if tensor.grad is not None])
+            self.world.all_reduce_gradients([tensor.grad for tensor in tensors if tensor.grad is not None])
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
-        return self.world.sum_(losses)
+        return self.world.all_reduce_(losses)
 
     def _gradients(self, step: int) -> Tensor:
         """Adds this rank's part of a step's gradients to .grad; returns its part of the batch loss."""
-        part = self.world.share(self.config.batch_size)
+        part = self.world.shard(self.config.batch_size)
         contexts, targets = self.tape.batch(step, self.config.batch_size, part)
         loss = self.loss(contexts, targets)
         if self.world.size > 1:

@@ -39,7 +39,7 @@ class TritonOp(DeviceLoop):
 
     def _gradients(self) -> tuple[Tensor, list[Tensor]]:
         """This rank's part of the batch loss, and of the gradients."""
-        contexts, targets = self.tape.batch(self.step, self.config.batch_size, self.world.share(self.config.batch_size))
+        contexts, targets = self.tape.batch(self.step, self.config.batch_size, self.world.shard(self.config.batch_size))
         _, loss = self.model(contexts, targets)
         if self.world.size > 1:
             loss = loss * (len(targets) / self.config.batch_size)
@@ -47,7 +47,7 @@ class TritonOp(DeviceLoop):
 
     def _step(self) -> None:
         loss, gradients = self._gradients()
-        self.world.sum_gradients(gradients)
+        self.world.all_reduce_gradients(gradients)
         lr = self.rates.index_select(0, self.step)
         self.losses.index_copy_(0, self.step % self.GRAPH_STEPS, loss.view(1))
         self.step += 1  # AdamW counts its updates from 1
@@ -66,13 +66,13 @@ class TritonOp(DeviceLoop):
     def prepare(self) -> None:
         if self.world.size > 1:
             self._gradients()  # compiles without the others: their compilers may take their time
-            self.world.meet()
+            self.world.barrier()
         super().prepare()
         if self.device.type == "cuda" and self.world.size == 1:
             self.graph = StepGraph(self._step, self.GRAPH_STEPS)
 
     def advance(self, steps: int) -> Tensor:
-        return self.world.sum_(super().advance(steps))
+        return self.world.all_reduce_(super().advance(steps))
 
     def logits(self, contexts: Tensor) -> Tensor:
         with torch.no_grad():

@@ -3,7 +3,7 @@
 `step-00001000.safetensors` holds the parameters under the nn.Module's state_dict names, AdamW's moments under
 "exp_avg." and "exp_avg_sq." + name, and in its metadata a JSON document (format version, step, config, vocabulary, the
 corpus' fingerprint and beginning, the latest evaluation) and a SHA-256 over this document and every tensor. The file
-appears whole or not at all. Which files a run keeps is run_folder's business.
+appears whole or not at all. Which files a run keeps, folder.py decides.
 """
 
 import dataclasses
