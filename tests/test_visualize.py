@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mlp_fast import train, visualize
+from mlp_fast.corpus import prompt
 from mlp_fast.corpus.tokenizer import Bytes, Characters
 from mlp_fast.errors import EXIT_USER_ERROR, UserError
 from mlp_fast.model.graph import computation_graph, summary
