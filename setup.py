@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 CSRC = Path("kernels/csrc")
-SOURCES = [CSRC / "train_step.c", CSRC / "train_step_simd.h"]
+SOURCES = sorted(CSRC.glob("*.[ch]"))
 
 # The C kernel of the backend `native`: a plain shared library for ctypes, in the guise of an extension module.
 # optional: without a compiler the installation goes on, and `native` says why it is unavailable.
@@ -14,8 +14,8 @@ SOURCES = [CSRC / "train_step.c", CSRC / "train_step_simd.h"]
 # and infinity must stay what they are.
 NATIVE = Extension(
     "mlp_fast.kernels._train_step",
-    sources=[str(SOURCES[0])],
-    depends=[str(SOURCES[1])],
+    sources=[str(CSRC / "train_step.c")],
+    depends=[str(path) for path in CSRC.glob("*.h")],
     define_macros=[("SOURCE_CRC", str(zlib.crc32(b"".join(path.read_bytes() for path in SOURCES))))],
     extra_compile_args=[
         "-std=gnu11",

@@ -80,11 +80,13 @@ class Case:
         group: one of GROUPS.
         id: unique in its group.
         run: does it with a timer and the machine's probes; raises Skipped or NotEquivalent.
+        slow: it takes minutes to prepare, so it is measured after all others.
     """
 
     group: str
     id: str
     run: Callable[[Timer, floor.Probes], Entry] = field(repr=False, compare=False)
+    slow: bool = False
 
     def entry(self, timer: Timer, probes: floor.Probes) -> Entry:
         """The result: group and id; `per`, the unit; `ms`, its Spread; and what else the group has to say."""

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlp_fast.model.manual_step import chosen_form
+from mlp_fast.kernels._model import choose_form
 from mlp_fast.model.mlp import Shape
 
 ADAMW_OPERATIONS = 14  # an element: 3 first moment, 4 second, 7 update
@@ -76,7 +76,7 @@ def step_cost(shape: Shape, batch_size: int, form: str) -> Cost:
 
 def form_of(backend: str, form: str, shape: Shape, batch_size: int) -> str:
     """The form that a backend computes: autograd's is the gather form."""
-    return "gather" if backend in GATHER_BACKENDS else chosen_form(form, shape.V, batch_size)
+    return "gather" if backend in GATHER_BACKENDS else choose_form(form, batch_size, shape.V)
 
 
 def step_floor(

@@ -13,10 +13,12 @@ from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
 from mlp_fast.corpus.load import Corpus, load
-from mlp_fast.measure.timing import BASELINE, Judge, Spread, require, seconds
+from mlp_fast.corpus.prompt import default_prompt
+from mlp_fast.measure.equivalence import BASELINE, Verifier, require
+from mlp_fast.measure.timing import Spread, seconds
 from mlp_fast.model.mlp import MLP, Shape
 from mlp_fast.model.rng import RNG
-from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED, default_prompt
+from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED
 from mlp_fast.model.windows import Tape, evaluated_windows
 
 # Some work, and how far what it returned is from what the model, in float64, gives.
@@ -29,19 +31,19 @@ def _backend_case(group: str, name: str, per: str, plan: Plan, task_of: Callable
     def run(timer: Timer, probes: floor.Probes) -> Entry:
         corpus = load("embedded")
         config = plan.config()
-        shape = Shape(len(corpus.vocabulary), config.context_length, config.embedding_size, config.hidden_size)
+        shape = Shape.of(config, len(corpus.vocabulary))
         tape = Tape(corpus.train, config.context_length)
-        judge = Judge(config, shape, tape)
-        model = MLP(shape, judge.initial.parameters).double()
+        verifier = Verifier(config, shape, tape)
+        model = MLP(shape, verifier.initial.parameters).double()
 
         def made(chosen: str) -> Callable[[], object]:
             settings = dataclasses.replace(config, backend=chosen)
-            reason = backends.obstacle(chosen, settings, shape)
+            reason = backends.unsupported(chosen, settings, shape)
             if reason is not None:
                 raise Skipped(reason)
-            backend = backends.create(settings, shape, tape, judge.initial)
+            backend = backends.create(settings, shape, tape, verifier.initial)
             backend.prepare()
-            judge.check(backend)
+            verifier.check(backend)
             work, error = task_of(backend, corpus, model)
             require(chosen, f"its {group}", error(work()), TOLERANCE)
 

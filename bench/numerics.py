@@ -133,7 +133,7 @@ class Run:
 def train(arithmetic: Arithmetic, config: Config, corpus: Corpus) -> Run:
     """config.num_steps steps of the model in an arithmetic, on the CPU."""
     T, B = config.context_length, config.batch_size
-    shape = Shape(len(corpus.vocabulary), T, config.embedding_size, config.hidden_size)
+    shape = Shape.of(config, len(corpus.vocabulary))
     initial, tape = TrainState.initial(shape, config.seed), Tape(corpus.train, T)
     parameters, exp_avg, exp_avg_sq = (
         {name: tensor.to(arithmetic.dtype) for name, tensor in part.items()}

@@ -1,4 +1,5 @@
-"""The fused operators as cases, each beside the same function in plain torch; on CUDA both are captured in a graph.
+"""The fused operators as cases, each beside the same function in plain torch and, where there is one, beside its naive
+kernel; on CUDA all are captured in a graph.
 
 So what is timed is the device's time for kernels back to back, and not how fast the host launches them. Both sides are
 compared with float64 first: error(fused) <= 2 * error(torch) + 1e-6, relative to the largest number, in every result.
@@ -15,12 +16,14 @@ from bench import floor
 from bench.case import Case, Entry, Plan, Timer
 from mlp_fast import ops
 from mlp_fast.config import Config
-from mlp_fast.measure.timing import NotEquivalent, Spread, seconds
+from mlp_fast.measure.equivalence import NotEquivalent
+from mlp_fast.measure.timing import Spread, seconds
 from mlp_fast.model.mlp import B1, B2, W1, W2, WTE, Shape, initial_parameters
 from mlp_fast.model.schedule import BETA1, BETA2, EPS
 
 CALLS = 100  # in a captured graph
 TORCH, COMPILE, COPY, EMPTY = "torch", "torch.compile", "copy of as many bytes", "an empty kernel"
+NAIVE = "naive kernel"
 CHUNKED = "F.linear_cross_entropy"  # in chunks of rows, without all logits in memory
 LARGE_BATCH = 65_536
 V = 27
@@ -34,7 +37,7 @@ def _inputs(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
     """Parameters that need gradients, tokens, targets and hidden activations: the same numbers in every dtype."""
     B, T = config.batch_size, config.context_length
     generator = torch.Generator().manual_seed(1)
-    named = initial_parameters(Shape(V, T, config.embedding_size, config.hidden_size), config.seed)
+    named = initial_parameters(Shape.of(config, V), config.seed)
     tensors = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in named.items()}
     hidden = torch.rand(B, config.hidden_size, generator=generator) * 2 - 1
     tensors["h"] = hidden.to(device, dtype).requires_grad_()
@@ -78,24 +81,42 @@ def _linear_cross_entropy(backward: bool) -> Maker:
     return make
 
 
-def _adamw(config: Config, device: torch.device, dtype: torch.dtype, fused: bool) -> Work:
-    """The first update, over and over: the parameters that it returns are those after the first."""
+def _updated(config: Config, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Parameters with gradients."""
     x = _inputs(config, device, dtype)
     params = [x[name].detach().requires_grad_() for name in (WTE, W1, B1, W2, B2)]
     for p in params:
         p.grad = torch.sin(torch.arange(p.numel(), device=device, dtype=dtype)).view_as(p) * 1e-2
+    return params
+
+
+def _adamw_by(update: Callable[..., None], config: Config, device: torch.device, dtype: torch.dtype) -> Work:
+    """An update by a function with the arguments of kernels.adamw.adamw()."""
+    params = _updated(config, device, dtype)
     grads = [p.grad for p in params if p.grad is not None]
-    lr, decay = config.learning_rate, config.weight_decay
+    first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    step, rate = torch.ones(1, device=device), torch.full((1,), config.learning_rate, device=device)
+
+    def work() -> list[Tensor]:
+        held = [p.detach() for p in params]
+        update(held, grads, first, second, step, rate, BETA1, BETA2, EPS, config.weight_decay)
+        return held
+
+    return work
+
+
+def _fused_adamw(
+    params: list[Tensor], grads: list[Tensor], first: list[Tensor], second: list[Tensor], step: Tensor,
+    lr: Tensor, beta1: float, beta2: float, eps: float, decay: float,
+) -> None:  # fmt: skip
+    ops.adamw_(params, grads, first, second, step, lr, betas=(beta1, beta2), eps=eps, weight_decay=decay)
+
+
+def _adamw(config: Config, device: torch.device, dtype: torch.dtype, fused: bool) -> Work:
+    """The first update, over and over: the parameters that it returns are those after the first."""
     if fused:
-        first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
-        step, rate = torch.ones(1, device=device), torch.full((1,), lr, device=device)
-
-        def work() -> list[Tensor]:
-            held = [p.detach() for p in params]
-            ops.adamw_(held, grads, first, second, step, rate, betas=(BETA1, BETA2), eps=EPS, weight_decay=decay)
-            return held
-
-        return work
+        return _adamw_by(_fused_adamw, config, device, dtype)
+    params, lr, decay = _updated(config, device, dtype), config.learning_rate, config.weight_decay
     cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(
         params, lr, betas=(BETA1, BETA2), eps=EPS, weight_decay=decay, fused=cuda or None, capturable=cuda
@@ -252,6 +273,38 @@ def _empty_kernel(config: Config, device: torch.device) -> Callable[[], object]:
     return lambda: torch.cuda._sleep(0)
 
 
+def naive_embed_linear_tanh(config: Config, device: torch.device) -> Work:
+    """Version 1 of kernels/embed_linear_tanh.py."""
+    from mlp_fast.kernels.embed_linear_tanh import embed_linear_tanh_1
+
+    x = _inputs(config, device, torch.float32)
+    return lambda: [embed_linear_tanh_1(x["idx"], x[WTE].detach(), x[W1].detach(), x[B1].detach())]
+
+
+def naive_linear_cross_entropy(config: Config, device: torch.device) -> Work:
+    """Version 1 of kernels/linear_cross_entropy.py."""
+    from mlp_fast.kernels.linear_cross_entropy import linear_cross_entropy_1
+
+    x = _inputs(config, device, torch.float32)
+    return lambda: [linear_cross_entropy_1(x["h"].detach(), x[W2].detach(), x[B2].detach(), x["targets"])]
+
+
+def naive_adamw(config: Config, device: torch.device) -> Work:
+    """Version 1 of kernels/adamw.py."""
+    from mlp_fast.kernels.adamw import adamw_1
+
+    return _adamw_by(adamw_1, config, device, torch.float32)
+
+
+# The naive kernels, which are forward passes and an update, beside the operators that compute the same.
+NAIVE_WORKS: dict[str, Callable[[Config, torch.device], Work]] = {
+    "embed_linear_tanh-table": naive_embed_linear_tanh,
+    "embed_linear_tanh-gather": naive_embed_linear_tanh,
+    "linear_cross_entropy": naive_linear_cross_entropy,
+    "adamw": naive_adamw,
+}
+
+
 def ceiling_cases(plan: Plan) -> Iterator[Case]:
     """The forward pass beside the ceilings of a large and of a small batch, and the memory of both passes."""
     forward, both = OPERATORS["embed_linear_tanh-table"], OPERATORS["embed_linear_tanh-table-and-backward"]
@@ -270,6 +323,8 @@ def kernel_cases(plan: Plan) -> Iterator[Case]:
             if name == "adamw" and precision != "fp32":
                 continue  # it has no products
             backward = name.endswith("backward")
-            more = _chunked(backward) if name.startswith("linear_cross_entropy") else None
+            more = _chunked(backward) if name.startswith("linear_cross_entropy") else {}
+            if name in NAIVE_WORKS and precision == "fp32" and plan.device != "cpu":
+                more = more | {NAIVE: NAIVE_WORKS[name]}
             yield operator_case(name, make, plan.config(precision=precision), plan, more)
     yield from ceiling_cases(plan)

@@ -13,7 +13,8 @@ import torch
 from bench import floor
 from bench.case import Case, Entry, Plan, Skipped, Timer
 from bench.steps import REFERENCE
-from mlp_fast.measure.timing import Spread, require, seconds
+from mlp_fast.measure.equivalence import require
+from mlp_fast.measure.timing import Spread, seconds
 
 # The test loss after so many steps at the default settings on the embedded corpus, as bench.reference_loop prints it.
 TEST_LOSS = {20: 2.921876, 40: 2.766121, 5000: 2.425677, 50000: 2.388702}

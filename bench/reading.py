@@ -11,7 +11,8 @@ from bench.case import Case, Entry, Plan, Timer
 from bench.floor import Probes
 from mlp_fast.corpus import load as corpus
 from mlp_fast.data import synthesize
-from mlp_fast.measure.timing import NotEquivalent, Spread, seconds
+from mlp_fast.measure.equivalence import NotEquivalent
+from mlp_fast.measure.timing import Spread, seconds
 
 ENGLISH, CHINESE = synthesize.EMBEDDED / "train.txt", "天地玄黄宇宙洪荒日月盈昃辰宿列张\n"
 

@@ -27,7 +27,7 @@ from mlp_fast.cli import run_main
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import load
 from mlp_fast.errors import UserError
-from mlp_fast.measure.timing import NotEquivalent
+from mlp_fast.measure.equivalence import NotEquivalent
 
 COMPARED_STEPS = 500
 ARITHMETIC_STEPS = 1000
@@ -40,31 +40,31 @@ def record(plan: Plan, groups: Sequence[str], path: Path, *, budget: float | Non
         plan: how much, and where.
         groups: some of suite.GROUPS.
         path: of the recording.
-        budget: seconds, of which cases may use four fifths: none is begun after that, and what is left out is noted
-            as skipped.
+        budget: seconds, of which cases may use four fifths: none is begun after that, no slow one after half, and what
+            is left out is noted as skipped.
     """
     start = time.perf_counter()
     recording = Recording.begin(torch.device(plan.device), dry=plan.dry)
-    for group in groups:
-        for case in cases(group, plan):
-            if budget is not None and time.perf_counter() - start >= 0.8 * budget:
-                recording.skipped.append((group, case.id, f"the budget of {budget:g} s was spent"))
-                continue
-            begun = time.perf_counter()
-            try:
-                entry = recording.add(case, plain_timer)
-            except Skipped as reason:
-                outcome = f"skipped: {reason}"
-            except NotEquivalent as reason:
-                outcome = f"no number: {reason}"
-            except Exception as error:  # of a compiler or a device; the other cases have numbers all the same
-                outcome = failure(error)
-                traceback.print_exc()
-            else:
-                outcome = f"{entry['ms']['median']:.4f} ms per {entry['per']}"
-            recording.save(path)
-            print(f"{group:10} {case.id:36} {outcome}  [{time.perf_counter() - begun:.1f} s]", flush=True)
+    planned = [(group, case) for group in groups for case in cases(group, plan)]
+    for group, case in sorted(planned, key=lambda one: one[1].slow):
+        if budget is not None and time.perf_counter() - start >= (0.5 if case.slow else 0.8) * budget:
+            recording.skipped.append((group, case.id, f"the budget of {budget:g} s was spent"))
+            continue
+        begun = time.perf_counter()
+        try:
+            entry = recording.add(case, plain_timer)
+        except Skipped as reason:
+            outcome = f"skipped: {reason}"
+        except NotEquivalent as reason:
+            outcome = f"no number: {reason}"
+        except Exception as error:  # of a compiler or a device; the other cases have numbers all the same
+            outcome = failure(error)
+            traceback.print_exc()
+        else:
+            outcome = f"{entry['ms']['median']:.4f} ms per {entry['per']}"
         recording.save(path)
+        print(f"{group:10} {case.id:36} {outcome}  [{time.perf_counter() - begun:.1f} s]", flush=True)
+    recording.save(path)
     return recording
 
 
@@ -97,7 +97,7 @@ def comparison(plan: Plan) -> dict[str, Any]:
     config = plan.config(num_steps=20 if plan.dry else COMPARED_STEPS)
     # On CUDA Inductor takes minutes to compile all; one stands for the others.
     left_out = ("compile-raw", "compile") if plan.device == "cuda" or plan.dry else ()
-    here = [n for n in backends.REGISTRY if n not in left_out and backends.obstacle(n, config) is None]
+    here = [n for n in backends.REGISTRY if n not in left_out and backends.unsupported(n, config) is None]
     options = ["--backends", ",".join(here), "--num-steps", str(config.num_steps)]
     return _command(compare.main, [*options, *_sizes(plan)])
 
@@ -108,7 +108,7 @@ def profiles(plan: Plan, trace: Path | None) -> dict[str, Any]:
     results = {}
     for name in ("eager", "auto"):
         alias = backends.ALIASES.get(name, (name,))
-        chosen = next((b for b in alias if backends.obstacle(b, config) is None), None)
+        chosen = next((b for b in alias if backends.unsupported(b, config) is None), None)
         if chosen is None or chosen in results:
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from mlp_fast import backends
 from mlp_fast.errors import UserError
 from mlp_fast.files import write_atomically
 from mlp_fast.measure import machine
-from mlp_fast.measure.timing import NotEquivalent
+from mlp_fast.measure.equivalence import NotEquivalent
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from mlp_fast.cli import run_main
-from mlp_fast.config import Config, Parser, add_config_arguments, config_from
+from mlp_fast.cli import Parser, add_config_arguments, config_from, run_main
+from mlp_fast.config import Config
 from mlp_fast.corpus.load import load
 from mlp_fast.model.mlp import MLPRaw, Shape, initial_parameters
 from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rate
@@ -45,7 +45,7 @@ class ReferenceLoop:
 
     def __init__(self, config: Config, splits: Mapping[str, Sequence[int]], vocab_size: int) -> None:
         self.config, self.splits = config, splits
-        shape = Shape(vocab_size, config.context_length, config.embedding_size, config.hidden_size)
+        shape = Shape.of(config, vocab_size)
         self.model = MLPRaw(initial_parameters(shape, config.seed))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters().values(),

@@ -29,7 +29,7 @@ from bench.recording import Recording
 from mlp_fast.cli import run_main
 from mlp_fast.errors import UserError
 from mlp_fast.measure import machine
-from mlp_fast.measure.timing import BASELINE
+from mlp_fast.measure.equivalence import BASELINE
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(

@@ -31,7 +31,7 @@ from mlp_fast.cli import run_main
 from mlp_fast.errors import UserError
 from mlp_fast.kernels._runtime import interpreting
 
-KERNELS = ("embed_linear_tanh", "linear_cross_entropy", "adamw", "train_step", "persistent_step", "evaluation")
+KERNELS = ("embed_linear_tanh", "linear_cross_entropy", "adamw", "train_step", "persistent_step", "inference")
 FMA = re.compile(r"\bFFMA2?\b")
 ATOMIC = re.compile(r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG)\b")
 TENSOR_CORE = re.compile(r"\b(?:[BDHIO]MMA|[HIQ]GMMA|UTC\w*MMA)\b")

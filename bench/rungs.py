@@ -32,9 +32,9 @@ from bench.floor import form_of, step_cost
 from bench.interpreter import prepare_once
 from mlp_fast import backends
 from mlp_fast.cli import run_main
-from mlp_fast.compare import compare
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
+from mlp_fast.measure.comparison import compare
 from mlp_fast.measure.timing import subject
 from mlp_fast.model.state import TrainState
 
@@ -248,7 +248,7 @@ def row(name: str) -> list[str]:
 def timed(name: str, num_steps: int) -> str:
     """Its time on this machine beside eager's, or why it has none."""
     config = Config(num_steps=num_steps)
-    if reason := backends.obstacle(name, config):
+    if reason := backends.unsupported(name, config):
         return f"{name}: no time here: {reason}"
     results = compare([name], config, *subject(config))
     if refused := [result.refused for result in results if result.refused]:

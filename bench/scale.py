@@ -19,11 +19,12 @@ from bench import floor, generate_words
 from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, spread_ms
 from bench.steps import Setting, step_case
 from mlp_fast import backends, distributed, train
-from mlp_fast.cli import run_main
-from mlp_fast.config import Config, Parser, add_config_arguments, config_from
+from mlp_fast.cli import Parser, add_config_arguments, config_from, run_main
+from mlp_fast.config import Config
 from mlp_fast.corpus import cache as token_cache
 from mlp_fast.measure import machine
-from mlp_fast.measure.timing import BASELINE, NotEquivalent, Spread, require
+from mlp_fast.measure.equivalence import BASELINE, NotEquivalent, require
+from mlp_fast.measure.timing import Spread
 from mlp_fast.model.mlp import Shape
 
 TOKENS = 10_000_000
@@ -103,10 +104,8 @@ def training_case(
     """
 
     def run(timer: Timer, probes: floor.Probes) -> Entry:
-        shape = Shape(
-            vocab_size, config.context_length, config.embedding_size, config.hidden_size, direct=config.direct
-        )
-        reason = backends.obstacle(config.backend, config, shape)
+        shape = Shape.of(config, vocab_size)
+        reason = backends.unsupported(config.backend, config, shape)
         if reason is not None:
             raise Skipped(reason)
         options = [*settings, "--data", "embedded" if words is None else str(word_corpus(words))]

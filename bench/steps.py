@@ -1,12 +1,13 @@
-"""Training steps as cases: every contender checked against float64, then timed in rounds beside its rivals."""
+"""Training steps as cases: every candidate checked against float64, then timed in rounds beside the others."""
 
 import dataclasses
 import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,10 +18,11 @@ from mlp_fast import backends
 from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import load
-from mlp_fast.measure.timing import BASELINE, Contender, Judge, Spread, measure, require, seconds
+from mlp_fast.measure.equivalence import BASELINE, Verifier, require
+from mlp_fast.measure.profiling import profile_steps
+from mlp_fast.measure.timing import Candidate, Spread, measure, seconds
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.windows import Tape
-from mlp_fast.profile import profile_steps
 
 REFERENCE = "reference-loop"  # eager-raw on batches from Python lists, bench/reference_loop.py
 SWEPT_SIZES = (128, 256, 512, 1024, 2048, 4096)
@@ -44,30 +46,30 @@ class Setting:
 
 @dataclass
 class Ready:
-    """A contender, checked and warm.
+    """A candidate, checked and warm.
 
     Attributes:
-        contender: its steps.
+        candidate: its steps.
         restart: back to the initial state.
         steps: of a round.
         facts: for the entry.
     """
 
-    contender: Contender
+    candidate: Candidate
     restart: Callable[[], None]
     steps: int
     facts: Entry
 
 
 class Workshop:
-    """Makes contenders for one setting at a time and keeps them while it stays: compiling is slow, memory is finite."""
+    """Makes candidates for one setting at a time and keeps them while it stays: compiling is slow, memory is finite."""
 
     def __init__(self) -> None:
         self._setting: Setting | None = None
         self._ready: dict[str, Ready] = {}
 
     def ready(self, name: str, setting: Setting, round_seconds: float, probes: floor.Probes) -> Ready:
-        """The contender of that name; Skipped or NotEquivalent where there is none."""
+        """The candidate of that name; Skipped or NotEquivalent where there is none."""
         if setting != self._setting:
             self._enter(setting)
         torch.set_num_threads(setting.threads)
@@ -90,20 +92,20 @@ class Workshop:
             V = setting.vocab_size
             tokens = torch.randint(V, (100_000,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
         self.shape, self.tape = Shape(V, T, E, H), Tape(tokens, T)
-        self.judge = Judge(config, self.shape, self.tape)
+        self.verifier = Verifier(config, self.shape, self.tape)
         self._setting = setting
 
     def _backend(self, name: str, setting: Setting, round_seconds: float, probes: floor.Probes) -> Ready:
         config = dataclasses.replace(setting.config, backend=name)
-        reason = backends.obstacle(name, config, self.shape)
+        reason = backends.unsupported(name, config, self.shape)
         if reason is not None:
             raise Skipped(reason)
         start = time.perf_counter()
-        backend = backends.create(config, self.shape, self.tape, self.judge.initial)
+        backend = backends.create(config, self.shape, self.tape, self.verifier.initial)
         backend.prepare()
-        facts: Entry = {"first_step_seconds": time.perf_counter() - start, "loss_error": self.judge.check(backend)}
-        contender = Contender.of(backend)
-        steps = self._steps_per_round(contender, backend, round_seconds)
+        facts: Entry = {"first_step_seconds": time.perf_counter() - start, "loss_error": self.verifier.check(backend)}
+        candidate = Candidate.of(backend)
+        steps = self._steps_per_round(candidate, backend, round_seconds)
         sync = None
         if backend.device.type == "cuda":
             sync = self._look_at_device(backend, steps, facts)
@@ -113,7 +115,7 @@ class Workshop:
         facts |= {"form": form, "operations": cost.operations, "bytes": cost.bytes}
         if least is not None:
             facts |= {"floor_ms": least.total, "floor_parts_ms": dataclasses.asdict(least)}
-        return Ready(contender, lambda: backend.load(self.judge.initial), steps, facts)
+        return Ready(candidate, lambda: backend.load(self.verifier.initial), steps, facts)
 
     def _reference(self, name: str, setting: Setting, round_seconds: float, probes: floor.Probes) -> Ready:
         config = setting.config
@@ -123,22 +125,22 @@ class Workshop:
         start = time.perf_counter()
         loop.advance(1)
         first = time.perf_counter() - start
-        error = abs(loop.advance(self.judge.steps - 1) - self.judge.losses[-1].item())
+        error = abs(loop.advance(self.verifier.steps - 1) - self.verifier.losses[-1].item())
         require(name, "a loss", error, TOLERANCE)
-        contender = Contender(name, loop.advance)
+        candidate = Candidate(name, loop.advance)
         cost = floor.step_cost(self.shape, config.batch_size, "gather")
         least = floor.step_floor(cost, probes, config.precision, setting.threads)
         facts: Entry = {"first_step_seconds": first, "loss_error": error, "form": "gather"}
         facts |= {"operations": cost.operations, "bytes": cost.bytes}
         if least is not None:
             facts |= {"floor_ms": least.total, "floor_parts_ms": dataclasses.asdict(least)}
-        return Ready(contender, lambda: None, self._steps_per_round(contender, None, round_seconds), facts)
+        return Ready(candidate, lambda: None, self._steps_per_round(candidate, None, round_seconds), facts)
 
-    def _steps_per_round(self, contender: Contender, backend: Backend | None, round_seconds: float) -> int:
+    def _steps_per_round(self, candidate: Candidate, backend: Backend | None, round_seconds: float) -> int:
         """As many as fill a round; on CUDA whole evaluation intervals, as training asks for them."""
         trial = 2 if backend is None or backend.device.type == "cpu" else 200
-        contender.run(trial)
-        steps = round(round_seconds / (seconds(lambda: contender.run(trial)) / trial))
+        candidate.run(trial)
+        steps = round(round_seconds / (seconds(lambda: candidate.run(trial)) / trial))
         if trial == 200:
             steps = 200 * round(steps / 200)
         return min(max(steps, trial), 4000)
@@ -165,7 +167,7 @@ WORKSHOP = Workshop()
 def step_case(
     group: str, id: str, name: str, setting: Setting, rivals: Sequence[str], plan: Plan, rounds: int | None = None
 ) -> Case:
-    """A step of one contender, with rounds of its rivals in between."""
+    """A step of one candidate, with rounds of the others in between."""
 
     def run(timer: Timer, probes: floor.Probes) -> Entry:
         threads = torch.get_num_threads()
@@ -188,9 +190,9 @@ def step_case(
 
         def before() -> None:
             for rival, other in others.items():
-                samples[rival] += measure([other.contender], [other.steps])[other.contender.name]
+                samples[rival] += measure([other.candidate], [other.steps])[other.candidate.name]
 
-        times = timer(lambda: ready.contender.run(ready.steps), before, rounds or plan.rounds)
+        times = timer(lambda: ready.candidate.run(ready.steps), before, rounds or plan.rounds)
         spread = Spread.of([1e3 * t / ready.steps for t in times])
         config = setting.config
         entry: Entry = {
@@ -227,31 +229,38 @@ def rivals_of(name: str, plan: Plan) -> tuple[str, ...]:
     return claimed.get(name, (BASELINE,))
 
 
-def contenders(plan: Plan) -> list[str]:
+def candidates(plan: Plan) -> list[str]:
     """Every backend, and on the CPU the reference's way of working."""
     slow = ("compile-raw", "compile") if plan.dry else ()  # to compile
     names = [name for name in backends.REGISTRY if name not in slow]
     if plan.device == "cpu":
         return [REFERENCE, *names]
-    # What a GPU is asked for first, in case the time does not suffice for all; Inductor takes minutes.
-    return sorted(names, key=lambda name: (name.startswith("compile"), not name.startswith("triton")))
+    # What a GPU is asked for first, in case the time does not suffice for all.
+    return sorted(names, key=lambda name: not name.startswith("triton"))
 
 
 def step_cases(plan: Plan) -> Iterator[Case]:
-    """A training step of every backend at the default sizes, in every precision."""
+    """A training step of every backend at the default sizes, in every precision; on CUDA Inductor's come last."""
+
+    def case(name: str, **settings: Any) -> Case:
+        config = plan.config(**settings)
+        mode = [config.compile_mode] if "compile_mode" in settings else []
+        id = "-".join([name, str(config.batch_size), config.precision, *mode])
+        return step_case("step", id, name, Setting(config), rivals_of(name, plan), plan)
+
+    def is_slow(name: str) -> bool:
+        return plan.device == "cuda" and name.startswith("compile")
+
+    names = candidates(plan)
     for precision in plan.precisions:
-        setting = Setting(plan.config(precision=precision))
-        for name in contenders(plan):
-            if precision != "fp32" and name.startswith("compile") and not plan.full:
-                continue  # minutes of compilation
-            id = f"{name}-{setting.config.batch_size}-{precision}"
-            yield step_case("step", id, name, setting, rivals_of(name, plan), plan)
+        yield from (case(name, precision=precision) for name in names if not is_slow(name))
+    slow = [name for name in names if is_slow(name)]
+    for precision in plan.precisions if plan.full else plan.precisions[:1]:
+        yield from (replace(case(name, precision=precision), slow=True) for name in slow)
     if plan.device == "cuda":
         # torch.compile at its best, whichever of its modes that is.
         for mode in ("reduce-overhead", "max-autotune"):
-            setting = Setting(plan.config(compile_mode=mode))
-            id = f"compile-{setting.config.batch_size}-fp32-{mode}"
-            yield step_case("step", id, "compile", setting, rivals_of("compile", plan), plan)
+            yield replace(case("compile", compile_mode=mode), slow=True)
 
 
 def thread_cases(plan: Plan) -> Iterator[Case]:

@@ -28,7 +28,7 @@ from bench.processes import run_cases, start_up_cases
 from bench.reading import reading_cases
 from bench.scale import scale_cases
 from bench.steps import step_cases, sweep_cases, thread_cases
-from mlp_fast.measure.timing import NotEquivalent
+from mlp_fast.measure.equivalence import NotEquivalent
 from mlp_fast.model.rng import RNG
 
 

@@ -9,7 +9,7 @@ from bench.case import Entry
 from bench.operators import COMPILE, COPY, EMPTY, TORCH
 from bench.recording import Recording
 from bench.steps import REFERENCE
-from mlp_fast.measure.timing import BASELINE
+from mlp_fast.measure.equivalence import BASELINE
 
 
 def steps(recording: Recording) -> str:

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mlp_fast.cli import run_main
-from mlp_fast.config import Parser
+from mlp_fast.cli import Parser, run_main
 from mlp_fast.errors import UserError
 from mlp_fast.model.rng import RNG
 

@@ -62,6 +62,29 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_transposed(
+    w_ptr, n0, k, in_k, N, stride_n, stride_k, INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The second operand of a dot, w^T (BLOCK_K, BLOCK_N): w[n0 + n, k] at (k, n), 0 past N and where not in_k.
+
+    Without tensor cores a product reads this operand from shared memory, where it lies in the order in which threads
+    have loaded it. Loaded along k, as w lies in memory, 16 threads would read 16 columns from one bank. So a thread
+    loads two rows of w and joins them, and the copy is contiguous along n.
+    """
+    if INPUT_PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32:
+        n = n0 + 2 * tl.arange(0, BLOCK_N // 2)
+        ptrs = w_ptr + n[:, None].to(tl.int64) * stride_n + k[None, :].to(tl.int64) * stride_k
+        even = tl.load(ptrs, mask=(n < N)[:, None] & in_k[None, :], other=0.0)
+        odd = tl.load(ptrs + stride_n, mask=(n + 1 < N)[:, None] & in_k[None, :], other=0.0)
+        pairs = tl.permute(tl.join(even, odd), (1, 0, 2))  # (BLOCK_K, BLOCK_N / 2, 2)
+        return tl.reshape(pairs, (k.shape[0], BLOCK_N))
+    else:
+        n = n0 + tl.arange(0, BLOCK_N)
+        ptrs = w_ptr + n[None, :].to(tl.int64) * stride_n + k[:, None].to(tl.int64) * stride_k
+        return tl.load(ptrs, mask=in_k[:, None] & (n < N)[None, :], other=0.0)
+
+
+@triton.jit
 def one_minus_power(base: tl.constexpr, exponent):
     """1 - base**exponent, fp32, for an int32 scalar exponent >= 0: AdamW's bias correction.
 

@@ -3,10 +3,13 @@
     p <- p (1 - lr weight_decay);   m <- m + (1 - beta1)(g - m);   v <- beta2 v + (1 - beta2) g^2
     p <- p - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
-p, g, m, v have one shape and layout each; arithmetic is fp32. The learning rate and the step are read on the device,
-so a captured graph goes through a schedule. The tensors come as tuples of arguments rather than as a table of
-pointers: a table would have to be copied to the device before each launch. A program selects the pointers of its
-tensor by its number, so the body is there once however many tensors there are; they must be of one dtype.
+p, g, m, v have one shape and layout each, and one dtype; arithmetic is fp32. The learning rate and the step are read on
+the device, so a captured graph goes through a schedule. Two versions:
+
+1. naive: a launch updates one tensor.
+2. a launch updates all tensors. It removes all launches but one. The tensors come as tuples of arguments: a table of
+   their pointers would have to be copied to the device before each launch. A program selects the pointers of its tensor
+   by its number, so the kernel's code does not grow with the number of tensors.
 """
 
 import torch
@@ -22,19 +25,68 @@ MAX_TENSORS = 64
 
 
 @triton.jit
-def adamw_update(p, g, m, v, decay, step_size, root, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
+def adamw_update(
+    p, g, m, v, decay, step_size, bias_correction2_sqrt, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr
+):  # fmt: skip
     """New (p, m, v), fp32, with the operations of torch.optim.AdamW in its order, rounded where it rounds.
 
-    decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^step), root = sqrt(1 - beta2^step).
+    decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^step), bias_correction2_sqrt = sqrt(1 - beta2^step).
 
     p * decay is rounded by itself: decay is one ulp below 1, so rounding takes a whole ulp off p, and that is the
     weight decay. Fused into the subtraction it would be less (docs/numerics.md). The other two sums are fused as they
     are in torch.
     """
+    # m = m + (1 - beta1)(g - m)
     m = m + (g - m) * (1.0 - BETA1)
+    # v = beta2 v + (1 - beta2) g^2
     v = mul_rn(v, BETA2) + ((1.0 - BETA2) * g) * g
-    p = mul_rn(p, decay) - step_size * m / (tl.sqrt_rn(v) / root + EPS)
+    # p = p decay - step_size m / (sqrt(v) / bias_correction2_sqrt + eps)
+    denominator = tl.sqrt_rn(v) / bias_correction2_sqrt + EPS
+    p = mul_rn(p, decay) - step_size * m / denominator
     return p, m, v
+
+
+@triton.jit
+def _update_block(
+    p_ptr, g_ptr, m_ptr, v_ptr, block, numel, step_ptr, lr_ptr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, WEIGHT_DECAY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Updates block number `block` of a tensor of numel numbers."""
+    step = tl.load(step_ptr).to(tl.int32)
+    lr = tl.load(lr_ptr).to(tl.float64)
+    # The decay factor is 1 - 7e-8: rounded once, from fp64, as in torch.
+    decay = (1.0 - lr * tl.full((), WEIGHT_DECAY, tl.float64)).to(tl.float32)
+    step_size = lr.to(tl.float32) / one_minus_power(BETA1, step)
+    bias_correction2_sqrt = tl.sqrt_rn(one_minus_power(BETA2, step))
+    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    p = tl.load(p_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(m_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    p, m, v = adamw_update(p, g, m, v, decay, step_size, bias_correction2_sqrt, BETA1, BETA2, EPS)
+    tl.store(p_ptr + offsets, p, mask=mask)
+    tl.store(m_ptr + offsets, m, mask=mask)
+    tl.store(v_ptr + offsets, v, mask=mask)
+
+
+# --- 1: naive ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def adamw_1_kernel(
+    p_ptr, g_ptr, m_ptr, v_ptr, numel, step_ptr, lr_ptr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK numbers of one tensor."""
+    _update_block(
+        p_ptr, g_ptr, m_ptr, v_ptr, tl.program_id(0), numel, step_ptr, lr_ptr,
+        BETA1, BETA2, EPS, WEIGHT_DECAY, BLOCK,
+    )  # fmt: skip
+
+
+# --- 2: all tensors ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -46,17 +98,12 @@ def adamw_kernel(
 
     None of the arguments may be called `params`: Triton's launcher has a local variable of that name.
     """
-    step = tl.load(step_ptr).to(tl.int32)
-    lr = tl.load(lr_ptr).to(tl.float64)
-    # The decay factor is 1 - 7e-8: rounded once, from fp64, as in torch.
-    decay = (1.0 - lr * tl.full((), WEIGHT_DECAY, tl.float64)).to(tl.float32)
-    step_size = lr.to(tl.float32) / one_minus_power(BETA1, step)
-    root = tl.sqrt_rn(one_minus_power(BETA2, step))
     block = tl.program_id(0)
     p_ptr, g_ptr, m_ptr, v_ptr = param_ptrs[0], grad_ptrs[0], exp_avg_ptrs[0], exp_avg_sq_ptrs[0]
     numel = numels[0]
     start = 0
     first = block * 0
+    # The last tensor whose first block is not past this one.
     for i in tl.static_range(1, N):
         start += tl.cdiv(numels[i - 1], BLOCK)
         reached = block >= start
@@ -66,16 +113,22 @@ def adamw_kernel(
         v_ptr = tl.where(reached, exp_avg_sq_ptrs[i], v_ptr)
         numel = tl.where(reached, numels[i], numel)
         first = tl.where(reached, start, first)
-    offsets = (block - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < numel
-    p = tl.load(p_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    m = tl.load(m_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    p, m, v = adamw_update(p, g, m, v, decay, step_size, root, BETA1, BETA2, EPS)
-    tl.store(p_ptr + offsets, p, mask=mask)
-    tl.store(m_ptr + offsets, m, mask=mask)
-    tl.store(v_ptr + offsets, v, mask=mask)
+    _update_block(
+        p_ptr, g_ptr, m_ptr, v_ptr, block - first, numel, step_ptr, lr_ptr, BETA1, BETA2, EPS, WEIGHT_DECAY, BLOCK
+    )
+
+
+def adamw_1(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], step: Tensor,
+    lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """adamw() by the naive kernel, a launch for every tensor."""
+    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        if p.numel() > 0:
+            adamw_1_kernel[(triton.cdiv(p.numel(), BLOCK),)](
+                p, g, m, v, p.numel(), step, lr,
+                BETA1=beta1, BETA2=beta2, EPS=eps, WEIGHT_DECAY=weight_decay, BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
 
 
 def adamw(
@@ -110,4 +163,6 @@ def shipped():
         step, lr = (torch.empty((), dtype=dtype, device="meta") for dtype in scalars)
         with recorded() as launches:
             adamw(p, p, p, p, step, lr, 0.9, 0.999, 1e-8, 1e-4)
+            if shapes is default:
+                adamw_1(p, p, p, p, step, lr, 0.9, 0.999, 1e-8, 1e-4)
         yield from launches

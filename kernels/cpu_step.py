@@ -1,30 +1,28 @@
 """The whole training step on the CPU: the C kernel of csrc/train_step.c, its arguments checked, called through ctypes.
 
-The shared library is built by setup.py, where a C compiler is at hand, and uses the best instruction set that both it
-and the processor have (MLP_FAST_ISA=avx2 or baseline forces a lesser one). ctypes releases the GIL for the time of a
-call, and calls that compute are kept short, so that signals are answered; no result depends on where the work is cut.
-No argument reaches C unchecked: sizes, dtypes, layouts and the range of tokens are verified here, and wrong ones raise
-ValueError or TypeError. C allocates nothing; where memory is refused here, all calls raise MemoryError, and leave the
-model as it was.
+ctypes releases the GIL for the time of a call, and calls that compute are kept short, so that signals are answered; no
+result depends on where the work is cut. No argument reaches C unchecked: sizes, dtypes, layouts and the range of tokens
+are verified here, and wrong ones raise ValueError or TypeError. C allocates nothing; where memory is refused here, all
+calls raise MemoryError, and leave the model as it was.
 """
 
 import contextlib
 import ctypes
-import functools
-import importlib.machinery
 import math
-import os
 import re
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-FORMS = ("auto", "table", "gather")  # FORM_* of train_step.c
+from . import _cpu_library
+from ._cpu_library import Shape, Windows, isa_number
+from ._cpu_library import instruction_sets as instruction_sets
+from ._cpu_library import unavailable as unavailable
+from ._model import FORMS
+
 RESPONSE_TIME = 0.04  # seconds that one call of C takes, where its least piece of work allows it
 PAUSE, LONGEST_PAUSE = 0.25, 4.0  # seconds for which fewer threads work after they lacked processors
 LEAST_CONTEXTS = 16  # of one call: fewer cost nearly as much, since they read all weights
@@ -32,111 +30,6 @@ MAX_VOCAB = 2**31 - 1  # tokens are int32
 ALIGNMENT = 64
 PAGE, PAGE_OFFSET = 1024, 336  # floats; the offset is about a third of a page, and in bytes a multiple of ALIGNMENT
 TOKEN_TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
-_FOLDER = Path(__file__).parent
-_SOURCES = ("train_step.c", "train_step_simd.h")
-_int, _pointer = ctypes.c_int64, ctypes.c_void_p
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [(name, _int) for name in ("V", "T", "E", "H")]
-
-
-class _Windows(ctypes.Structure):
-    _fields_ = [
-        ("tokens", _pointer),
-        ("token_bytes", _int),
-        ("stride", _int),
-        ("count", _int),
-        ("has_target", _int),
-    ]
-
-
-# name -> (result, arguments) of what train_step.c exports
-_SIGNATURES = {
-    "mlp_source_crc": (_int, ()),
-    "mlp_isa_count": (_int, ()),
-    "mlp_isa_name": (ctypes.c_char_p, (_int,)),
-    "mlp_isa_supported": (_int, (_int,)),
-    "mlp_packed_floats": (_int, (_pointer,)),
-    "mlp_workspace_bytes": (_int, (_pointer, _int, _int)),
-    "mlp_forward_bytes": (_int, (_pointer, _int, _int)),
-    "mlp_pack": (None, (*[_pointer] * 7, ctypes.c_float)),
-    "mlp_unpack": (None, (_pointer,) * 7),
-    "mlp_train": (
-        None,
-        (_int, *[_pointer] * 6, _int, _pointer, _int, _int, ctypes.c_double, ctypes.c_double, _int, _int, _pointer),
-    ),
-    "mlp_logits": (None, (_int, *[_pointer] * 4, _int, _int, _pointer)),
-    "mlp_losses": (None, (_int, *[_pointer] * 7, _int, _int, _pointer)),
-    "mlp_sample": (None, (_int, *[_pointer] * 5, _int, *[_pointer] * 2)),
-    "mlp_tanh": (None, (_int, _pointer, _pointer, _int)),
-    "mlp_exp": (None, (_int, _pointer, _pointer, _int)),
-    "mlp_adamw": (None, (_int, *[ctypes.c_double] * 3, *[_pointer] * 4, _int)),
-}
-
-
-# --- the library -----------------------------------------------------------------------------------------------------
-
-
-def source_crc(folder: Path = _FOLDER / "csrc") -> int:
-    """Checksum of the C source, which setup.py compiles into the library."""
-    return zlib.crc32(b"".join((folder / name).read_bytes() for name in _SOURCES))
-
-
-@functools.cache
-def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
-    return _load_from(_FOLDER)
-
-
-def _load_from(folder: Path) -> ctypes.CDLL | str:
-    names = ["_train_step" + suffix for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((folder / name for name in names if (folder / name).exists()), None)
-    if path is None:
-        return "its C library was not built; install a C compiler (gcc 11 or later, or clang), then this package again"
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        return f"its C library cannot be loaded ({error}); install this package again"
-    if (folder / "csrc").exists() and library.mlp_source_crc() != source_crc(folder / "csrc"):
-        return "its C library was built from another source; install this package again"
-    return library
-
-
-def unavailable() -> str | None:
-    """Why the kernel cannot be used here, in one line, or None where it can."""
-    library = _load()
-    if isinstance(library, str):
-        return library
-    forced = os.environ.get("MLP_FAST_ISA")
-    if forced and forced not in instruction_sets():
-        return f"MLP_FAST_ISA={forced} is not available here; choose one of {', '.join(instruction_sets())}"
-    return None
-
-
-def _library() -> ctypes.CDLL:
-    library = _load()
-    if isinstance(library, str):
-        raise RuntimeError(f"native: {library}")
-    return library
-
-
-def instruction_sets() -> list[str]:
-    """Those that the library was compiled for and the processor has, the best first."""
-    library = _library()
-    return [library.mlp_isa_name(i).decode() for i in range(library.mlp_isa_count()) if library.mlp_isa_supported(i)]
-
-
-def _isa(name: str | None) -> int:
-    """The library's number of an instruction set; of the best, or the one in MLP_FAST_ISA, if None."""
-    library, available = _library(), instruction_sets()
-    name = name or os.environ.get("MLP_FAST_ISA") or available[0]
-    if name not in available:
-        raise ValueError(f"unknown instruction set {name!r}: choose one of {', '.join(available)}")
-    return [library.mlp_isa_name(i).decode() for i in range(library.mlp_isa_count())].index(name)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -234,11 +127,11 @@ def _memory_errors() -> Iterator[None]:
 # --- threads ---------------------------------------------------------------------------------------------------------
 
 
-class _Crew:
+class _Backoff:
     """How many threads work: torch.get_num_threads(), but fewer for a while where other work wants the processors.
 
-    Half as many after a call that C broke off, for PAUSE seconds and twice as long each time that it happens again, up
-    to LONGEST_PAUSE; then all are tried anew.
+    Exponential backoff: half as many after a call that C broke off, for PAUSE seconds, doubled each time that it
+    happens again, up to LONGEST_PAUSE; then all are tried anew.
     """
 
     def __init__(self) -> None:
@@ -248,9 +141,9 @@ class _Crew:
         threads = torch.get_num_threads()
         return threads if time.monotonic() >= self._until else min(threads, self._most)
 
-    def worked(self, threads: int, *, crowded: bool) -> None:
+    def worked(self, threads: int, *, oversubscribed: bool) -> None:
         """Told after every call how many worked, and whether they lacked processors."""
-        if crowded:
+        if oversubscribed:
             self._most, self._until = max(1, threads // 2), time.monotonic() + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
         elif time.monotonic() >= self._until:
@@ -275,15 +168,15 @@ class NativeModel:
 
     @_memory_errors()
     def __init__(self, V: int, T: int, E: int, H: int, form: str = "auto", isa: str | None = None) -> None:
-        self._library = _library()
+        self._library = _cpu_library.library()
         self.V = _check_count("V", V, most=MAX_VOCAB)
         self.T, self.E, self.H = _check_count("T", T), _check_count("E", E), _check_count("H", H)
         if form not in FORMS:
             raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
         if (max(V, H) + 1024) * (T * E + V + H + 1024) > 2**56:
             raise ValueError(f"a model of V={V}, T={T}, E={E}, H={H} does not fit any memory")
-        self._form, self._isa = FORMS.index(form), _isa(isa)
-        self._shape = _Shape(V, T, E, H)
+        self._form, self._isa = FORMS.index(form), isa_number(isa)
+        self._shape = Shape(V, T, E, H)
         floats = self._library.mlp_packed_floats(ctypes.byref(self._shape))
         # One piece of memory: were the parameters and their moments whole pages apart, a load of one would wait for a
         # store of another, since processors first compare the lower 12 bits of addresses.
@@ -291,7 +184,7 @@ class NativeModel:
         memory = torch.zeros(3 * stride)
         self._packed = [memory[i * stride :][:floats] for i in range(3)]
         self._step = ctypes.c_int64(0)
-        self._crew = _Crew()
+        self._backoff = _Backoff()
         self._pace: dict[tuple[str | int, ...], int] = {}  # kind of work -> pieces of it in RESPONSE_TIME
         self._memory: dict[str, Tensor] = {}
 
@@ -324,9 +217,8 @@ class NativeModel:
             )
         for i, (packed, tensors) in enumerate(zip(self._packed, checked, strict=True)):
             pad = -math.inf if i == 0 else 0.0  # tokens that do not exist have probability 0
-            self._library.mlp_pack(
-                ctypes.byref(self._shape), packed.data_ptr(), *(tensor.data_ptr() for tensor in tensors), pad
-            )
+            pointers = (tensor.data_ptr() for tensor in (packed, *tensors))
+            self._library.mlp_pack(ctypes.byref(self._shape), *pointers, pad)
         self._step.value = step
 
     @_memory_errors()
@@ -335,9 +227,8 @@ class NativeModel:
         stored = []
         for packed in self._packed:
             tensors = [torch.empty(shape) for shape in self.shapes]
-            self._library.mlp_unpack(
-                ctypes.byref(self._shape), packed.data_ptr(), *(tensor.data_ptr() for tensor in tensors)
-            )
+            pointers = (tensor.data_ptr() for tensor in (packed, *tensors))
+            self._library.mlp_unpack(ctypes.byref(self._shape), *pointers)
             stored.append(tensors)
         return stored[0], stored[1], stored[2]
 
@@ -372,12 +263,12 @@ class NativeModel:
             raise ValueError(f"step {self.step + steps} is too large")
         if not hasattr(self, "_tape"):
             raise RuntimeError("set_tape() comes before train()")
-        windows = _windows(self._tape, stride=1, count=len(self._tape) - self.T, has_target=True)
+        windows = Windows.of(self._tape, stride=1, count=len(self._tape) - self.T, has_target=True)
         losses = torch.empty(steps, dtype=torch.float64)
         memory = self._workspace("mlp_workspace_bytes", batch_size, torch.get_num_threads())
         begin = self.step
         while (first := self.step - begin) < steps:
-            threads = self._crew.threads()
+            threads = self._backoff.threads()
             work = ("steps", batch_size, threads)
             count, start = min(self._pace.get(work, 1), steps - first), time.perf_counter()
             self._library.mlp_train(
@@ -398,7 +289,7 @@ class NativeModel:
             )
             done = self.step - begin - first
             self._timed(work, done, time.perf_counter() - start)
-            self._crew.worked(threads, crowded=done < count)
+            self._backoff.worked(threads, oversubscribed=done < count)
         return losses
 
     @_memory_errors()
@@ -414,7 +305,7 @@ class NativeModel:
                 ctypes.byref(self._shape),
                 self._packed[0].data_ptr(),
                 self._workspace("mlp_forward_bytes", count, threads),
-                ctypes.byref(_windows(contexts[first:], stride=self.T, count=count, has_target=False)),
+                ctypes.byref(Windows.of(contexts[first:], stride=self.T, count=count, has_target=False)),
                 threads,
                 self._form,
                 logits[first:].data_ptr(),
@@ -454,7 +345,7 @@ class NativeModel:
                 ctypes.byref(self._shape),
                 self._packed[0].data_ptr(),
                 self._workspace("mlp_forward_bytes", count, threads),
-                ctypes.byref(_windows(pairs.contexts[first:], stride=self.T, count=count, has_target=False)),
+                ctypes.byref(Windows.of(pairs.contexts[first:], stride=self.T, count=count, has_target=False)),
                 pairs.begins[first:].data_ptr(),
                 pairs.targets.data_ptr(),
                 pairs.weights.data_ptr(),
@@ -518,10 +409,6 @@ class NativeModel:
         return -(-self._memory[measure].data_ptr() // ALIGNMENT) * ALIGNMENT
 
 
-def _windows(tokens: Tensor, stride: int, count: int, has_target: bool) -> _Windows:
-    return _Windows(tokens.data_ptr(), tokens.element_size(), stride, count, has_target)
-
-
 def tanh(x: Tensor, isa: str | None = None) -> Tensor:
     """tanh as the kernel computes it: float32, shape (n,)."""
     return _elementwise("mlp_tanh", x, isa)
@@ -537,23 +424,25 @@ def _elementwise(name: str, x: Tensor, isa: str | None) -> Tensor:
     padded = torch.zeros(-(-len(x) // 32) * 32)
     padded[: len(x)] = x
     y = torch.empty_like(padded)
-    getattr(_library(), name)(_isa(isa), padded.data_ptr(), y.data_ptr(), len(padded))
+    getattr(_cpu_library.library(), name)(isa_number(isa), padded.data_ptr(), y.data_ptr(), len(padded))
     return y[: len(x)]
 
 
 def adamw_(
-    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, decay: float, step_size: float, root: float, isa: str | None = None
-) -> None:
+    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, decay: float, step_size: float, sqrt_bias2: float,
+    isa: str | None = None,
+) -> None:  # fmt: skip
     """AdamW in place as the kernel computes it.
 
     Args:
         p, grad, m, v: float32, shape (n,): parameters, gradient, first and second moments.
-        decay, step_size, root: 1 - lr*weight_decay, lr / (1 - beta1^step) and sqrt(1 - beta2^step).
+        decay, step_size, sqrt_bias2: 1 - lr*weight_decay, lr / (1 - beta1^step) and sqrt(1 - beta2^step).
     """
     tensors = {"p": p, "m": m, "v": v, "grad": grad}
     padded = [torch.zeros(-(-len(p) // 32) * 32) for _ in tensors]
     for (name, tensor), copy in zip(tensors.items(), padded, strict=True):
         copy[: len(p)] = _check_tensor(name, tensor, (torch.float32,), (len(p),))
-    _library().mlp_adamw(_isa(isa), decay, step_size, root, *(copy.data_ptr() for copy in padded), len(padded[0]))
+    pointers = (copy.data_ptr() for copy in padded)
+    _cpu_library.library().mlp_adamw(isa_number(isa), decay, step_size, sqrt_bias2, *pointers, len(padded[0]))
     for tensor, copy in zip((p, m, v), padded, strict=False):
         tensor.copy_(copy[: len(p)])

@@ -4,13 +4,20 @@
     g = softmax(logits) - onehot(targets);   s = dloss / B
     dh = s g weight;   dweight = s g^T h;   dbias = s sum_b g[b]
 
-h (B, H), weight (V, H) of any strides, bias (V), targets (B) integer, all sums fp32. Forward, a block of rows walks
-over blocks of V with an online softmax (Milakov and Gimelshein 2018) and keeps two numbers a row: the maximum and
-the logarithm of the sum of exponentials above it. Apart, because their sum would round away digits of large logits.
-Backward recomputes each tile of logits and multiplies it on at once: dh by walking over V, dweight by walking over
-rows, each adding to tiles of the result that no other program touches. No atomics, the same bits on every run.
-Losses weighted by row enter the backward pass as coefficients of each row, g = a softmax(logits) - r onehot(targets).
-A target outside [0, V) makes the loss and the gradients NaN. No time has been measured on a GPU yet.
+h (B, H), weight (V, H) of any strides, bias (V), targets (B) integer, all sums fp32. Forward, three versions:
+
+1. naive: a program computes all logits of one row, one multiply-add a load. Every program reads all of weight.
+2. tiles: a program computes logits of 32 rows, 32 tokens at a time, as matrix products, so a number loaded serves 32
+   rows or tokens. An online softmax (Milakov and Gimelshein 2018) goes from one block of tokens to the next.
+3. parts: where there are too few blocks of rows for a device, V is cut into parts, a program each, and a second kernel
+   puts their sums together. The operator takes 2 or 3.
+
+They keep two numbers of a row for the backward pass: the maximum, and the logarithm of the sum of exponentials above
+it; apart, because their sum would round away digits of large logits. Backward computes each tile of logits again and
+multiplies it at once: one kernel goes through V for dh, another through rows for dweight. No two programs add to the
+same numbers: no atomics, the same bits on every run. Losses weighted by row enter the backward pass as coefficients of
+each row, g = a softmax(logits) - r onehot(targets). A target outside [0, V) makes the loss and the gradients NaN.
+No time has been measured on a GPU yet.
 """
 
 import itertools
@@ -20,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._math import dot
+from ._math import dot, load_transposed
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision, interpreting
 from ._sum import parts_of, sum_parts
 
@@ -32,23 +39,51 @@ COMBINE_ROWS = 128
 MIN_PROGRAMS = 1 if interpreting() else 128
 
 
+# --- 1: naive, forward ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def linear_cross_entropy_1_kernel(
+    h_ptr, weight_ptr, bias_ptr, targets_ptr, loss_ptr, V, H,
+    stride_wv, stride_wh, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The loss of one row."""
+    b = tl.program_id(0).to(tl.int64)
+    v = tl.arange(0, BLOCK_V)
+    in_v = v < V
+    # logits = h[b] weight^T + bias
+    logits = tl.load(bias_ptr + v, mask=in_v, other=float("-inf"))
+    for i in range(H):
+        ptrs = weight_ptr + v * stride_wv + i * stride_wh
+        weight = tl.load(ptrs, mask=in_v, other=0.0)
+        logits += weight * tl.load(h_ptr + b * H + i)
+    # loss = logsumexp(logits) - logits[target], of logits - max
+    logits -= tl.max(logits, axis=0)
+    log_sum = tl.log(tl.sum(tl.exp(logits), axis=0))
+    target = tl.load(targets_ptr + b).to(tl.int64)
+    target_logit = tl.sum(tl.where(v == target, logits, 0.0), axis=0)
+    tl.store(loss_ptr + b, log_sum - target_logit)
+
+
+# --- 2 and 3: tiles, and parts of V -----------------------------------------------------------------------------------
+
+
 @triton.jit
 def _logits_tile(
-    h_ptr, weight_ptr, bias_ptr, rows, cols, in_rows, in_cols, H, stride_wv, stride_wh,
+    h_ptr, weight_ptr, bias_ptr, rows, in_rows, v0, V, H, stride_wv, stride_wh,
     INPUT_PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Logits of rows x cols, fp32; -inf in columns past V."""
+    """Logits of rows x (v0, v0 + 1, ...), fp32; -inf in columns past V."""
+    cols = v0 + tl.arange(0, BLOCK_V)
+    in_cols = cols < V
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_B, BLOCK_V), tl.float32)
     for h0 in range(0, H, BLOCK_K):
         i = h0 + k
         in_h = i < H
         h = tl.load(h_ptr + rows[:, None] * H + i[None, :], mask=in_rows[:, None] & in_h[None, :], other=0.0)
-        weight = tl.load(
-            weight_ptr + cols[None, :] * stride_wv + i[:, None].to(tl.int64) * stride_wh,
-            mask=in_h[:, None] & in_cols[None, :],
-            other=0.0,
-        )
+        # logits += h[rows, i] weight[cols, i]^T
+        weight = load_transposed(weight_ptr, v0, i, in_h, V, stride_wv, stride_wh, INPUT_PRECISION, BLOCK_V)
         acc = dot(h, weight, acc, INPUT_PRECISION)
     bias = tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
     return tl.where(in_cols[None, :], acc + bias[None, :], float("-inf"))
@@ -56,30 +91,33 @@ def _logits_tile(
 
 @triton.jit
 def _g_tile(
-    h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, cols, in_rows, in_cols, B, V, H, stride_wv, stride_wh,
+    h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, in_rows, v0, B, V, H, stride_wv, stride_wh,
     BY_ROW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """g of rows x cols, fp32; 0 outside the matrix, NaN in rows whose target is invalid.
+    """g of rows x (v0, v0 + 1, ...), fp32; 0 outside the matrix, NaN in rows whose target is invalid.
 
     a = r = 1, or BY_ROW after the two numbers of each row in lse: lse is (2, B), or (4, B).
     """
     logits = _logits_tile(
-        h_ptr, weight_ptr, bias_ptr, rows, cols, in_rows, in_cols, H, stride_wv, stride_wh,
+        h_ptr, weight_ptr, bias_ptr, rows, in_rows, v0, V, H, stride_wv, stride_wh,
         INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
     )  # fmt: skip
+    cols = v0 + tl.arange(0, BLOCK_V)
     highest = tl.load(lse_ptr + rows, mask=in_rows, other=0.0)
     log_sum = tl.load(lse_ptr + B + rows, mask=in_rows, other=0.0)
     targets = tl.load(targets_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+    # p = softmax(logits) = exp(logits - max - ln sum)
     # Rows past the end have no maximum of their own to subtract: zero their logits lest exp overflow.
     p = tl.exp(tl.where(in_rows[:, None], logits - highest[:, None], float("-inf")) - log_sum[:, None])
     one_hot = tl.where(cols[None, :] == targets[:, None], 1.0, 0.0)
     if BY_ROW:
         p *= tl.load(lse_ptr + 2 * B + rows, mask=in_rows, other=0.0)[:, None]
         one_hot *= tl.load(lse_ptr + 3 * B + rows, mask=in_rows, other=0.0)[:, None]
+    # g = a p - r one_hot
     g = p - one_hot
     g = tl.where(((targets >= 0) & (targets < V))[:, None], g, float("nan"))
-    return tl.where(in_rows[:, None] & in_cols[None, :], g, 0.0)
+    return tl.where(in_rows[:, None] & (cols < V)[None, :], g, 0.0)
 
 
 @triton.jit
@@ -93,6 +131,7 @@ def _store_loss(lse_ptr, loss_ptr, targets_ptr, rows, in_rows, highest, total, t
     """What the backward pass needs of a row, and the row's loss."""
     targets = tl.load(targets_ptr + rows, mask=in_rows, other=0).to(tl.int64)
     valid = (targets >= 0) & (targets < V)
+    # loss = max + ln sum - logits[target]
     log_sum = tl.log(total)
     tl.store(lse_ptr + rows, highest, mask=in_rows)
     tl.store(lse_ptr + B + rows, log_sum, mask=in_rows)
@@ -105,7 +144,7 @@ def linear_cross_entropy_fwd_kernel(
     blocks_per_part, SINGLE_PART: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Row losses (BLOCK_B), or, of one part of V, the row's maximum, sum of exponentials and target logit."""
+    """2: row losses (BLOCK_B); 3: of one part of V, each row's maximum, sum of exponentials and target logit."""
     part = tl.program_id(1)
     rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     in_rows = rows < B
@@ -115,11 +154,13 @@ def linear_cross_entropy_fwd_kernel(
     target_logit = tl.zeros((BLOCK_B,), tl.float32)
     begin = part * blocks_per_part
     for block in range(begin, tl.minimum(begin + blocks_per_part, tl.cdiv(V, BLOCK_V))):
-        cols = (block * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
+        v0 = block * BLOCK_V
+        cols = v0 + tl.arange(0, BLOCK_V)
         logits = _logits_tile(
-            h_ptr, weight_ptr, bias_ptr, rows, cols, in_rows, cols < V, H, stride_wv, stride_wh,
+            h_ptr, weight_ptr, bias_ptr, rows, in_rows, v0, V, H, stride_wv, stride_wh,
             INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
         )  # fmt: skip
+        # total = sum of exp(logits - highest) so far: what was summed under a lower maximum is scaled down
         new_highest = tl.maximum(highest, tl.max(logits, axis=1))
         base = _base(new_highest)
         total = total * tl.exp(highest - base) + tl.sum(tl.exp(logits - base[:, None]), axis=1)
@@ -136,7 +177,7 @@ def linear_cross_entropy_fwd_kernel(
 
 @triton.jit
 def combine_parts_kernel(parts_ptr, targets_ptr, lse_ptr, loss_ptr, B, V, num_parts, BLOCK: tl.constexpr):
-    """Row losses from the parts of V, in their order."""
+    """3: row losses from the parts of V, in their order."""
     rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     in_rows = rows < B
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -146,6 +187,7 @@ def combine_parts_kernel(parts_ptr, targets_ptr, lse_ptr, loss_ptr, B, V, num_pa
         part_highest = tl.load(parts_ptr + rows, mask=in_rows, other=0.0)
         part_total = tl.load(parts_ptr + B + rows, mask=in_rows, other=1.0)
         target_logit += tl.load(parts_ptr + 2 * B + rows, mask=in_rows, other=0.0)
+        # total = sum over parts of part_total exp(part_highest - highest)
         new_highest = tl.maximum(highest, part_highest)
         base = _base(new_highest)
         total = total * tl.exp(highest - base) + part_total * tl.exp(part_highest - base)
@@ -163,6 +205,7 @@ def linear_cross_entropy_dh_kernel(
     """dh (BLOCK_B samples, one part of the hidden units), fp32, summed over blocks of V in their order."""
     rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     in_rows = rows < B
+    # s = dloss / B
     scale = tl.load(dloss_ptr).to(tl.float32) / (1 if BY_ROW else B)
     begin = tl.program_id(1) * blocks_per_part
     end = tl.minimum(begin + blocks_per_part, tl.cdiv(H, BLOCK_H))
@@ -170,7 +213,7 @@ def linear_cross_entropy_dh_kernel(
         cols = (v0 + tl.arange(0, BLOCK_V)).to(tl.int64)
         in_cols = cols < V
         g = _g_tile(
-            h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, cols, in_rows, in_cols, B, V, H,
+            h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, in_rows, v0, B, V, H,
             stride_wv, stride_wh, BY_ROW, INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
         )  # fmt: skip
         for block in range(begin, end):
@@ -181,6 +224,7 @@ def linear_cross_entropy_dh_kernel(
                 mask=in_cols[:, None] & in_h[None, :],
                 other=0.0,
             )
+            # dh += s g weight
             dh_ptrs = dh_ptr + rows[:, None] * H + i[None, :]
             mask = in_rows[:, None] & in_h[None, :]
             so_far = tl.load(dh_ptrs, mask=mask & (v0 > 0), other=0.0)
@@ -198,8 +242,10 @@ def linear_cross_entropy_dweight_kernel(
 ):  # fmt: skip
     """One part of dweight (BLOCK_V tokens, one part of the hidden units) and dbias, fp32, over its samples in order."""
     part = tl.program_id(2).to(tl.int64)
-    cols = (tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
+    v0 = tl.program_id(0) * BLOCK_V
+    cols = (v0 + tl.arange(0, BLOCK_V)).to(tl.int64)
     in_cols = cols < V
+    # s = dloss / B
     scale = tl.load(dloss_ptr).to(tl.float32) / (1 if BY_ROW else B)
     begin = tl.program_id(1) * blocks_per_part
     end = tl.minimum(begin + blocks_per_part, tl.cdiv(H, BLOCK_H))
@@ -210,14 +256,16 @@ def linear_cross_entropy_dweight_kernel(
         rows = b0 + tl.arange(0, BLOCK_B)
         in_rows = rows < last
         g = _g_tile(
-            h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, cols, in_rows, in_cols, B, V, H,
+            h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, in_rows, v0, B, V, H,
             stride_wv, stride_wh, BY_ROW, INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
         )  # fmt: skip
+        # dbias += s g
         total += tl.sum(g, axis=0)
         for block in range(begin, end):
             i = block * BLOCK_H + tl.arange(0, BLOCK_H)
             in_h = i < H
             h = tl.load(h_ptr + rows[:, None] * H + i[None, :], mask=in_rows[:, None] & in_h[None, :], other=0.0)
+            # dweight += s g^T h
             part_ptrs = parts_ptr + (part * V + cols[:, None]) * H + i[None, :]
             mask = in_cols[:, None] & in_h[None, :]
             so_far = tl.load(part_ptrs, mask=mask & (b0 > first), other=0.0)
@@ -226,6 +274,21 @@ def linear_cross_entropy_dweight_kernel(
         # The next block of samples reads these tiles back, perhaps by other threads of this program.
         tl.debug_barrier()
     tl.store(bias_parts_ptr + part * V + cols, scale * total, mask=in_cols & (tl.program_id(1) == 0))
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy_1(h: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss, a scalar, by the naive kernel. Arguments as in the module's docstring, fp32, valid targets."""
+    (B, H), V = h.shape, weight.shape[0]
+    loss = torch.empty((B,), dtype=torch.float32, device=h.device)
+    if B > 0:
+        linear_cross_entropy_1_kernel[(B,)](
+            h.contiguous(), weight, bias.contiguous(), targets.contiguous(), loss, V, H, *weight.stride(),
+            BLOCK_V=triton.next_power_of_2(V), num_warps=1,
+        )  # fmt: skip
+    return loss.mean()
 
 
 def _tiles(precision: str) -> dict[str, object]:
@@ -330,4 +393,6 @@ def shipped():
         with recorded(name) as launches:
             _, lse = linear_cross_entropy_fwd(h, weight, bias, targets, precision)
             linear_cross_entropy_bwd(dloss, lse, h, weight, bias, targets, precision, True, True)
+            if name == "fp32" and V == 27:
+                linear_cross_entropy_1(h, weight, bias, targets)
         yield from launches

@@ -60,6 +60,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _model
 from ._math import tanh
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision, interpreting
 from .adamw import adamw_update
@@ -70,9 +71,9 @@ MAX_GROUPS = 4  # of rows
 MAX_GATHERED = 12  # pairs of operands whose loads are in flight at once: they take registers
 MAX_PROGRAMS = 128  # so that the fixed-point sums below cannot overflow: 2^7 programs
 
-BETA1: tl.constexpr = tl.constexpr(0.9)
-BETA2: tl.constexpr = tl.constexpr(0.999)
-EPS: tl.constexpr = tl.constexpr(1e-8)
+BETA1: tl.constexpr = tl.constexpr(_model.BETA1)
+BETA2: tl.constexpr = tl.constexpr(_model.BETA2)
+EPS: tl.constexpr = tl.constexpr(_model.EPS)
 # Fixed point: value * SCALE in int64. LIMIT * SCALE * MAX_PROGRAMS = 2^62.
 LOGITS_SCALE: tl.constexpr = tl.constexpr(2.0**40)
 LOGITS_LIMIT: tl.constexpr = tl.constexpr(2.0**15)

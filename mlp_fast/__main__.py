@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from mlp_fast import __version__
-from mlp_fast.cli import run_main
-from mlp_fast.config import Parser
+from mlp_fast.cli import Parser, run_main
 
 COMMANDS = {
     "train": "trains the model, saves it, goes on with a saved run",

@@ -1,98 +1,96 @@
-"""The beginning and the end of a command's process."""
+"""The command line: its parser, with an option for every setting of a run, and how a command ends."""
 
-import atexit
-import contextlib
+import argparse
+import dataclasses
 import gc
-import importlib
-import os
 import re
-import signal
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from mlp_fast import threads
+from mlp_fast.config import PRESETS, Config, flag, plain_type
 from mlp_fast.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR, UserError, discard_stdout, out_of_memory, report
-
-PROBE_SECONDS = 10  # of a processor: many times what the imports take
-PROBE_NUMBERS = 2**24  # 64 MiB: less is of no use to any run
-
-_exit_code: int | None = None  # of a command that has come to its end
+from mlp_fast.startup import open_missing_streams
 
 
-def begin() -> None:
-    """For a command's first line, before imports that take a second.
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one line, exit code 2."""
 
-    Ctrl-C ends them without a traceback. No garbage is collected meanwhile: the million objects that they make stay,
-    and looking through them again and again would take a fifth of that second.
-    """
-    _open_missing_streams()
-    _probe_memory()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    gc.disable()
-    atexit.register(_end)  # the first of all, hence called after all others
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ArgumentParser's; --preset changes the defaults, so that options given explicitly win over it."""
+        arguments = super().parse_args(args)
+        preset = vars(arguments).pop("preset", None)
+        if preset is None:
+            return arguments
+        self.set_defaults(**PRESETS[preset])
+        arguments = super().parse_args(args)
+        del arguments.preset
+        return arguments
 
-def _open_missing_streams() -> None:
-    """Opens stdout and stderr where there are none (>&-, pythonw): the next file opened would take their place."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ArgumentParser's; `--option=--` is an error, where Python before 3.13 makes an empty list of it."""
+        arguments, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.nargs is None and getattr(arguments, action.dest, None) == []:
+                self.error(f"argument {'/'.join(action.option_strings) or action.dest}: expected one argument")
+        return arguments, rest
 
+    def given(self, args: Any = None) -> dict[str, Any]:
+        """The options that a command line itself names, or its --preset, with their values."""
+        absent = object()
+        arguments = super().parse_args(args, argparse.Namespace(**{action.dest: absent for action in self._actions}))
+        named = {name: value for name, value in vars(arguments).items() if value is not absent}
+        return PRESETS.get(named.pop("preset", ""), {}) | named
 
-def _probe_memory() -> None:
-    """Where address space is limited, lets a child make the command's imports first; ends with one line if it fails.
-
-    In a process whose libraries find no memory torch aborts, or never returns: no exception of Python's tells of it.
-    """
-    try:
-        import resource
-    except ImportError:  # no POSIX system
-        return
-    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
-        return
-    spec = sys.modules["__main__"].__spec__
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(ValueError):  # less is allowed already
-            resource.setrlimit(resource.RLIMIT_CPU, (PROBE_SECONDS, PROBE_SECONDS))
-        with open(os.devnull, "w") as nowhere:
-            for stream in (1, 2):
-                os.dup2(nowhere.fileno(), stream)
-        try:
-            importlib.import_module(spec.name if spec else "torch")
-            # The threads that a fill of this size starts end the process themselves where they find no room.
-            importlib.import_module("torch").ones(PROBE_NUMBERS)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        report("not enough memory to start, under the limit of this process (ulimit -v); raise it")
-        os._exit(EXIT_USER_ERROR)
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help".replace("\n", " "))
 
 
-def _end() -> None:
-    """Ends a process whose work is done: taking Python and torch apart would take another tenth of a second."""
-    if _exit_code is None:
-        return
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(_exit_code)
+def add_config_arguments(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = ()) -> None:
+    """Adds --preset and one option per Config field, in the order of the dataclass."""
+    parser.add_argument("--preset", choices=PRESETS, help="sets several options at once; others given here win")
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        if field.name in leave_out:
+            continue
+        meta = field.metadata
+        if hints[field.name] is bool:
+            parser.add_argument(
+                flag(field.name), action=argparse.BooleanOptionalAction, default=field.default, help=meta["help"]
+            )
+            continue
+        parser.add_argument(
+            flag(field.name),
+            type=plain_type(hints[field.name]),
+            default=field.default,
+            choices=meta["choices"],
+            metavar=meta["metavar"] or (None if meta["choices"] else plain_type(hints[field.name]).__name__.upper()),
+            help=meta["help"],
+        )
 
 
-def _reason(error: Exception) -> str:
-    """The sentence of an error that tells of memory, without the place in torch's source."""
-    text = " ".join(str(error).split())
-    told = re.search(r"DefaultCPUAllocator: (.*?)(?: Error code|$)", text)
-    return told[1] if told else text.partition(". ")[0] or type(error).__name__
+def config_from(arguments: argparse.Namespace) -> Config:
+    """The Config that parsed arguments describe; fields without an argument keep their default."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{name: value for name, value in vars(arguments).items() if name in names})
+
+
+def unescape(text: str) -> str:
+    r"""A prompt as typed in a shell: \n and \t stand for the characters, \\ for a backslash."""
+    placeholder = "\0"
+    return text.replace("\\\\", placeholder).replace("\\n", "\n").replace("\\t", "\t").replace(placeholder, "\\")
 
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits: its code, or that of a UserError or failed write, with one line on stderr."""
     gc.freeze()  # what was imported, also for the collections at exit
     gc.enable()
-    _open_missing_streams()
+    open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the terminal's encoding
     threads.use_available()
@@ -112,6 +110,11 @@ def run_main(main: Callable[[], int | None]) -> None:
             code = EXIT_NOT_SAVED
         else:
             raise
-    global _exit_code
-    _exit_code = code
     sys.exit(code)
+
+
+def _reason(error: Exception) -> str:
+    """The sentence of an error that tells of memory, without the place in torch's source."""
+    text = " ".join(str(error).split())
+    told = re.search(r"DefaultCPUAllocator: (.*?)(?: Error code|$)", text)
+    return told[1] if told else text.partition(". ")[0] or type(error).__name__

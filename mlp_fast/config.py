@@ -1,6 +1,5 @@
-"""Every setting of a run and its default, in one frozen dataclass; the command line is derived from it."""
+"""Every setting of a run and its default, in one frozen dataclass; cli.py makes the options of it."""
 
-import argparse
 import dataclasses
 import math
 import os
@@ -8,14 +7,14 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from mlp_fast.errors import UserError
+from mlp_fast.kernels._model import FORMS
 
 PRECISIONS = ("fp32", "tf32x3", "tf32")
-FORMS = ("auto", "table", "gather")
 REDUCTIONS = ("deterministic", "fast")
 DEVICES = ("auto", "cpu", "cuda")
 TOKENS = ("char", "byte", "word")
@@ -164,7 +163,7 @@ def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
     kinds = typing.get_args(hint) or (hint,)
     # bool is an int to Python, and an int serves as a float; neither may pass for the other here
     if type(value) not in (*kinds, *([int] if float in kinds else [])):
-        raise UserError(f"{flag(field.name)} {value!r} is of the wrong type; give {_parser_of(hint).__name__}")
+        raise UserError(f"{flag(field.name)} {value!r} is of the wrong type; give {plain_type(hint).__name__}")
     if value is None:
         return
     choices, least, most = (field.metadata[key] for key in ("choices", "least", "most"))
@@ -194,73 +193,8 @@ def _check_encoding(name: str) -> None:
         ) from None
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors: one line, exit code 2."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As ArgumentParser's; --preset changes the defaults, so that options given explicitly win over it."""
-        arguments = super().parse_args(args)
-        preset = vars(arguments).pop("preset", None)
-        if preset is None:
-            return arguments
-        self.set_defaults(**PRESETS[preset])
-        arguments = super().parse_args(args)
-        del arguments.preset
-        return arguments
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As ArgumentParser's; `--option=--` is an error, where Python before 3.13 makes an empty list of it."""
-        arguments, rest = super().parse_known_args(args, namespace)
-        for action in self._actions:
-            if action.nargs is None and getattr(arguments, action.dest, None) == []:
-                self.error(f"argument {'/'.join(action.option_strings) or action.dest}: expected one argument")
-        return arguments, rest
-
-    def given(self, args: Any = None) -> dict[str, Any]:
-        """The options that a command line itself names, or its --preset, with their values."""
-        absent = object()
-        arguments = super().parse_args(args, argparse.Namespace(**{action.dest: absent for action in self._actions}))
-        named = {name: value for name, value in vars(arguments).items() if value is not absent}
-        return PRESETS.get(named.pop("preset", ""), {}) | named
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help".replace("\n", " "))
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = ()) -> None:
-    """Adds --preset and one option per Config field, in the order of the dataclass."""
-    parser.add_argument("--preset", choices=PRESETS, help="sets several options at once; others given here win")
-    hints = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        if field.name in leave_out:
-            continue
-        meta = field.metadata
-        if hints[field.name] is bool:
-            parser.add_argument(
-                flag(field.name), action=argparse.BooleanOptionalAction, default=field.default, help=meta["help"]
-            )
-            continue
-        parser.add_argument(
-            flag(field.name),
-            type=_parser_of(hints[field.name]),
-            default=field.default,
-            choices=meta["choices"],
-            metavar=meta["metavar"] or (None if meta["choices"] else _parser_of(hints[field.name]).__name__.upper()),
-            help=meta["help"],
-        )
-
-
-def config_from(arguments: argparse.Namespace) -> Config:
-    """The Config that parsed arguments describe; fields without an argument keep their default."""
-    names = {field.name for field in dataclasses.fields(Config)}
-    return Config(**{name: value for name, value in vars(arguments).items() if name in names})
-
-
-def _parser_of(hint: Any) -> Any:
-    """int | None -> int: the type that an option's text is converted to."""
+def plain_type(hint: Any) -> Any:
+    """int | None -> int: the type of an option's value where it is given."""
     if isinstance(hint, types.UnionType):
         return next(part for part in typing.get_args(hint) if part is not type(None))
     return hint

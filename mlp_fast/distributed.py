@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node N -m mlp_fast.train ...
 
-Rank r of N takes rows floor(r*B/N) .. floor((r+1)*B/N) of every batch and scales its mean loss by its share of the
-rows, so that losses and gradients summed over the ranks are those of the whole batch, uneven shares included. Every
-rank then makes the same AdamW update of the same state: parameters are never sent. Evaluations split their windows in
-the same way. Rank 0 alone writes and speaks.
+Rank r of N takes rows floor(r*B/N) .. floor((r+1)*B/N) of every batch and scales its mean loss by the part of the
+rows that its shard is, so that losses and gradients all-reduced over the ranks are those of the whole batch, uneven
+shards included. Every rank then makes the same AdamW update of the same state: parameters are never sent. Evaluations
+split their windows in the same way. Rank 0 alone writes and speaks.
 """
 
 import datetime
@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlp_fast.errors import UserError
-from mlp_fast.run.interrupt import Interrupted
+from mlp_fast.errors import Interrupted, UserError
 
 # How long a step waits for the other processes. Those that end are noticed at once, by their closed connection (gloo)
 # or by torchrun; this is for a machine that falls silent.
@@ -43,33 +42,33 @@ class World:
     rank: int = 0
     size: int = 1
 
-    def share(self, count: int) -> slice:
-        """This rank's part of `count` rows."""
+    def shard(self, count: int) -> slice:
+        """This rank's shard of `count` rows."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks, in place and on every rank to the same bits."""
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
+        """All-reduces a tensor by its sum, in place, on every rank to the same bits."""
         if self.size > 1:
-            _reach_the_others(lambda: dist.all_reduce(tensor))
+            _checked(lambda: dist.all_reduce(tensor))
         return tensor
 
-    def sum_gradients(self, tensors: list[Tensor]) -> None:
-        """The sums of several tensors of one dtype and device, in place, as one message."""
+    def all_reduce_gradients(self, tensors: list[Tensor]) -> None:
+        """All-reduces several tensors of one dtype and device, in place, as one message."""
         if self.size == 1:
             return
-        joined = self.sum_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        joined = self.all_reduce_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
         for tensor, part in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
     def mean(self, value: float, weight: float) -> float:
         """The mean of the ranks' values by their weights, in float64; a value of weight 0 is left out.
 
-        For evaluations: waits patiently, since a rank's share of a large one may take long.
+        For evaluations: waits for as long as PATIENCE, since a rank's share of a large one may take long.
         """
         if self.size == 1:
             return value
         sums = torch.tensor([value * weight if weight else 0.0, weight], dtype=torch.float64)
-        _reach_the_others(lambda: dist.all_reduce(sums, group=_patient))
+        _checked(lambda: dist.all_reduce(sums, group=_patient))
         return (sums[0] / sums[1]).item()
 
     def max(self, value: float) -> float:
@@ -77,13 +76,13 @@ class World:
         if self.size == 1:
             return value
         agreed = torch.tensor(value, dtype=torch.float64)
-        _reach_the_others(lambda: dist.all_reduce(agreed, op=dist.ReduceOp.MAX))
+        _checked(lambda: dist.all_reduce(agreed, op=dist.ReduceOp.MAX))
         return agreed.item()
 
-    def meet(self) -> None:
-        """Waits, patiently, until every rank is here."""
+    def barrier(self) -> None:
+        """Waits until every rank is here, for as long as PATIENCE."""
         if self.size > 1:
-            _reach_the_others(lambda: dist.all_reduce(torch.zeros(1), group=_patient))
+            _checked(lambda: dist.all_reduce(torch.zeros(1), group=_patient))
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -96,7 +95,7 @@ class World:
         if self.size > 1:
             messages: list[str | None] = [None] * self.size
             mine = str(failure) if failure else None
-            _reach_the_others(lambda: dist.all_gather_object(messages, mine, group=_patient))
+            _checked(lambda: dist.all_gather_object(messages, mine, group=_patient))
             for rank, message in enumerate(messages):
                 if message is None:
                     continue
@@ -206,7 +205,8 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _reach_the_others(collective: Callable[[], Any]) -> None:
+def _checked(collective: Callable[[], Any]) -> None:
+    """Calls a collective operation; LostContact where it fails."""
     try:
         collective()
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 
 EXIT_USER_ERROR = 2  # what was asked for cannot be done
@@ -19,6 +20,20 @@ class UserError(Exception):
     """What the user asked for cannot be done; the message is one line: what was wrong, what to do."""
 
     exit_code = EXIT_USER_ERROR
+
+
+class Interrupted(BaseException):
+    """The run was asked to end. No Exception, so that no library's handler of errors swallows it.
+
+    Attributes:
+        exit_code: 128 + the signal's number.
+        report: what was done and how to go on, in one line; set by whoever knows.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.exit_code = EXIT_SIGNAL + signum
+        self.report = f"stopped by {signal.Signals(signum).name}"
 
 
 def out_of_memory(error: Exception) -> bool:

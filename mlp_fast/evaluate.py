@@ -1,37 +1,15 @@
 """`python -m mlp_fast.evaluate RUN`: the losses of a saved model on a corpus."""
 
-if __name__ == "__main__":
-    from mlp_fast.cli import begin
-
-    begin()
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlp_fast import backends, distributed
-from mlp_fast.cli import run_main
-from mlp_fast.config import DEVICES, OF_THE_CORPUS, SPLITTING, Parser
-from mlp_fast.corpus.load import Corpus, check_sizes, load_for
-from mlp_fast.errors import UserError
-from mlp_fast.model.windows import TRAIN_EVAL_BATCHES, Tape, evaluated_windows
+from mlp_fast.cli import Parser, run_main
+from mlp_fast.config import DEVICES, OF_THE_CORPUS, SPLITTING
+from mlp_fast.corpus.load import load_for
 from mlp_fast.run import checkpoint
-
-
-def losses_of(saved: checkpoint.Checkpoint, corpus: Corpus) -> dict[str, float]:
-    """Mean cross-entropies in nats by split, as training reports them: the train loss over its first batches."""
-    if corpus.vocabulary != saved.vocabulary:
-        raise UserError(f"the {corpus.name} corpus has another vocabulary than the model; give the model's own corpus")
-    T, B = saved.config.context_length, saved.config.batch_size
-    check_sizes(corpus, T, B)
-    tapes = {"train": Tape(corpus.train, T), "val": Tape(corpus.val, T), "test": Tape(corpus.test, T)}
-    backend = backends.create(saved.config, saved.shape, tapes["train"], saved.state)
-    return {
-        split: backend.shared_mean_loss(
-            evaluated_windows(tape, B, TRAIN_EVAL_BATCHES if split == "train" else None).to(backend.device)
-        )
-        for split, tape in tapes.items()
-    }
+from mlp_fast.run.evaluation import losses_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:

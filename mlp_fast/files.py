@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlp_fast.errors import UserError
@@ -42,13 +44,20 @@ def code_obstacle(folder: Path) -> str | None:
 
 def check_writable(path: Path, option: str) -> None:
     """UserError, naming the option, where a file cannot be written; none is left behind that was not there."""
-    try:
+    with writing(option, shown(path)):
         existed = path.exists()
         os.close(open_to_append(path))
         if not existed:
             path.unlink()
+
+
+@contextmanager
+def writing(option: str, path: str) -> Iterator[None]:
+    """Around the writing of a file that an option names: UserError where it fails."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"{option} {shown(path)}: cannot write it ({error.strerror})") from None
+        raise UserError(f"{option} {path}: cannot write it ({error.strerror})") from None
 
 
 def open_to_append(path: Path) -> int:

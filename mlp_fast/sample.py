@@ -1,87 +1,16 @@
 """`python -m mlp_fast.sample RUN`: text from a saved model."""
 
-if __name__ == "__main__":
-    from mlp_fast.cli import begin
-
-    begin()
-
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from mlp_fast.cli import run_main
-from mlp_fast.config import MAX_SEED, Parser
+from mlp_fast.cli import Parser, run_main, unescape
+from mlp_fast.config import MAX_SEED
+from mlp_fast.corpus.prompt import PROMPT
 from mlp_fast.errors import UserError, for_terminal
-from mlp_fast.model.rng import RNG
-from mlp_fast.model.sampling import (
-    PROMPT,
-    SAMPLE_LENGTH,
-    SAMPLE_SEED,
-    continuation,
-    default_prompt,
-    padded,
-    sample,
-    shaped,
-)
+from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED
 from mlp_fast.run import checkpoint
-
-
-def texts(
-    saved: checkpoint.Checkpoint,
-    prompt: str | None = None,
-    length: int = SAMPLE_LENGTH,
-    seed: int = SAMPLE_SEED,
-    samples: int = 1,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    stop: str | None = None,
-) -> Iterator[str]:
-    """Texts that a model draws, each with its prompt, one after another from one stream of random numbers.
-
-    Args:
-        saved: the model.
-        prompt: what they begin with; None for that of a training run's sample. A prompt shorter than the context is
-            padded, unseen, as sampling.padded says.
-        length: tokens to draw for each.
-        seed: of the draws.
-        samples: how many texts.
-        temperature, top_k: see sampling.shaped.
-        stop: a token that ends a text, and is left out of it.
-
-    Raises:
-        UserError: the prompt or `stop` is not of the model's vocabulary.
-    """
-    vocabulary, T = saved.vocabulary, saved.config.context_length
-    if prompt is None:
-        tokens = default_prompt(vocabulary, T, saved.beginning)
-        shown = vocabulary.decode(tokens)
-    else:
-        tokens = padded(vocabulary.encode(prompt), vocabulary, T, saved.beginning)
-        shown = prompt
-    end = None if stop is None else _one_token(saved, stop)
-    model, rng = saved.model(), RNG(seed)
-
-    def logits_of(context: Sequence[int]) -> torch.Tensor:
-        with torch.no_grad():
-            return shaped(model(torch.tensor([context]))[0][0], temperature, top_k)
-
-    for _ in range(samples):
-        yield shown + continuation(vocabulary, tokens, sample(logits_of, tokens, length, rng, T, end))
-
-
-def _one_token(saved: checkpoint.Checkpoint, text: str) -> int:
-    tokens = saved.vocabulary.encode(text) if saved.vocabulary.knows(text) else []
-    if len(tokens) != 1:
-        raise UserError(f"--stop {text!r} is not one token of the model's {len(saved.vocabulary)}; give one")
-    return tokens[0]
-
-
-def unescape(text: str) -> str:
-    r"""A prompt as typed in a shell: \n and \t stand for the characters, \\ for a backslash."""
-    placeholder = "\0"
-    return text.replace("\\\\", placeholder).replace("\\n", "\n").replace("\\t", "\t").replace(placeholder, "\\")
+from mlp_fast.run.sampling import texts
 
 
 def main(argv: Sequence[str] | None = None) -> int:

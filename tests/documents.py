@@ -4,6 +4,8 @@ The rule, as CONTRIBUTING.md states it. A fence names its language and, after a 
 
     ```python        run, all blocks of a page in one namespace; a block that begins with `# some/file.py` is written
                      to that file of the page's folder instead, where `mlp_fast.backends` and `mlp_fast.kernels` find it
+    ```python excerpt   of the file that its first line names, letter by letter but for indentation; a line `...` stands
+    ```c excerpt        for lines left out
     ```sh            each command run, in the page's folder; a run of more than MOST_STEPS steps stops after FEW_STEPS
     ```sh slow       its options are parsed; run by ./run test --long, in processes of their own
     ```sh gpu        its options are parsed; run where there is a CUDA device, likewise
@@ -25,6 +27,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +41,8 @@ from mlp_fast.errors import EXIT_USER_ERROR, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_STEPS, FEW_STEPS = 1000, 20
-CONDITIONS = ("slow", "gpu", "parsed")
+CONDITIONS = ("slow", "gpu", "parsed")  # of sh
+EXCERPT = "excerpt"  # of a language of sources
 LANGUAGES = ("python", "sh", "text", "", "toml", "c", "json")
 PLUGIN = "page_plugin.py"  # written for the tests that a page runs
 
@@ -50,7 +54,7 @@ class Block:
     Attributes:
         line: of the opening fence, from 1.
         language: as the fence names it.
-        condition: "" or one of CONDITIONS.
+        condition: "", one of CONDITIONS, or EXCERPT.
         code: without the fences.
         output: of the `text` block right after it, or None.
     """
@@ -125,7 +129,7 @@ def run_page(page: Page, folder: Path, *, long: bool = False) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     with _at_home_in(folder):
         for block in page.blocks:
-            if block.language not in ("python", "sh"):
+            if block.language not in ("python", "sh") or block.condition == EXCERPT:
                 continue
             printed = io.StringIO()
             try:
@@ -137,6 +141,27 @@ def run_page(page: Page, folder: Path, *, long: bool = False) -> None:
                 raise Wrong(
                     f"{page.name}:{block.line} prints\n{printed.getvalue()}\nand not, as the page says,\n{block.output}"
                 )
+
+
+def check_excerpt(page: Page, block: Block) -> None:
+    """Wrong unless the lines of an excerpt stand in its file in this order, without others but where it has `...`."""
+    match = re.match(r"(?:#|//) (\S+)\n", block.code)
+    if match is None or not (ROOT / match[1]).is_file():
+        raise Wrong(f"{page.name}:{block.line}: the first line of an excerpt names its file")
+    rest = (ROOT / match[1]).read_text(encoding="utf-8")
+    for part in re.split(r"^ *\.\.\.\n", block.code[match.end() :], flags=re.MULTILINE):
+        found = next(
+            (at for indent in range(0, 20, 2) if (at := _ending(rest, textwrap.indent(part, " " * indent)))), 0
+        )
+        if not found:
+            raise Wrong(f"{page.name}:{block.line}: {match[1]} does not go on like this:\n{part}")
+        rest = rest[found:]
+
+
+def _ending(text: str, lines: str) -> int:
+    """Where in the text these whole lines end; 0: they are not there."""
+    at = f"\n{text}".find(f"\n{lines}")
+    return 0 if at < 0 else at + len(lines)
 
 
 def left_behind(page: Page, folder: Path) -> list[str]:

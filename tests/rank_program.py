@@ -17,7 +17,7 @@ from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus
 from mlp_fast.corpus.tokenizer import Characters
 from mlp_fast.run.log import RunLog
-from mlp_fast.train import Trainer
+from mlp_fast.run.trainer import Trainer
 
 STEPS = 200
 V = 30
@@ -75,9 +75,9 @@ def main(file: str, names: Sequence[str]) -> None:
 
     triton-op runs on the CPU too: there its operators are computed by plain torch.
     """
-    TritonOp.unavailable = classmethod(lambda cls, device: None)  # type: ignore[method-assign, assignment]
+    TritonOp.unsupported = classmethod(lambda cls, *of: None)  # type: ignore[method-assign, assignment]
     with distributed.joined() as world:
-        outcomes = {name: outcome(name) for name in names if backends.obstacle(name, Config(backend=name)) is None}
+        outcomes = {name: outcome(name) for name in names if backends.unsupported(name, Config(backend=name)) is None}
         if world.rank == 0:
             Path(file).write_text(json.dumps({"size": world.size, "outcomes": outcomes}))
 

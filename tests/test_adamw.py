@@ -18,8 +18,9 @@ import torch
 from updates import CONFIG, Difference, check, check_backend, differences, flat, updates
 
 from mlp_fast import backends, ops
-from mlp_fast.kernels import cpu_step as native
-from mlp_fast.model import manual_step as step
+from mlp_fast.config import Config
+from mlp_fast.kernels import _cpu_library, cpu_step
+from mlp_fast.model import manual_step
 from mlp_fast.model.schedule import learning_rate, update_scalars
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- the arithmetic of a backend, on the gradients of the run -----------------------------------------------------
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason="native is unavailable")
-@pytest.mark.parametrize("isa", native.instruction_sets() if native.unavailable() is None else ())
+@pytest.mark.skipif(cpu_step.unavailable() is not None, reason="native is unavailable")
+@pytest.mark.parametrize("isa", cpu_step.instruction_sets() if cpu_step.unavailable() is None else ())
 def test_native(isa: str) -> None:
     check(native_differences(isa))
 
@@ -40,16 +41,16 @@ def native_differences(isa: str) -> dict[str, Difference]:
     results = []
     for update in updates():
         got = flat(update.before)
-        native.adamw_(got["p"], update.grad, got["m"], got["v"], *update.scalars, isa)
+        cpu_step.adamw_(got["p"], update.grad, got["m"], got["v"], *update.scalars, isa)
         results.append(got)
     return differences(results, updates())
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_step_by_hand(compiled: bool) -> None:
-    if compiled and (reason := backends.backend_class("compile-step").unavailable(torch.device("cpu"))):
+    if compiled and (reason := backends.unsupported("compile-step", Config(device="cpu"))):
         pytest.skip(reason)
-    check(step_differences(torch.compile(step.adamw_) if compiled else step.adamw_))
+    check(step_differences(torch.compile(manual_step.adamw_) if compiled else manual_step.adamw_))
 
 
 def step_differences(adamw_: Any) -> dict[str, Difference]:
@@ -84,7 +85,7 @@ def test_the_operator_on_a_cpu() -> None:
     ],
 )
 def test_the_parameters_after_a_step(name: str) -> None:
-    reason = backends.obstacle(name, replace(CONFIG, backend=name))
+    reason = backends.unsupported(name, replace(CONFIG, backend=name))
     if reason:
         pytest.skip(f"{name}: {reason}")
     check_backend(name, updates())
@@ -110,10 +111,10 @@ def test_machine_code_of_c(cc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         divisions = len(re.findall("vdivps", body[1]))
         assert divisions
         assert len(re.findall(r"vfn?m(?:add|sub)\d+ps", body[1])) == fused * divisions, name
-    loaded = native._load_from(tmp_path)
+    loaded = _cpu_library.load_from(tmp_path)
     assert not isinstance(loaded, str), loaded
-    monkeypatch.setattr(native, "_library", lambda: loaded)
-    for isa in native.instruction_sets():
+    monkeypatch.setattr(_cpu_library, "library", lambda: loaded)
+    for isa in cpu_step.instruction_sets():
         check(native_differences(isa))
 
 

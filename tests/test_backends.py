@@ -11,12 +11,12 @@ from mlp_fast.backends.base import Backend
 from mlp_fast.backends.compiled import CompileStep
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus
-from mlp_fast.kernels import cpu_step as native
+from mlp_fast.kernels import cpu_step
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape, evaluated_windows
 from mlp_fast.run.log import RunLog
-from mlp_fast.train import Trainer
+from mlp_fast.run.trainer import Trainer
 
 DEFAULT = Shape(V=27, T=3, E=48, H=512)
 EAGER = ("eager-raw", "eager")
@@ -32,7 +32,7 @@ DOUBLE = "double"
 def available(name: str, **settings: Any) -> Config:
     """The settings of a quiet run of a backend; the test is skipped, with the reason, where it is unavailable."""
     config = Config(backend=name, quiet=True, **settings)
-    reason = backends.obstacle(name, config)
+    reason = backends.unsupported(name, config)
     if reason:
         pytest.skip(f"{name}: {reason}")
     return config
@@ -113,7 +113,7 @@ def test_a_state_of_the_baseline_goes_on_elsewhere(name: str) -> None:
 def test_both_forms_compute_the_same_losses(name: str, form: str) -> None:
     baseline = small_backend("eager", TrainState.initial(SMALL, 1))
     config = available(name, form=form)
-    refused = backends.obstacle(name, config, DEFAULT)
+    refused = backends.unsupported(name, config, DEFAULT)
     if refused:  # by those that have the table form only, and by no other
         assert (name, form) in {("triton-step", "gather"), ("triton-persistent", "gather")}
         assert "--form gather is for triton-op and compile-step" in refused
@@ -130,7 +130,7 @@ def test_precisions_that_a_gpu_lacks_are_refused(name: str, monkeypatch: pytest.
 
     def refused(precision: str, capability: tuple[int, int]) -> str | None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        return backends.obstacle(name, Config(device="cuda", precision=precision), DEFAULT)
+        return backends.unsupported(name, Config(device="cuda", precision=precision), DEFAULT)
 
     for precision in ("tf32", "tf32x3"):
         expected = f"--precision {precision} needs a GPU from sm_80 on, and this one is sm_75; choose fp32"
@@ -163,24 +163,24 @@ def test_losses_and_logits_of_given_windows_are_the_baselines(name: str) -> None
 def test_auto_says_why_not_the_better_backend(
     settings: dict[str, Any], native_missing: str | None, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "unavailable", lambda: native_missing)
-    monkeypatch.setattr(CompileStep, "unavailable", classmethod(lambda cls, device: None))
+    monkeypatch.setattr(cpu_step, "unavailable", lambda: native_missing)
+    monkeypatch.setattr(CompileStep, "unsupported", classmethod(lambda cls, *of: None))
     config = Config(device="cpu", **settings)
     tape = Tape(torch.arange(50) % 11, 2)
-    chosen = backends.backend_class(backends.resolve(config, SMALL, tape))
-    assert backends.passed_over(config, SMALL, tape, chosen) == told
-    assert bool(told) == (chosen.name == "compile-step")
+    choice = backends.resolve(config, SMALL, tape)
+    assert choice.note == told
+    assert bool(told) == (choice.cls.name == "compile-step")
 
 
 def test_auto_on_a_cpu_is_the_fastest_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(device="cpu")
-    monkeypatch.setattr(native, "unavailable", lambda: None)
-    monkeypatch.setattr(CompileStep, "unavailable", classmethod(lambda cls, device: None))
-    assert backends.resolve(config, DEFAULT) == "native"
-    monkeypatch.setattr(native, "unavailable", lambda: "no C compiler was found")
-    assert backends.resolve(config, DEFAULT) == "compile-step"
-    monkeypatch.setattr(CompileStep, "unavailable", classmethod(lambda cls, device: "no C++ compiler was found"))
-    assert backends.resolve(config, DEFAULT) == "eager"
+    monkeypatch.setattr(cpu_step, "unavailable", lambda: None)
+    monkeypatch.setattr(CompileStep, "unsupported", classmethod(lambda cls, *of: None))
+    assert backends.resolve(config, DEFAULT).cls.name == "native"
+    monkeypatch.setattr(cpu_step, "unavailable", lambda: "no C compiler was found")
+    assert backends.resolve(config, DEFAULT).cls.name == "compile-step"
+    monkeypatch.setattr(CompileStep, "unsupported", classmethod(lambda cls, *of: "no C++ compiler was found"))
+    assert backends.resolve(config, DEFAULT).cls.name == "eager"
 
 
 def test_the_listing_names_every_backend_with_its_state() -> None:

@@ -32,7 +32,8 @@ from bench.recording import Recording
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
-from mlp_fast.measure.timing import NotEquivalent, Spread
+from mlp_fast.measure.equivalence import NotEquivalent
+from mlp_fast.measure.timing import Spread
 from mlp_fast.model.mlp import MLP, Shape, initial_parameters
 from mlp_fast.model.rng import RNG
 from mlp_fast.model.sampling import SAMPLE_SEED, sample
@@ -196,7 +197,7 @@ def test_a_wrong_backend_is_recorded_without_a_number() -> None:
 
 @pytest.mark.usefixtures("workshop")
 def test_an_unavailable_backend_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Slow, "unavailable", classmethod(lambda cls, device: "it is asleep"))
+    monkeypatch.setattr(Slow, "unsupported", classmethod(lambda cls, *of: "it is asleep"))
     with pytest.raises(Skipped, match="it is asleep"):
         step_case("slow").entry(plain_timer, PROBES)
     # As a rival it is left out; it has a case of its own.
@@ -233,6 +234,30 @@ def test_every_group_has_cases_with_names_of_their_own(group: str, plan: Plan) -
 def test_steps_on_cuda_are_measured_in_every_precision() -> None:
     ids = [case.id for case in suite.cases("step", Plan(device="cuda"))]
     assert {"triton-step-128-fp32", "triton-step-128-tf32x3", "triton-step-128-tf32"} <= set(ids)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_on_cuda_what_inductor_compiles_comes_after_all_else(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(full, device="cuda")
+    measured: list[str] = []
+
+    def without_a_gpu(group: str, plan: Plan) -> list[Case]:
+        def run(case: Case) -> Callable[..., Entry]:
+            return lambda *_: {"per": measured.append(case.id) or "step", "ms": {"median": 1.0}}
+
+        return [dataclasses.replace(case, run=run(case)) for case in suite.cases(group, plan)]
+
+    monkeypatch.setattr(record, "cases", without_a_gpu)
+    monkeypatch.setattr(recording.Recording, "begin", lambda device, dry: recording.Recording(FACTS, dry))
+    record.record(plan, ["step", "rng"], tmp_path / "recording.json")
+    slow = [id.startswith("compile") for id in measured]
+    assert slow == sorted(slow)
+    assert any(slow)
+    assert len(measured) == len(suite.cases("step", plan)) + 2
+    done = measured[: slow.index(True)]
+    assert {f"{name}-128-{p}" for name in ("eager", "triton-step") for p in ("fp32", "tf32x3", "tf32")} <= set(done)
 
 
 def test_random_numbers_are_measured() -> None:

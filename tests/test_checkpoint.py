@@ -524,7 +524,7 @@ def interrupted_and_resumed(corpus_folder: str, out: Path, first: str, second: s
 
 
 def available(name: str) -> str:
-    reason = backends.obstacle(name, Config(interpret=False))
+    reason = backends.unsupported(name, Config(interpret=False))
     if reason:
         pytest.skip(f"{name}: {reason}")
     return name

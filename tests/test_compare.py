@@ -11,6 +11,7 @@ from fake_backends import Slow, Unsteady, Wrong, register
 
 from mlp_fast import compare
 from mlp_fast.errors import UserError
+from mlp_fast.measure.comparison import cut
 from mlp_fast.measure.timing import Spread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,5 +108,5 @@ def test_bad_input_is_one_clear_line(arguments: list[str], message: str) -> None
 
 
 def test_steps_are_cut_evenly() -> None:
-    assert compare.cut(23, 10) == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
-    assert compare.cut(3, 10) == [1, 1, 1]
+    assert cut(23, 10) == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
+    assert cut(3, 10) == [1, 1, 1]

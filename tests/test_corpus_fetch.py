@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from mlp_fast.corpus import __main__ as command
-from mlp_fast.corpus import load as corpus
-from mlp_fast.corpus.load import Corpus
+from mlp_fast.corpus import names as names_module
+from mlp_fast.corpus.load import Corpus, load
 from mlp_fast.errors import UserError
 
 
@@ -28,14 +28,14 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> bytes:
     random.shuffle(order)
     kept = content.decode().splitlines(keepends=True)
     parts = {"test": order[:1000], "val": order[1000:2000], "train": order[2000:]}
-    monkeypatch.setattr(corpus, "NAMES_BYTES", len(content))
-    monkeypatch.setattr(corpus, "NAMES_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(names_module, "BYTES", len(content))
+    monkeypatch.setattr(names_module, "SHA256", hashlib.sha256(content).hexdigest())
     sums = {
         split: hashlib.sha256("".join(kept[i] for i in places).encode()).hexdigest() for split, places in parts.items()
     }
-    monkeypatch.setattr(corpus, "NAMES_SPLIT_SHA256", sums)
+    monkeypatch.setattr(names_module, "SPLIT_SHA256", sums)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(corpus.NAMES_VARIABLE, raising=False)
+    monkeypatch.delenv(names_module.VARIABLE, raising=False)
     monkeypatch.setenv("no_proxy", "*")
     return content
 
@@ -90,7 +90,7 @@ def test_a_good_download_is_kept_whole_and_loads(
     assert files_below(tmp_path) == [cached]
     assert cached.read_bytes() == names
     assert capsys.readouterr().out.count("\n") == 1
-    loaded = corpus.load("names")
+    loaded = load("names")
     assert (loaded.name, len(loaded.vocabulary), loaded.cost) == ("names", 27, None)
     assert sum(len(tape) for tape in loaded.tapes.values()) == len(names)
     assert loaded.vocabulary.decode(loaded.val).count("\n") in (999, 1000)
@@ -104,8 +104,8 @@ def test_fetch_writes_where_it_is_told_and_replaces_what_was_there(
     target.write_bytes(b"old")
     assert command.main(["fetch", "--url", serve(answering(names)), "--to", str(target)]) == 0
     assert files_below(tmp_path) == [target]
-    monkeypatch.setenv(corpus.NAMES_VARIABLE, str(target))
-    assert len(corpus.load("names").train) > 0
+    monkeypatch.setenv(names_module.VARIABLE, str(target))
+    assert len(load("names").train) > 0
 
 
 def silent(handler: http.server.BaseHTTPRequestHandler) -> None:
@@ -220,7 +220,7 @@ def test_a_timeout_that_is_none_is_refused(timeout: str) -> None:
 
 def test_without_a_copy_the_way_to_get_one_is_told(names: bytes) -> None:
     with pytest.raises(UserError, match=r"python -m mlp_fast\.corpus fetch"):
-        corpus.load("names")
+        load("names")
 
 
 def test_a_copy_that_is_not_the_names_corpus_is_refused(
@@ -228,24 +228,24 @@ def test_a_copy_that_is_not_the_names_corpus_is_refused(
 ) -> None:
     copy = tmp_path / "copy.txt"
     copy.write_bytes(names[:-1] + b"x")
-    monkeypatch.setenv(corpus.NAMES_VARIABLE, str(copy))
+    monkeypatch.setenv(names_module.VARIABLE, str(copy))
     with pytest.raises(UserError, match=r"copy\.txt is not the names corpus: sha256"):
-        corpus.load("names")
-    monkeypatch.setenv(corpus.NAMES_VARIABLE, str(tmp_path / "none.txt"))
+        load("names")
+    monkeypatch.setenv(names_module.VARIABLE, str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match=r"none\.txt: no such file"):
-        corpus.load("names")
-    monkeypatch.setitem(corpus.NAMES_SPLIT_SHA256, "val", "0" * 64)
+        load("names")
+    monkeypatch.setitem(names_module.SPLIT_SHA256, "val", "0" * 64)
     with pytest.raises(ValueError, match="val split"):
-        corpus.split_names(names)
+        names_module.split(names)
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/reader")
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert corpus.names_cache() == Path("/home/reader/.cache/mlp_fast/names.txt")
+        assert names_module.cached() == Path("/home/reader/.cache/mlp_fast/names.txt")
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert corpus.names_cache() == Path("/elsewhere/mlp_fast/names.txt")
+    assert names_module.cached() == Path("/elsewhere/mlp_fast/names.txt")
 
 
 def test_the_real_splits_are_the_references(names_corpus: Corpus) -> None:
@@ -257,4 +257,4 @@ def test_the_real_splits_are_the_references(names_corpus: Corpus) -> None:
     assert names_corpus.vocabulary.characters == "\nabcdefghijklmnopqrstuvwxyz"
     for split, tape in names_corpus.tapes.items():
         text = names_corpus.vocabulary.decode(tape).encode()
-        assert hashlib.sha256(text).hexdigest() == corpus.NAMES_SPLIT_SHA256[split]
+        assert hashlib.sha256(text).hexdigest() == names_module.SPLIT_SHA256[split]

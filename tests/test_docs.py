@@ -8,7 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from documents import CONDITIONS, LANGUAGES, ROOT, Page, chinese, left_behind, pages, parsing_only, run_page
+from documents import (
+    CONDITIONS,
+    EXCERPT,
+    LANGUAGES,
+    ROOT,
+    Block,
+    Page,
+    Wrong,
+    check_excerpt,
+    chinese,
+    left_behind,
+    pages,
+    parsing_only,
+    run_page,
+)
 
 from bench import recording, tables
 from mlp_fast import backends, errors
@@ -56,9 +70,37 @@ def test_pages_save_their_runs_in_different_folders() -> None:
 def test_every_fence_names_a_language_and_a_known_condition(page: Page) -> None:
     for block in page.blocks:
         assert block.language in LANGUAGES, f"{page.name}:{block.line}"
-        assert block.condition in ("", *CONDITIONS), f"{page.name}:{block.line}"
-        assert not block.condition or block.language == "sh", f"{page.name}:{block.line}"
+        conditions = CONDITIONS if block.language == "sh" else (EXCERPT,) if block.language in ("python", "c") else ()
+        assert block.condition in ("", *conditions), f"{page.name}:{block.line}"
     assert page.text.count("\n```") == 2 * len(page.blocks), f"{page.name}: a fence is not closed"
+
+
+EXCERPTS = [(page, block) for page in ENGLISH for block in page.blocks if block.condition == EXCERPT]
+
+
+@pytest.mark.parametrize(("page", "block"), EXCERPTS, ids=[f"{page.name}:{block.line}" for page, block in EXCERPTS])
+def test_an_excerpt_is_what_its_file_says(page: Page, block: Block) -> None:
+    check_excerpt(page, block)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def dot(a, b)\n",  # no file
+        "# kernels/_math.py\ndef dot(a, b)\n",  # not a whole line
+        "# kernels/_math.py\n    z = s * s\n    s = tl.minimum(ax, 1.0)\n",  # another order
+        "# kernels/_math.py\n    z = s * s\n    p = p * z - 0.0079461056\n",  # lines are left out
+        "# kernels/_math.py\n    z = s * s\n...\n    ax = tl.abs(x)\n",
+    ],
+)
+def test_what_is_no_excerpt(code: str) -> None:
+    with pytest.raises(Wrong):
+        check_excerpt(ENGLISH[0], Block(1, "python", EXCERPT, code))
+
+
+def test_an_excerpt_may_leave_lines_and_indentation_out() -> None:
+    code = "# kernels/_math.py\nax = tl.abs(x)\n...\nz = s * s\n"
+    check_excerpt(ENGLISH[0], Block(1, "python", EXCERPT, code))
 
 
 # --- both languages ---------------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from updates import Difference, pre_activations
 
-from mlp_fast.kernels import cpu_step as native
+from mlp_fast.kernels import cpu_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ISAS = native.instruction_sets() if native.unavailable() is None else ()
+ISAS = cpu_step.instruction_sets() if cpu_step.unavailable() is None else ()
 
 
 def difference(got: Tensor, exact: Tensor) -> Difference:
@@ -28,8 +28,8 @@ def test_eager() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_native(isa: str) -> None:
     x = pre_activations()
-    difference(native.tanh(x, isa), x.double().tanh()).check("tanh", largest=6, equal=0)
+    difference(cpu_step.tanh(x, isa), x.double().tanh()).check("tanh", largest=6, equal=0)
     z = -x.abs() * 4
-    found = difference(native.exp(z, isa), z.double().exp())
+    found = difference(cpu_step.exp(z, isa), z.double().exp())
     assert abs(found.mean) < 0.02
     assert found.largest <= 1.5

@@ -26,6 +26,7 @@ from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.model.state import TrainState
 from mlp_fast.run import checkpoint
+from mlp_fast.run import trainer as trainer_module
 from mlp_fast.run.folder import INDEX
 from mlp_fast.run.log import RunLog
 
@@ -178,7 +179,7 @@ def test_a_run_survives_the_loss_of_its_folder(
         return advance(self, steps)
 
     monkeypatch.setattr(Eager, "advance", vanishing)
-    monkeypatch.setattr(train, "RESPONSE_TIME", {"cpu": 0.0})  # one step at a time
+    monkeypatch.setattr(trainer_module, "RESPONSE_TIME", {"cpu": 0.0})  # one step at a time
     settings = options(corpus_folder, f"--out={out}", "--checkpoint-every=10")
     assert train.main(settings) == 3
     printed = capsys.readouterr()
@@ -206,10 +207,10 @@ def test_a_run_that_ends_after_its_folder_offers_nothing_of_it(
         return losses
 
     monkeypatch.setattr(Eager, "advance", vanishing)
-    monkeypatch.setattr(train, "RESPONSE_TIME", {"cpu": 0.0})
+    monkeypatch.setattr(trainer_module, "RESPONSE_TIME", {"cpu": 0.0})
     settings = options(corpus_folder, f"--out={out}", "--checkpoint-every=10")
     if end == "nan":
-        with pytest.raises(train.NonFiniteLoss, match="seen at step 21; there is no checkpoint;"):
+        with pytest.raises(trainer_module.NonFiniteLoss, match="seen at step 21; there is no checkpoint;"):
             train.main(settings)
     else:
         assert train.main(settings) == 130
@@ -311,7 +312,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     out, log = tmp_path / "run", tmp_path / "log.jsonl"
     poison_at(16, monkeypatch)
     settings = options(corpus_folder, f"--out={out}", "--checkpoint-every=5", f"--log-json={log}")
-    with pytest.raises(train.NonFiniteLoss) as caught:
+    with pytest.raises(trainer_module.NonFiniteLoss) as caught:
         train.main(settings)
     assert caught.value.exit_code == 4
     assert str(caught.value) == (
@@ -354,7 +355,7 @@ def test_a_state_with_any_number_not_finite_is_not_saved(
         return result
 
     monkeypatch.setattr(Eager, "state", poisoned)
-    with pytest.raises(train.NonFiniteLoss, match="seen at step 30; there is no checkpoint"):
+    with pytest.raises(trainer_module.NonFiniteLoss, match="seen at step 30; there is no checkpoint"):
         train.main(options(corpus_folder, f"--out={tmp_path / 'run'}", "--quiet"))
     assert "could not save the checkpoint of step 30 (it is not finite" in capsys.readouterr().err
     assert checkpoint.files_in(tmp_path / "run") == []
@@ -384,7 +385,7 @@ def test_a_diverging_run_stops_with_code_4(backend: str, tmp_path: Path, corpus_
 
 def test_a_bad_last_step_is_seen_too(tmp_path: Path, corpus_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     poison_at(29, monkeypatch)
-    with pytest.raises(train.NonFiniteLoss, match="from step 29 on, seen at step 30"):
+    with pytest.raises(trainer_module.NonFiniteLoss, match="from step 29 on, seen at step 30"):
         train.main(options(corpus_folder, "--quiet"))
 
 

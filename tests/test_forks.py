@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlp_fast.backends import REGISTRY, obstacle
+from mlp_fast.backends import REGISTRY, unsupported
 from mlp_fast.config import Config
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -70,7 +70,7 @@ COMPILED = [name for name in REGISTRY if "compile" in name]
 
 
 def check(names: list[str], seconds: int, **environment: str) -> None:
-    names = [name for name in names if name not in REGISTRY or obstacle(name, Config(device="cpu")) is None]
+    names = [name for name in names if name not in REGISTRY or unsupported(name, Config(device="cpu")) is None]
     process = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(seconds), *names],
         env=os.environ | {"OMP_NUM_THREADS": "2"} | environment,

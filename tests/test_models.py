@@ -10,7 +10,8 @@ from processes import Python
 
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus
-from mlp_fast.model.manual_step import adamw_, chosen_form, loss_and_gradients
+from mlp_fast.kernels._model import choose_form
+from mlp_fast.model.manual_step import adamw_, loss_and_gradients
 from mlp_fast.model.mlp import MLP, PARAMETER_NAMES, MLPRaw, Shape, initial_parameters
 from mlp_fast.model.rng import RNG
 from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rate, update_scalars
@@ -58,8 +59,8 @@ def test_the_generator_ends_where_the_references_does(golden: dict[str, Any]) ->
     ("V", "B", "expected"), [(27, 128, "table"), (128, 128, "gather"), (300, 128, "gather"), (127, 128, "table")]
 )
 def test_auto_takes_the_table_form_while_it_has_fewer_rows(V: int, B: int, expected: str) -> None:
-    assert chosen_form("auto", V, B) == expected
-    assert chosen_form("gather", V, B) == "gather"
+    assert choose_form("auto", B, V) == expected
+    assert choose_form("gather", B, V) == "gather"
 
 
 @pytest.mark.parametrize("form", ["table", "gather"])

@@ -24,16 +24,16 @@ from hypothesis import strategies as st
 from mlp_fast import backends
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus
-from mlp_fast.kernels import cpu_step as native
+from mlp_fast.kernels import _cpu_library, _model, cpu_step
 from mlp_fast.model.mlp import PARAMETER_NAMES, Shape
 from mlp_fast.model.sampling import PROMPT, SAMPLE_LENGTH, SAMPLE_SEED
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import TRAIN_EVAL_BATCHES, Tape, evaluated_windows
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"native: {native.unavailable()}")
+pytestmark = pytest.mark.skipif(cpu_step.unavailable() is not None, reason=f"native: {cpu_step.unavailable()}")
 
 FORMS = ("table", "gather")
-ISAS = native.instruction_sets() if native.unavailable() is None else []
+ISAS = cpu_step.instruction_sets() if cpu_step.unavailable() is None else []
 LEARNING_RATE, WEIGHT_DECAY, NUM_STEPS = 1e-3, 1e-2, 60
 
 
@@ -58,13 +58,13 @@ class Case:
     def state(self) -> TrainState:
         return TrainState.initial(Shape(*self.sizes), seed=1337)
 
-    def model(self, **options: Any) -> native.NativeModel:
-        model = native.NativeModel(*self.sizes, **options)
+    def model(self, **options: Any) -> cpu_step.NativeModel:
+        model = cpu_step.NativeModel(*self.sizes, **options)
         model.set_tape(self.tape())
         load(model, self.state())
         return model
 
-    def train(self, model: native.NativeModel, steps: int) -> list[float]:
+    def train(self, model: cpu_step.NativeModel, steps: int) -> list[float]:
         return model.train(self.B, steps, NUM_STEPS, LEARNING_RATE, WEIGHT_DECAY).tolist()
 
 
@@ -80,7 +80,7 @@ CASES = [
 ]
 
 
-def load(model: native.NativeModel, state: TrainState) -> None:
+def load(model: cpu_step.NativeModel, state: TrainState) -> None:
     parts = (state.parameters, state.exp_avg, state.exp_avg_sq)
     model.load(*([part[name] for name in PARAMETER_NAMES] for part in parts), state.step)
 
@@ -176,7 +176,7 @@ def test_training_is_as_near_to_float64_as_torch(
         B=st.sampled_from([1, 2, 3, 31, 127, 128, 129]),
         n=st.integers(9, 400),
     ),
-    form=st.sampled_from(native.FORMS),
+    form=st.sampled_from(_model.FORMS),
     isa=st.sampled_from(ISAS or [None]),
     count=st.integers(1, 4),
 )
@@ -235,15 +235,15 @@ def test_an_evaluation_has_the_same_bits_in_any_form_and_however_it_is_cut(
     rows = case.tape().unfold(0, 6, 1)
     results, calls = [], []
     with threads(count):
-        for form in native.FORMS:
+        for form in _model.FORMS:
             for response_time, pace in ((1e9, 10**6), (0.0, 1)):  # one call; as many as there can be
-                monkeypatch.setattr(native, "RESPONSE_TIME", response_time)
+                monkeypatch.setattr(cpu_step, "RESPONSE_TIME", response_time)
                 model = case.model(form=form, isa=isa)
                 model._pace = {("contexts", count): pace, ("draws",): pace}
                 pairs = model.pairs(rows, torch.ones(len(rows), dtype=torch.float64))
                 results.append((model.logits(rows[:, :-1]), model.loss_sum(pairs), model.sample([1] * 5, 50, 7)))
-                calls.append(len(list(model._calls(("contexts", count), len(rows), native.LEAST_CONTEXTS))))
-    assert calls == [1, len(rows) // native.LEAST_CONTEXTS + 1] * 3
+                calls.append(len(list(model._calls(("contexts", count), len(rows), cpu_step.LEAST_CONTEXTS))))
+    assert calls == [1, len(rows) // cpu_step.LEAST_CONTEXTS + 1] * 3
     for logits, loss, drawn in results[1:]:
         assert torch.equal(logits, results[0][0])
         assert (loss, drawn) == results[0][1:]
@@ -258,7 +258,7 @@ def test_a_call_is_as_long_as_the_time_allows(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    model, least = native.NativeModel(1, 1, 1, 1), 16
+    model, least = cpu_step.NativeModel(1, 1, 1, 1), 16
     for stall in (0.0, 50.0):
         calls, lasted = [], []
         for first, count in model._calls(("work", 1), pieces, least):
@@ -269,9 +269,9 @@ def test_a_call_is_as_long_as_the_time_allows(
         assert sum(count for _, count in calls) == pieces
         for (_, count), seconds in list(zip(calls, lasted, strict=True))[-5:-1]:
             if count == least:
-                assert seconds >= native.RESPONSE_TIME
+                assert seconds >= cpu_step.RESPONSE_TIME
             else:
-                assert native.RESPONSE_TIME / 2 < seconds <= native.RESPONSE_TIME * 1.01
+                assert cpu_step.RESPONSE_TIME / 2 < seconds <= cpu_step.RESPONSE_TIME * 1.01
 
 
 class Watched:
@@ -339,7 +339,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(case: Case, isa: str) -
 def test_threads_without_processors_become_fewer() -> None:
     """Two threads on one processor: C breaks off, one thread goes on, with the bits that two have elsewhere."""
     code = """
-copy = native.NativeModel(27, 3, 48, 512)
+copy = cpu_step.NativeModel(27, 3, 48, 512)
 copy.set_tape(torch.arange(5000) % 27)
 copy.load(*model.store(), model.step)
 losses = []
@@ -347,8 +347,8 @@ torch.set_num_threads(1)
 losses.append(copy.train(128, 400, 10**9, 1e-3, 1e-4))
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 torch.set_num_threads(2)
-threads = model._crew.threads
-model._crew.threads = lambda: (used.append(threads()), used[-1])[1]
+threads = model._backoff.threads
+model._backoff.threads = lambda: (used.append(threads()), used[-1])[1]
 used = []
 losses.append(model.train(128, 400, 10**9, 1e-3, 1e-4))
 print(*used)
@@ -362,25 +362,25 @@ print(torch.equal(*losses), model.step, copy.step)
     assert same == "True 450 450"
 
 
-def test_a_crew_is_smaller_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, crew = [100.0], native._Crew()
+def test_fewer_threads_work_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, backoff = [100.0], cpu_step._Backoff()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert crew.threads() == 8
+    assert backoff.threads() == 8
     for fewer in (4, 2, 1):
-        crew.worked(crew.threads(), crowded=True)
-        assert crew.threads() == fewer
-    clock[0] += 8 * native.PAUSE  # twice as long each time
-    assert crew.threads() == 8
+        backoff.worked(backoff.threads(), oversubscribed=True)
+        assert backoff.threads() == fewer
+    clock[0] += 8 * cpu_step.PAUSE  # twice as long each time
+    assert backoff.threads() == 8
     for _ in range(9):
-        crew.worked(8, crowded=True)
-    clock[0] += native.LONGEST_PAUSE - 0.01
-    assert crew.threads() == 4
+        backoff.worked(8, oversubscribed=True)
+    clock[0] += cpu_step.LONGEST_PAUSE - 0.01
+    assert backoff.threads() == 4
     clock[0] += 0.02
-    crew.worked(crew.threads(), crowded=False)
-    crew.worked(8, crowded=True)
-    clock[0] += native.PAUSE + 0.01
-    assert crew.threads() == 8
+    backoff.worked(backoff.threads(), oversubscribed=False)
+    backoff.worked(8, oversubscribed=True)
+    clock[0] += cpu_step.PAUSE + 0.01
+    assert backoff.threads() == 8
 
 
 def test_state_goes_in_and_out_unchanged() -> None:
@@ -388,7 +388,7 @@ def test_state_goes_in_and_out_unchanged() -> None:
     first, second = case.model(), case.model()
     losses = case.train(first, 7)
     case.train(second, 3)
-    third = native.NativeModel(*case.sizes)
+    third = cpu_step.NativeModel(*case.sizes)
     third.set_tape(case.tape().to(torch.uint8))
     third.load(*second.store(), second.step)
     assert case.train(third, 4) == losses[3:]
@@ -396,7 +396,7 @@ def test_state_goes_in_and_out_unchanged() -> None:
         assert all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
 
 
-@pytest.mark.parametrize("dtype", native.TOKEN_TYPES)
+@pytest.mark.parametrize("dtype", cpu_step.TOKEN_TYPES)
 def test_every_type_of_token_gives_the_same_bits(dtype: torch.dtype) -> None:
     case = Case(V=100, T=3, E=5, H=33, B=16, n=200)
     expected = case.train(case.model(), 3)
@@ -409,20 +409,20 @@ def test_every_type_of_token_gives_the_same_bits(dtype: torch.dtype) -> None:
 def test_tanh_and_exp(isa: str) -> None:
     x = torch.cat([torch.linspace(-12, 12, 200_001), torch.logspace(-44, 1, 5000), -torch.logspace(-44, 1, 5000)])
     exact = torch.tanh(x.double())
-    got = native.tanh(x, isa).double()
+    got = cpu_step.tanh(x, isa).double()
     normal = exact.abs() > 1e-37
     assert ((got - exact) / exact)[normal].abs().max() < 3.6e-7  # three units in the last place
     torch.testing.assert_close(got[~normal], exact[~normal], rtol=0, atol=1e-44)
     assert got.abs().max() <= 1
     special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0])
-    assert native.tanh(special, isa).tolist()[:2] == [1.0, -1.0]
-    assert native.tanh(special, isa)[2].isnan()
-    assert native.tanh(special, isa)[3:].view(torch.int32).tolist() == special[3:].view(torch.int32).tolist()
+    assert cpu_step.tanh(special, isa).tolist()[:2] == [1.0, -1.0]
+    assert cpu_step.tanh(special, isa)[2].isnan()
+    assert cpu_step.tanh(special, isa)[3:].view(torch.int32).tolist() == special[3:].view(torch.int32).tolist()
     x = torch.linspace(-86.9, 80, 200_001)
     exact = x.double().exp()
-    assert ((native.exp(x, isa).double() - exact) / exact).abs().max() < 3e-7
-    assert native.exp(torch.tensor([-87.1, -1e30, -math.inf, 0.0]), isa).tolist() == [0, 0, 0, 1]
-    assert native.exp(torch.tensor([math.nan]), isa).isnan()
+    assert ((cpu_step.exp(x, isa).double() - exact) / exact).abs().max() < 3e-7
+    assert cpu_step.exp(torch.tensor([-87.1, -1e30, -math.inf, 0.0]), isa).tolist() == [0, 0, 0, 1]
+    assert cpu_step.exp(torch.tensor([math.nan]), isa).isnan()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -486,7 +486,7 @@ def test_follows_the_golden_run(
     """1,000 steps on the names corpus: batch losses, evaluations, the sample, and the sizes of the parameters."""
     monkeypatch.setenv("MLP_FAST_ISA", isa)
     config = Config(backend="native", data="names", num_steps=1000)
-    shape = Shape(len(names_corpus.vocabulary), config.context_length, config.embedding_size, config.hidden_size)
+    shape = Shape.of(config, len(names_corpus.vocabulary))
     train, val, test = (Tape(tokens, shape.T) for tokens in (names_corpus.train, names_corpus.val, names_corpus.test))
     backend = backends.create(config, shape, train, TrainState.initial(shape, config.seed))
     windows = [evaluated_windows(train, 128, TRAIN_EVAL_BATCHES), evaluated_windows(val, 128)]
@@ -507,7 +507,7 @@ def test_follows_the_golden_run(
 
 
 def test_memory_is_linear_in_parameters_and_hidden_values() -> None:
-    library = native._library()
+    library = _cpu_library.library()
     for V, T, E, H, B in [
         (27, 3, 48, 512, 4096),
         (65536, 3, 48, 512, 128),
@@ -516,16 +516,16 @@ def test_memory_is_linear_in_parameters_and_hidden_values() -> None:
         (65536, 3, 512, 512, 32768),
         (27, 1024, 8, 64, 4096),
     ]:
-        shape = native._Shape(V, T, E, H)
+        shape = _cpu_library.Shape(V, T, E, H)
         for count in (1, 2, 16):
             numbers = V * (count * E + H + 1) + H * (T * E + 1) + B * (H + 2 * T)
-            floats = library.mlp_workspace_bytes(native.ctypes.byref(shape), B, count) / 4
+            floats = library.mlp_workspace_bytes(cpu_step.ctypes.byref(shape), B, count) / 4
             assert floats < 4 * numbers + 4e6, (V, T, E, H, B, count)
 
 
 def test_memory_of_an_evaluation() -> None:
     """No more than training on batches of 512 takes, or a constant for every thread."""
-    library = native._library()
+    library = _cpu_library.library()
     for V, T, E, H in [
         (27, 3, 48, 512),
         (65536, 3, 48, 512),
@@ -534,10 +534,10 @@ def test_memory_of_an_evaluation() -> None:
         (27, 3, 48, 65536),
         (30, 100_000, 1, 30),
     ]:
-        shape = native._Shape(V, T, E, H)
+        shape = _cpu_library.Shape(V, T, E, H)
         numbers = V * (E + H + 1) + H * (T * E + 1) + 512 * (H + 2 * T)
         for count in (1, 2, 16, 64):
-            floats = library.mlp_forward_bytes(native.ctypes.byref(shape), 10**6, count) / 4
+            floats = library.mlp_forward_bytes(cpu_step.ctypes.byref(shape), 10**6, count) / 4
             assert floats < 3 * numbers + count * 4e6, (V, T, E, H, count)
 
 
@@ -545,14 +545,14 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
     """Name -> (exception, part of its message, the call, given a good model)."""
     rows, weights = torch.zeros(4, 3, dtype=torch.int64), torch.ones(4, dtype=torch.float64)
 
-    def pairs_of(T: int, V: int) -> native.Pairs:
-        return native.NativeModel(V, T, 3, 7).pairs(torch.zeros(4, T + 1, dtype=torch.int64), weights)
+    def pairs_of(T: int, V: int) -> cpu_step.Pairs:
+        return cpu_step.NativeModel(V, T, 3, 7).pairs(torch.zeros(4, T + 1, dtype=torch.int64), weights)
 
-    def changed(model: native.NativeModel, **parts: torch.Tensor) -> None:
+    def changed(model: cpu_step.NativeModel, **parts: torch.Tensor) -> None:
         model.loss_sum(dataclasses.replace(model.pairs(rows * 0, weights), **parts))
 
     def loaded(index: int, tensor: Any, part: int = 0, step: Any = 1) -> Any:
-        def call(model: native.NativeModel) -> None:
+        def call(model: cpu_step.NativeModel) -> None:
             parts = model.store()
             parts[part][index] = tensor
             model.load(*parts, step)
@@ -560,20 +560,20 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
         return call
 
     return {
-        "V of 0": (ValueError, "V must", lambda m: native.NativeModel(0, 1, 1, 1)),
-        "H negative": (ValueError, "H must", lambda m: native.NativeModel(1, 1, 1, -5)),
-        "E a float": (TypeError, "E must", lambda m: native.NativeModel(1, 1, 1.5, 1)),
-        "T a bool": (TypeError, "T must", lambda m: native.NativeModel(1, True, 1, 1)),
-        "huge": (ValueError, "memory", lambda m: native.NativeModel(2**30, 2**20, 2**20, 2**30)),
-        "form": (ValueError, "form", lambda m: native.NativeModel(1, 1, 1, 1, form="fast")),
-        "isa": (ValueError, "instruction set", lambda m: native.NativeModel(1, 1, 1, 1, isa="mmx")),
+        "V of 0": (ValueError, "V must", lambda m: cpu_step.NativeModel(0, 1, 1, 1)),
+        "H negative": (ValueError, "H must", lambda m: cpu_step.NativeModel(1, 1, 1, -5)),
+        "E a float": (TypeError, "E must", lambda m: cpu_step.NativeModel(1, 1, 1.5, 1)),
+        "T a bool": (TypeError, "T must", lambda m: cpu_step.NativeModel(1, True, 1, 1)),
+        "huge": (ValueError, "memory", lambda m: cpu_step.NativeModel(2**30, 2**20, 2**20, 2**30)),
+        "form": (ValueError, "form", lambda m: cpu_step.NativeModel(1, 1, 1, 1, form="fast")),
+        "isa": (ValueError, "instruction set", lambda m: cpu_step.NativeModel(1, 1, 1, 1, isa="mmx")),
         "tape a list": (TypeError, "tape", lambda m: m.set_tape([0, 1, 2, 3])),
         "tape of floats": (TypeError, "tape", lambda m: m.set_tape(torch.zeros(9))),
         "tape 2-d": (ValueError, "tape", lambda m: m.set_tape(torch.zeros(9, 2, dtype=torch.int64))),
         "tape short": (ValueError, "more than T", lambda m: m.set_tape(torch.zeros(2, dtype=torch.int64))),
         "tape token": (ValueError, "0..4", lambda m: m.set_tape(torch.tensor([0, 1, 5, 2]))),
         "tape negative": (ValueError, "got -1", lambda m: m.set_tape(torch.tensor([0, 1, -1, 2]))),
-        "no tape": (RuntimeError, "set_tape", lambda m: native.NativeModel(1, 1, 1, 1).train(1, 1, 1, 0.1, 0.1)),
+        "no tape": (RuntimeError, "set_tape", lambda m: cpu_step.NativeModel(1, 1, 1, 1).train(1, 1, 1, 0.1, 0.1)),
         "batch of 0": (ValueError, "batch_size", lambda m: m.train(0, 1, 1, 0.1, 0.1)),
         "batch a tensor": (TypeError, "batch_size", lambda m: m.train(torch.tensor(3), 1, 1, 0.1, 0.1)),
         "steps negative": (ValueError, "steps", lambda m: m.train(1, -1, 1, 0.1, 0.1)),
@@ -661,7 +661,7 @@ def test_other_threads_run_meanwhile() -> None:
     counter.start()
     before = counted[0]
     start = time.perf_counter()
-    native._library()  # the calls below are long ones: a held GIL would stop the counter for their whole length
+    _cpu_library.library()  # the calls below are long ones: a held GIL would stop the counter for their whole length
     model._pace = {("steps", case.B, torch.get_num_threads()): 10**6}
     case.train(model, 300)
     seconds, ticks = time.perf_counter() - start, counted[0] - before
@@ -678,8 +678,8 @@ def python(code: str, **options: Any) -> subprocess.Popen[str]:
 
 SETUP = """
 import os, sys, time, torch
-from mlp_fast.kernels import cpu_step as native
-model = native.NativeModel(27, 3, 48, 512)
+from mlp_fast.kernels import cpu_step
+model = cpu_step.NativeModel(27, 3, 48, 512)
 parts = [[torch.full(shape, 0.01) for shape in model.shapes] for _ in range(3)]
 model.load(*parts, 0)
 model.set_tape(torch.arange(5000) % 27)
@@ -722,14 +722,14 @@ except KeyboardInterrupt:
 def test_refused_memory_is_a_memory_error_and_the_model_stays() -> None:
     code = """
 import re, resource
-large = native.NativeModel(27, 3, 48, 200_000)
+large = cpu_step.NativeModel(27, 3, 48, 200_000)
 tape, narrow = torch.zeros(10**8, dtype=torch.uint8), torch.zeros(1, 4, dtype=torch.uint8)
 rows, weights = narrow.expand(2 * 10**7, 4), torch.zeros(1, dtype=torch.float64).expand(2 * 10**7)
 small = [[torch.zeros(1).expand(shape) for shape in large.shapes] for _ in range(3)]
 held = 1024 * int(re.search(r"VmSize:\\s*(\\d+)", open("/proc/self/status").read())[1])
 resource.setrlimit(resource.RLIMIT_AS, (held + 6 * 10**7,) * 2)
 calls = {
-    "init": lambda: native.NativeModel(27, 3, 48, 10**6),
+    "init": lambda: cpu_step.NativeModel(27, 3, 48, 10**6),
     "load": lambda: large.load(*small, 0),
     "store": lambda: large.store(),
     "set_tape": lambda: model.set_tape(tape),
@@ -780,4 +780,4 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv("MLP_FAST_ISA")
         assert chosen == case.train(case.model(isa=isa), 2)
     monkeypatch.setenv("MLP_FAST_ISA", "mmx")
-    assert "MLP_FAST_ISA=mmx" in str(native.unavailable())
+    assert "MLP_FAST_ISA=mmx" in str(cpu_step.unavailable())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlp_fast.kernels import cpu_step as native
+from mlp_fast.kernels import _cpu_library
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "kernels" / "csrc" / "train_step.c"
@@ -98,18 +98,18 @@ def install(tmp_path: Path, cc: str) -> Path:
 
 def test_without_a_compiler_the_installation_goes_on(tmp_path: Path) -> None:
     folder = install(tmp_path, cc=str(tmp_path / "nonexistent"))
-    assert (folder / "native.py").exists()
+    assert (folder / "cpu_step.py").exists()
     assert not list(folder.glob("*.so"))
-    assert "install a C compiler" in str(native._load_from(folder))
+    assert "install a C compiler" in str(_cpu_library.load_from(folder))
 
 
 def test_with_a_compiler_the_library_is_installed(tmp_path: Path) -> None:
     folder = install(tmp_path, cc=compiler("gcc"))
-    assert not isinstance(native._load_from(folder), str)
+    assert not isinstance(_cpu_library.load_from(folder), str)
     (folder / "csrc" / "train_step_simd.h").write_text("/* another source */")
-    assert "another source" in str(native._load_from(folder))
+    assert "another source" in str(_cpu_library.load_from(folder))
     library = next(folder.glob("_train_step*.so"))
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / library.name).write_bytes(b"no library")
-    assert "cannot be loaded" in str(native._load_from(broken))
+    assert "cannot be loaded" in str(_cpu_library.load_from(broken))

@@ -20,7 +20,7 @@ import torch
 from mlp_fast import __main__ as commands
 from mlp_fast import backends, errors, files, train
 from mlp_fast import cli as command
-from mlp_fast.backends import compiled, triton_step
+from mlp_fast.backends import compiled, step_kernels
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.measure import machine
@@ -60,13 +60,13 @@ def test_a_folder_that_no_code_can_be_kept_in_is_named(
 def test_tritons_kernels_name_it_too(odd_mount: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     path, told = odd_mount
-    monkeypatch.setattr(triton_step, "interpreting", lambda: False)
+    monkeypatch.setattr(step_kernels, "interpreting", lambda: False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(path))
-    reason = triton_step.kernels_missing(torch.device("cuda"))
+    reason = step_kernels.kernels_missing(torch.device("cuda"))
     assert reason is not None
     assert f"{told}; set TRITON_CACHE_DIR" in reason
     monkeypatch.setenv("TRITON_CACHE_DIR", str(path.parent))
-    assert triton_step.kernels_missing(torch.device("cuda")) is None
+    assert step_kernels.kernels_missing(torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize("folder", ["with blank", "it's", 'a"b', "a\\b", "tab\tbed"])
@@ -100,7 +100,7 @@ def test_no_temporary_folder_at_all_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_auto_passes_such_a_backend_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "with blank"))
     monkeypatch.setitem(backends.ALIASES, "auto", ("compile-step", "eager"))
-    assert backends.resolve(Config(device="cpu"), Shape(27, 3, 4, 8)) == "eager"
+    assert backends.resolve(Config(device="cpu"), Shape(27, 3, 4, 8)).cls.name == "eager"
 
 
 @pytest.mark.parametrize("name", COMPILING)

@@ -1,5 +1,6 @@
 """What ./run installs: one exact version of every package for each Python, and all that the library asks for."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
+# The wings of the package, each of which imports from those before it, from itself, and nothing from those after it.
+WINGS = ("kernels", "base", "model", "data", "corpus", "ops", "backends", "measure", "run", "commands")
+COMMANDS = ("train", "evaluate", "sample", "compare", "profile", "visualize", "__main__")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
 
@@ -47,3 +51,26 @@ def test_versions_without_wheels_for_a_python_are_not_pinned_for_it() -> None:
     assert new["contourpy"] >= Version("1.3.3")
     assert old["numpy"] < Version("2.3")
     assert old["contourpy"] < Version("1.3.3")
+
+
+def wing(module: str) -> str:
+    """mlp_fast.run.log -> run; modules of the package itself are commands, or the base of all."""
+    top = module.split(".")[1] if "." in module else ""
+    return top if top in WINGS else "commands" if top in COMMANDS or module.endswith("__main__") else "base"
+
+
+def test_imports_run_one_way() -> None:
+    """Those of functions too; kernels import nothing but kernels."""
+    for folder in ("mlp_fast", "kernels", "data"):
+        for path in (ROOT / folder).rglob("*.py"):
+            module = ".".join(
+                [*(["mlp_fast"] if folder != "mlp_fast" else []), *path.relative_to(ROOT).with_suffix("").parts]
+            )
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [f"{node.module}.{alias.name}" for alias in node.names]
+                for name in names:
+                    if name.split(".")[0] == "mlp_fast":
+                        allowed = ("kernels",) if wing(module) == "kernels" else WINGS[: WINGS.index(wing(module)) + 1]
+                        assert wing(name) in allowed, f"{module} imports {name}"

@@ -9,6 +9,7 @@ import pytest
 
 from mlp_fast import profile
 from mlp_fast.errors import UserError
+from mlp_fast.measure import profiling
 
 SMALL = ["--embedding-size", "4", "--hidden-size", "8", "--batch-size", "16", "--device", "cpu"]
 
@@ -33,7 +34,7 @@ def test_kernels_launches_and_gaps_of_a_gpu_trace() -> None:
             event("clear", "gpu_memset", 155, 5, tid=7),
         ]
     }
-    summary = profile.summarise(trace, steps=2)
+    summary = profiling.summarise(trace, steps=2)
     assert summary.device
     assert summary.wall == 50
     assert summary.launches == 1.5
@@ -41,7 +42,7 @@ def test_kernels_launches_and_gaps_of_a_gpu_trace() -> None:
     assert summary.busy == (25 + 5) / 2
     assert summary.largest_gap == 40  # 160..200, after the last kernel
     assert summary.idle_share == pytest.approx(0.7)
-    assert summary.rows == [profile.Row("step", 1, 15, 0.3), profile.Row("clear", 0.5, 2.5, 0.05)]
+    assert summary.rows == [profiling.Row("step", 1, 15, 0.3), profiling.Row("clear", 0.5, 2.5, 0.05)]
     assert "| step | 1.00 | 15.00 | 30.0% |" in summary.table()
     assert "1.50 launches from 1.00 calls of the host" in summary.table()
 
@@ -57,7 +58,7 @@ def test_operators_of_a_cpu_trace_have_their_own_time() -> None:
             event("elsewhere", "cpu_op", 40, 20, tid=2),
         ]
     }
-    summary = profile.summarise(trace, steps=1)
+    summary = profiling.summarise(trace, steps=1)
     assert not summary.device
     times = {row.name: (row.calls, row.microseconds) for row in summary.rows}
     assert times == {
@@ -72,8 +73,8 @@ def test_operators_of_a_cpu_trace_have_their_own_time() -> None:
 
 
 def test_more_rows_than_asked_for_are_summed() -> None:
-    rows = [profile.Row(f"k{i}", 1, 10 - i, 0.1) for i in range(5)]
-    table = profile.Summary(True, 100, 50, 3, 5, 5, rows).table(top=2)
+    rows = [profiling.Row(f"k{i}", 1, 10 - i, 0.1) for i in range(5)]
+    table = profiling.Summary(True, 100, 50, 3, 5, 5, rows).table(top=2)
     assert "| k1 |" in table
     assert "| k2 |" not in table
     assert "| 3 others | 3.00 | 21.00 | 30.0% |" in table

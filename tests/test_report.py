@@ -254,7 +254,7 @@ def test_different_devices_are_not_compared(tmp_path: Path) -> None:
 
 def run_gpu_sh(*arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHON": sys.executable}
-    return subprocess.run([GPU, *arguments], capture_output=True, text=True, env=environment, timeout=600)
+    return subprocess.run([GPU, *arguments], capture_output=True, text=True, env=environment, timeout=1000)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which a test must not occupy for ten minutes")
@@ -267,10 +267,11 @@ def test_gpu_sh_without_a_gpu_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_gpu_sh_walks_every_stage_in_a_dry_run(tmp_path: Path) -> None:
-    result = run_gpu_sh("--dry-run", str(tmp_path))
+    result = run_gpu_sh("--dry-run", "--seconds", "900", str(tmp_path))
     assert result.returncode == 0, result.stdout[-4000:]
     stages = ("environment", "tests of the kernels", "tests of the backends", "record", "train")
-    for name in (*stages, *(f"sanitizer {backend}" for backend in ("triton-op", "triton-step", "triton-persistent"))):
+    triton = ("triton-op", "triton-step", "triton-persistent")
+    for name in (*stages, "litmus", *(f"one step of {backend}" for backend in triton)):
         assert f"== {name}" in result.stdout
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["log.txt", "recording.json", "trace.json.gz", "train-fp32.jsonl", "train.png"]

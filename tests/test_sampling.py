@@ -10,12 +10,13 @@ import torch
 
 from mlp_fast import sample as sample_command
 from mlp_fast import train
+from mlp_fast.cli import unescape
+from mlp_fast.corpus.prompt import default_prompt, padded
 from mlp_fast.corpus.tokenizer import Characters
 from mlp_fast.errors import UserError
 from mlp_fast.model.rng import RNG
-from mlp_fast.model.sampling import default_prompt, draw, padded, sample, shaped
+from mlp_fast.model.sampling import draw, sample, shaped
 from mlp_fast.run import checkpoint
-from mlp_fast.sample import unescape
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 0), (0.1, 0), (0.26, 1), (0.74, 1), (0.76, 2), (0.999, 2)])

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from mlp_fast import backends
 from mlp_fast.backends.compiled import forward
-from mlp_fast.config import Config, Parser, add_config_arguments, config_from
+from mlp_fast.cli import Parser, add_config_arguments, config_from
+from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.model.manual_step import loss_and_gradients
 from mlp_fast.model.mlp import B1, B2, DIRECT, MLP, W1, W2, WTE, MLPRaw, Shape, initial_parameters
@@ -84,8 +85,8 @@ def test_every_backend_trains_with_them_or_says_that_it_does_not(name: str) -> N
         with pytest.raises(UserError, match="direct connections"):
             backends.resolve(config, SHAPE)
         return
-    if backends.obstacle(name, config, SHAPE):
-        pytest.skip(str(backends.obstacle(name, config, SHAPE)))
+    if backends.unsupported(name, config, SHAPE):
+        pytest.skip(str(backends.unsupported(name, config, SHAPE)))
     tokens = torch.randint(13, (100,), generator=torch.Generator().manual_seed(4)).to(torch.uint8)
     baseline = MLPRaw({k: v.double() for k, v in initial_parameters(SHAPE, 1).items()})
     optimizer = torch.optim.AdamW(baseline.parameters().values(), lr=7e-4, weight_decay=1e-4)

@@ -27,6 +27,7 @@ from mlp_fast.distributed import World
 from mlp_fast.errors import UserError
 from mlp_fast.model.mlp import Shape
 from mlp_fast.run import checkpoint
+from mlp_fast.run import trainer as trainer_module
 from mlp_fast.run.log import RunLog
 
 PROGRAM = str(Path(rank_program.__file__))
@@ -130,7 +131,7 @@ def test_a_signal_to_one_process_ends_all_saved_and_other_numbers_of_processes_g
 
 
 def parsed(arguments: list[str]) -> Config:
-    from mlp_fast.config import Parser, add_config_arguments, config_from
+    from mlp_fast.cli import Parser, add_config_arguments, config_from
 
     parser = Parser()
     add_config_arguments(parser)
@@ -195,6 +196,7 @@ from torch.distributed import distributed_c10d
 from mlp_fast import distributed, train
 from mlp_fast.backends.eager import Eager
 from mlp_fast.run.folder import RunFolder
+from mlp_fast.run.trainer import Trainer
 
 def slow_once(cls, name, rank):
     method, pauses = getattr(cls, name), [4]
@@ -204,11 +206,11 @@ def slow_once(cls, name, rank):
         return method(*arguments)
     setattr(cls, name, slow)
 
-def run(trainer, method=train.Trainer.run):
+def run(trainer, method=Trainer.run):
     distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=2))  # once the processes have found each other
     return method(trainer)
 
-train.Trainer.run = run
+Trainer.run = run
 slow_once(Eager, "mean_loss", 1)
 slow_once(RunFolder, "save", 0)
 sys.exit(train.main(sys.argv[1:]))
@@ -291,7 +293,7 @@ torch.ones(3).sum()
 before = threads()
 try:
     with distributed.joined() as world, world.agreed():
-        world.meet()
+        world.barrier()
         assert threads() != before
         if sys.argv[1] == "failing":
             raise UserError("on purpose")
@@ -320,28 +322,28 @@ SHAPE = Shape(V=27, T=3, E=48, H=512)
 @pytest.mark.usefixtures("two_processes")
 def test_backends_say_whether_they_split_a_batch_and_auto_takes_one_that_does() -> None:
     for name in backends.REGISTRY:
-        reason = backends.obstacle(name, Config(backend=name), SHAPE)
+        reason = backends.unsupported(name, Config(backend=name), SHAPE)
         if not backends.backend_class(name).distributed:
             assert reason is not None
     can = {name for name in backends.REGISTRY if backends.backend_class(name).distributed}
     assert {"eager-raw", "eager", "compile-raw", "compile"} <= can
     assert not can & {"native", "compile-step", "triton-step", "triton-persistent"}
-    assert backends.resolve(Config(), SHAPE) in can
+    assert backends.resolve(Config(), SHAPE).cls.name in can
 
 
 @pytest.mark.usefixtures("two_processes")
 def test_a_batch_smaller_than_the_processes_is_refused(embedded_corpus: Corpus) -> None:
     config = Config(backend="eager", batch_size=1, quiet=True)
     with pytest.raises(UserError, match="--batch-size 1 is less than the 2 processes"):
-        train.Trainer(config, embedded_corpus, RunLog(config))
+        trainer_module.Trainer(config, embedded_corpus, RunLog(config))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 128, 1000])
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
 def test_shares_are_whole_disjoint_and_even(count: int, size: int) -> None:
-    shares = [World(rank, size).share(count) for rank in range(size)]
-    assert [row for share in shares for row in range(count)[share]] == list(range(count))
-    lengths = [share.stop - share.start for share in shares]
+    shards = [World(rank, size).shard(count) for rank in range(size)]
+    assert [row for share in shards for row in range(count)[share]] == list(range(count))
+    lengths = [share.stop - share.start for share in shards]
     assert max(lengths) - min(lengths) <= 1
     assert count < size or min(lengths) > 0
 
@@ -349,8 +351,8 @@ def test_shares_are_whole_disjoint_and_even(count: int, size: int) -> None:
 def test_one_process_has_nothing_to_agree_on() -> None:
     world = World()
     gradient = torch.arange(3.0)
-    world.sum_gradients([gradient])
-    world.meet()
+    world.all_reduce_gradients([gradient])
+    world.barrier()
     assert gradient.tolist() == [0, 1, 2]
     assert world.mean(3.5, 2) == 3.5
     assert world.max(2.5) == 2.5

@@ -116,4 +116,4 @@ def test_a_tape_too_large_for_the_gpu_stays_and_its_batches_move(monkeypatch: py
         monkeypatch.setattr(backends, "device_of", lambda cls, requested: torch.device("cuda"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         if "cuda" in cls.devices and not cls.host_tape:
-            assert "tape on the GPU" in str(backends.obstacle(name, Config(), tape=plain))
+            assert "tape on the GPU" in str(backends.unsupported(name, Config(), tape=plain))

@@ -12,7 +12,8 @@ from torch import Tensor
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
 from mlp_fast.measure import machine
-from mlp_fast.measure.timing import BASELINE, Contender, Judge, NotEquivalent, Spread, float64_run, measure
+from mlp_fast.measure.equivalence import BASELINE, NotEquivalent, Verifier, float64_run
+from mlp_fast.measure.timing import Candidate, Spread, measure
 from mlp_fast.model.mlp import PARAMETER_NAMES, W1, W2, Shape
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape
@@ -28,13 +29,13 @@ def tape() -> Tape:
 
 
 @pytest.fixture(scope="module")
-def judge(tape: Tape) -> Judge:
-    return Judge(CONFIG, SHAPE, tape)
+def verifier(tape: Tape) -> Verifier:
+    return Verifier(CONFIG, SHAPE, tape)
 
 
 def test_a_backend_that_sleeps_5_ms_a_step_takes_5_ms() -> None:
-    sleeper = Contender("sleeper", lambda steps: [time.sleep(0.005) for _ in range(steps)])
-    other = Contender("other", lambda steps: None)
+    sleeper = Candidate("sleeper", lambda steps: [time.sleep(0.005) for _ in range(steps)])
+    other = Candidate("other", lambda steps: None)
     for _ in range(5):  # a busy machine only ever adds
         samples = measure([sleeper, other], [2] * 15)
         if Spread.of(samples["sleeper"]).median < 5.25:
@@ -43,17 +44,17 @@ def test_a_backend_that_sleeps_5_ms_a_step_takes_5_ms() -> None:
     assert Spread.of(samples["other"]).median < 0.5
 
 
-def test_rounds_are_interleaved_in_turning_order_and_settled_off_the_clock() -> None:
+def test_rounds_are_interleaved_in_turning_order_and_finished_off_the_clock() -> None:
     calls: list[str] = []
 
-    def contender(name: str) -> Contender:
-        def settle(result: int) -> None:
+    def candidate(name: str) -> Candidate:
+        def finish(result: int) -> None:
             calls.append(f"{name}{result}")
             time.sleep(0.01)
 
-        return Contender(name, lambda steps: steps, settle)
+        return Candidate(name, lambda steps: steps, finish)
 
-    samples = measure([contender("a"), contender("b"), contender("c")], [3, 2, 2, 1])
+    samples = measure([candidate("a"), candidate("b"), candidate("c")], [3, 2, 2, 1])
     assert calls == ["a3", "b3", "c3", "b2", "c2", "a2", "c2", "a2", "b2", "a1", "b1", "c1"]
     assert all(len(times) == 4 and max(times) < 5 for times in samples.values())
 
@@ -68,12 +69,12 @@ def test_threads_that_one_leaves_spinning_for_a_while_do_not_run_beside_the_next
     def next_one(steps: int) -> None:
         overtaken.append(time.perf_counter() < spinning_until[0])
 
-    measure([Contender("spinner", spinner), Contender("next", next_one)], [1] * 4)
+    measure([Candidate("spinner", spinner), Candidate("next", next_one)], [1] * 4)
     assert overtaken == [False] * 4
 
 
 def test_times_are_per_step_of_their_own_round() -> None:
-    samples = measure([Contender("fixed", lambda steps: time.sleep(0.02))], [1, 4])["fixed"]
+    samples = measure([Candidate("fixed", lambda steps: time.sleep(0.02))], [1, 4])["fixed"]
     assert samples[0] == pytest.approx(20, rel=0.2)
     assert samples[1] == pytest.approx(5, rel=0.2)
 
@@ -105,27 +106,27 @@ def tampered(tape: Tape, tamper: Callable[[dict[str, Tensor]], object]) -> Tampe
     return cls(CONFIG, SHAPE, tape, TrainState.initial(SHAPE, CONFIG.seed), CPU)
 
 
-def test_the_judge_passes_the_right_backend_and_leaves_it_at_the_start(judge: Judge, tape: Tape) -> None:
+def test_the_verifier_passes_the_right_backend_and_leaves_it_at_the_start(verifier: Verifier, tape: Tape) -> None:
     backend = tampered(tape, lambda gradients: None)
-    assert judge.check(backend) < 1e-6
+    assert verifier.check(backend) < 1e-6
     assert backend.state().step == 0
-    assert all(torch.equal(tensor, judge.initial.parameters[n]) for n, tensor in backend.state().parameters.items())
+    assert all(torch.equal(tensor, verifier.initial.parameters[n]) for n, tensor in backend.state().parameters.items())
 
 
 @pytest.mark.parametrize("name", PARAMETER_NAMES)
-def test_a_gradient_off_by_a_thousandth_gets_no_number(judge: Judge, tape: Tape, name: str) -> None:
+def test_a_gradient_off_by_a_thousandth_gets_no_number(verifier: Verifier, tape: Tape, name: str) -> None:
     # AdamW takes the scale of a gradient out again: the losses stay what they were, the moments do not.
     with pytest.raises(NotEquivalent, match=f"exp_avg of {name}"):
-        judge.check(tampered(tape, lambda gradients: gradients[name].mul_(1.001)))
+        verifier.check(tampered(tape, lambda gradients: gradients[name].mul_(1.001)))
 
 
 @pytest.mark.parametrize("name", PARAMETER_NAMES)
-def test_one_number_of_a_gradient_off_by_a_thousandth_gets_no_number(judge: Judge, tape: Tape, name: str) -> None:
+def test_one_number_of_a_gradient_off_by_a_thousandth_gets_no_number(verifier: Verifier, tape: Tape, name: str) -> None:
     with pytest.raises(NotEquivalent, match="is not equivalent"):
-        judge.check(tampered(tape, lambda gradients: gradients[name].view(-1)[3].add_(1e-3)))
+        verifier.check(tampered(tape, lambda gradients: gradients[name].view(-1)[3].add_(1e-3)))
 
 
-def test_a_wrong_loss_and_a_loss_that_is_not_a_number_get_no_number(judge: Judge, tape: Tape) -> None:
+def test_a_wrong_loss_and_a_loss_that_is_not_a_number_get_no_number(verifier: Verifier, tape: Tape) -> None:
     class Liar(Eager):
         name = "liar"
         extra = 1e-4
@@ -133,15 +134,15 @@ def test_a_wrong_loss_and_a_loss_that_is_not_a_number_get_no_number(judge: Judge
         def advance(self, steps: int) -> Tensor:
             return super().advance(steps) + self.extra
 
-    backend = Liar(CONFIG, SHAPE, tape, judge.initial, CPU)
+    backend = Liar(CONFIG, SHAPE, tape, verifier.initial, CPU)
     with pytest.raises(NotEquivalent, match=r"a loss is off by 1\.0e-04"):
-        judge.check(backend)
+        verifier.check(backend)
     backend.extra = float("nan")
     with pytest.raises(NotEquivalent, match="a loss is off by nan"):
-        judge.check(backend)
+        verifier.check(backend)
 
 
-def test_eager_itself_is_held_to_float64(judge: Judge, tape: Tape) -> None:
+def test_eager_itself_is_held_to_float64(verifier: Verifier, tape: Tape) -> None:
     class WrongEager(Eager):
         name = BASELINE
 
@@ -150,7 +151,7 @@ def test_eager_itself_is_held_to_float64(judge: Judge, tape: Tape) -> None:
             return super().advance(steps)
 
     with pytest.raises(NotEquivalent, match="eager is not equivalent"):
-        judge.check(WrongEager(CONFIG, SHAPE, tape, judge.initial, CPU))
+        verifier.check(WrongEager(CONFIG, SHAPE, tape, verifier.initial, CPU))
 
 
 def test_the_float64_run_agrees_with_the_gradients_of_the_written_out_step(tape: Tape) -> None:

@@ -27,6 +27,7 @@ from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus
 from mlp_fast.errors import UserError
 from mlp_fast.model.mlp import MLP, PARAMETER_NAMES, Shape
+from mlp_fast.run import trainer as trainer_module
 from mlp_fast.run.log import RunLog
 
 SMALL = [
@@ -110,7 +111,7 @@ def test_a_run_is_saved_evaluated_and_sampled(tmp_path: Path, capsys: pytest.Cap
 
 def test_ms_per_step_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, Clocked)
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: Clocked.now))
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: Clocked.now))
     config = Config(backend="clocked", num_steps=20, eval_every=10, quiet=True, hidden_size=16, embedding_size=8)
     result = train.train(config)
     assert [evaluation.ms_per_step for evaluation in result.evaluations] == [None, 1000.0, 1000.0]
@@ -121,11 +122,11 @@ def test_ms_per_step_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_floor_is_the_mean_cost_of_the_targets_of_an_evaluation(embedded_corpus: Corpus) -> None:
     config = Config(batch_size=128, context_length=5, quiet=True)
-    trainer = train.Trainer(config, embedded_corpus, RunLog(config))
+    trainer = trainer_module.Trainer(config, embedded_corpus, RunLog(config))
     assert embedded_corpus.cost is not None
     cost, windows = embedded_corpus.cost["val"], len(embedded_corpus.val) - 5
     visited = [i % windows + 5 for i in range(len(embedded_corpus.val) // 128 * 128)]
-    assert trainer.floor("val") == pytest.approx(sum(cost[i] for i in visited) / len(visited), rel=1e-12)
+    assert trainer.entropy["val"] == pytest.approx(sum(cost[i] for i in visited) / len(visited), rel=1e-12)
 
 
 def test_the_progress_bar_shows_loss_and_time(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from mlp_fast import train, visualize
+from mlp_fast.corpus import prompt
 from mlp_fast.corpus.tokenizer import Bytes, Characters
 from mlp_fast.errors import EXIT_USER_ERROR, UserError
-from mlp_fast.model import sampling
+from mlp_fast.model.graph import computation_graph, summary
 from mlp_fast.model.mlp import MLP, Shape
-from mlp_fast.run import checkpoint
-from mlp_fast.visualize import computation_graph, next_probabilities, principal_components, summary
+from mlp_fast.run import checkpoint, pictures
+from mlp_fast.run.pictures import next_probabilities, principal_components
 
 SMALL = ["--backend", "eager", "--num-steps", "2", "--hidden-size", "8", "--embedding-size", "4", "--quiet"]
 
@@ -79,16 +80,16 @@ def test_the_summary_counts_parameters_and_bytes() -> None:
     assert text.endswith("parameters: 89,387, in float32 357,548 bytes; with AdamW's two moments 1,072,644 bytes")
 
 
-@pytest.mark.parametrize("format", visualize.FORMATS)
+@pytest.mark.parametrize("format", pictures.FORMATS)
 def test_the_command_writes_pictures_and_prints_the_summary(
     run: Path, tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "new" / "pictures"
     assert visualize.main([str(run), "--context", r"\nan", "--out", str(folder), "--format", format]) == 0
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["summary.txt", *(f"{name}.{format}" for name in visualize.PICTURES)]
+        ["summary.txt", *(f"{name}.{format}" for name in pictures.PICTURES)]
     )
-    for name in visualize.PICTURES:
+    for name in pictures.PICTURES:
         content = (folder / f"{name}.{format}").read_bytes()
         if format == "png":
             assert content.startswith(b"\x89PNG")
@@ -100,16 +101,16 @@ def test_the_command_writes_pictures_and_prints_the_summary(
 
 def test_what_cannot_be_seen_or_drawn_gets_a_name() -> None:
     vocabulary = Characters("\n $字")
-    assert [visualize._label(vocabulary, token) for token in range(4)] == [r"\n", "' '", "$", "U+5B57"]
-    assert visualize._label(Bytes(), 0x41) == "A"
-    assert visualize._label(Bytes(), 0).startswith("\\")
+    assert [pictures._label(vocabulary, token) for token in range(4)] == [r"\n", "' '", "$", "U+5B57"]
+    assert pictures._label(Bytes(), 0x41) == "A"
+    assert pictures._label(Bytes(), 0).startswith("\\")
 
 
 def test_a_large_vocabulary_and_formula_signs_are_drawn(tmp_path: Path) -> None:
     probabilities = torch.softmax(torch.randn(256, generator=torch.Generator().manual_seed(1)).double(), 0)
-    visualize.draw_probabilities(tmp_path / "p.svg", probabilities, [36, 37, 36], Bytes())
-    visualize.draw_embeddings(tmp_path / "e.svg", torch.randn(256, 4), Bytes())
-    visualize.draw_embeddings(tmp_path / "few.svg", torch.randn(3, 4), Characters("$^字"))
+    pictures.draw_probabilities(tmp_path / "p.svg", probabilities, [36, 37, 36], Bytes())
+    pictures.draw_embeddings(tmp_path / "e.svg", torch.randn(256, 4), Bytes())
+    pictures.draw_embeddings(tmp_path / "few.svg", torch.randn(3, 4), Characters("$^字"))
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -148,7 +149,7 @@ def test_the_default_context_is_the_end_of_text(run: Path) -> None:
 def test_a_short_context_is_padded_as_a_prompt_is(run: Path, tmp_path: Path) -> None:
     saved = checkpoint.load(run)
     for text in ("an", "n", ""):
-        expected = sampling.padded(saved.vocabulary.encode(text), saved.vocabulary, 3, saved.beginning)
+        expected = prompt.padded(saved.vocabulary.encode(text), saved.vocabulary, 3, saved.beginning)
         assert visualize._context(text, saved) == expected == saved.vocabulary.encode("\n" * (3 - len(text)) + text)
     assert visualize.main([str(run), "--context", "a", "--out", str(tmp_path)]) == 0
     # Without a newline in its vocabulary, as its corpus begins; a checkpoint that does not tell how is one clear line.

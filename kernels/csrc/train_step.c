@@ -15,67 +15,53 @@
  *     auto     table while 4 U <= 3 B, decided batch by batch
  *
  * Work is split by hidden units: a thread owns whole blocks of UNITS = 32 of them, with their rows of W1 and b1, their
- * columns of W2, and the moments of all these, which therefore never leave its core's cache. Two sums cross threads, the
- * logits (B, V) and dwte (U, E). Blocks form groups, as many as the sizes of the model say; each group has a partial sum
- * of its own, and these are added in pairs, pairs of pairs, and so on. A thread owns whole groups and adds what pairs it
- * has both parts of, so the bits do not depend on the number of threads. Where one (B, V) buffer per group would outgrow
+ * columns of W2, and the moments of all these, which therefore never leave its core's cache (tensor parallel). Two sums
+ * cross threads, the logits (B, V) and dwte (U, E). Blocks form groups, as many as the sizes of the model say; each group
+ * has a partial sum of its own, and a binary tree reduces them. A thread owns whole groups and adds the subtrees that lie
+ * within them, so the bits do not depend on the number of threads. Where one (B, V) buffer per group would outgrow
  * the hidden layer (groups * V > H), the logits are split by vocabulary instead; where even one outgrows the
  * parameters, the batch is cut into chunks. Training takes memory of O(parameters + B (H + T)). An evaluation divides
- * the windows instead, where the model is small enough: see divide(). Its sums are the same in both forms and however
+ * the windows instead, where the model is small enough: see plan_forward(). Its sums are the same in both forms and however
  * many windows come together, so it can be cut into calls of any length.
  *
- * Parameters and moments live in packed arrays, each block of units contiguous and the units innermost, padded with
- * zeros; mlp_pack and mlp_unpack convert. The floating-point code is in train_step_simd.h, compiled once for every
- * instruction set below and chosen at run time.
+ * Parameters and moments live in packed arrays (packing.h), and threads meet at barriers (barrier.h). The floating-point
+ * code is in train_step_simd.h, compiled once for every instruction set below and chosen at run time.
  *
  * Callers check all arguments; nothing here does. No function allocates memory.
  */
 
 #include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#define EXPORT __attribute__((visibility("default")))
+#include "barrier.h"
+#include "packing.h"
+
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
 
-enum { UNITS = 32 };              /* hidden units of a block */
-enum { LANES = 16 };              /* padding of every other innermost dimension: the widest vector, in floats */
 enum { STRIP = 512 };             /* terms of a product summed at a time: 64 KB of its second operand */
 enum { STRIP_BLOCKS = 4 };        /* blocks of units, likewise: 16 KB of W2 transposed */
-enum { FORM_AUTO, FORM_TABLE, FORM_GATHER };
-enum { TABLE_FLOATS = 1 << 15 };  /* slots whose tables are held at once: as many as fit, at least one, */
-enum { MAX_SLOTS = 4 };           /* at most these */
+enum { FORM_AUTO, FORM_GATHER, FORM_TABLE };
+enum { TABLE_FLOATS = 1 << 15 };  /* positions whose tables are held at once: as many as fit, at least one, */
+enum { MAX_POSITIONS = 4 };       /* at most these */
 enum { GROUP_BLOCKS = 2 };        /* blocks of a group, */
 enum { FEW_GROUPS = 4, MAX_GROUPS = 32 }; /* unless these were fewer groups than so many, or more */
-enum { AHEAD = 16 };              /* rows of logits that are fetched from other cores ahead of their use */
-enum { SPIN_NANOSECONDS = 10000 };   /* how long a thread that waits for others keeps its core, */
-enum { YIELD_NANOSECONDS = 200000 }; /* and how long it offers it to them before it sleeps */
-enum { TAKEN_NANOSECONDS = 20000 };  /* an offer that took so long was accepted, */
-enum { CROWDED_NANOSECONDS = 4000000 }; /* and so much lost in one call is too much */
-enum { LOSS_ROWS = 16 };             /* windows whose losses are summed together, by one thread */
+enum { AHEAD = 16 };              /* rows of logits that are prefetched from other cores ahead of their use */
+enum { OVERSUBSCRIBED_NANOSECONDS = 4000000 }; /* cores lost to other work for so long in a call: too many threads */
+enum { LOSS_ROWS = 16 };          /* windows whose losses are summed together, by one thread */
 #ifndef CHUNK_FLOATS              /* tests make these smaller */
 #define CHUNK_FLOATS (1 << 20)    /* a logits buffer of this size is never cut */
 #define FORWARD_ROWS 512          /* windows of one pass of an evaluation */
-#define APART_WEIGHTS (1 << 22)   /* the most weights that every thread may as well read by itself, */
-#define APART_ROWS 64             /* and the windows that are worth it */
+#define PRIVATE_WEIGHTS (1 << 22) /* the most weights that every thread may as well read by itself, */
+#define PRIVATE_ROWS 64           /* and the windows that are worth it */
 #endif
 
 static const double BETA1 = 0.9, BETA2 = 0.999;
 static const float EPS = 1e-8f;
-
-/* Sizes of a model. */
-typedef struct {
-    int64_t V, T, E, H;
-} mlp_shape;
 
 /* Windows of tokens in memory: window i begins at element i * stride; windows repeat after `count` of them. */
 typedef struct {
@@ -86,18 +72,11 @@ typedef struct {
     int64_t has_target; /* whether element T of a window is its target */
 } mlp_windows;
 
-/* Packed parameters, or one of the moments. */
+/* AdamW's scalars of update s. */
 typedef struct {
-    float *wte; /* (V, Ep)                 Ep: E padded to LANES */
-    float *w1;  /* (blocks, T, E, UNITS) */
-    float *b1;  /* (blocks, UNITS) */
-    float *w2;  /* (blocks, V, UNITS) */
-    float *b2;  /* (Vp)                    Vp: V padded to LANES; pads are -inf, 0 in moments */
-} packed;
-
-/* What AdamW does at a step: 1 - lr wd, lr / (1 - beta1^s), 1 / sqrt(1 - beta2^s). */
-typedef struct {
-    float decay, step_size, root;
+    float decay;       /* 1 - lr weight_decay */
+    float step_size;   /* lr / (1 - beta1^s) */
+    float rsqrt_bias2; /* 1 / sqrt(1 - beta2^s) */
 } adamw_rates;
 
 /* What a step needs to know about its batch; made by one thread at the end of the step before. */
@@ -107,26 +86,16 @@ typedef struct {
     int64_t table;      /* whether the table form is used */
     int32_t *token;     /* (U)        the distinct tokens, in order of appearance */
     int64_t *wte_row;   /* (U)        where their embeddings begin in wte */
-    int32_t *slot;      /* (V)        token -> its place among them, or -1 */
-    int32_t *place;     /* (T, rows)  place of the token of every window and slot */
+    int32_t *index_of;  /* (V)        token -> its index among them, or -1 */
+    int32_t *index;     /* (T, rows)  the index of the token at every position of every window */
     int64_t *gathered;  /* (T, rows)  where its embedding begins in wte; gather form only */
     int32_t *target;    /* (rows) */
     adamw_rates rates;
 } batch;
 
-typedef struct {
-    _Alignas(64) atomic_int arrived;
-    _Alignas(64) atomic_int round;
-    atomic_int sleepers;
-    _Alignas(64) atomic_llong lost; /* nanoseconds for which other work had the cores of waiting threads */
-    int64_t threads; /* 0 until it is known */
-    pthread_mutex_t mutex;
-    pthread_cond_t next_round;
-} barrier;
-
 typedef struct worker worker;
 
-/* Partial sums to add: number `from` to number `to`, in this order. */
+/* Edges of the tree that reduces the groups' partial sums: to += from, in this order. */
 typedef struct {
     int64_t n, to[MAX_GROUPS], from[MAX_GROUPS];
 } pairs;
@@ -142,8 +111,8 @@ typedef struct {
     int64_t by_vocab; /* logits split by vocabulary (1) or by hidden units (0) */
     int64_t backward; /* whether there is memory for the second batch and all that only a backward pass needs */
     int64_t form;
-    int crowded; /* whether the threads lack cores, and had better be fewer */
-    packed p, m, v;
+    int oversubscribed; /* whether other work holds the threads' cores, so that there had better be fewer */
+    packed p, exp_avg, exp_avg_sq;
     batch batches[2];
     float *h;           /* (blocks, max_rows, UNITS) */
     float *logits;      /* (groups or 1, chunk, Vp): partial sums; the first becomes dlogits */
@@ -164,9 +133,9 @@ typedef void work(workspace *ws, const void *run, int64_t thread, int64_t thread
 
 /* A thread's own buffers. */
 typedef struct {
-    float *table; /* (slots held, U, UNITS), U at most max_U: P of a block, and later dP */
+    float *table; /* (positions held, U, UNITS), U at most max_U: P of a block, and later dP */
     float *dpre;  /* (max_rows, UNITS) */
-    float *w1t;   /* (UNITS, Ep): W1 of a block and slot, transposed */
+    float *w1t;   /* (UNITS, Ep): W1 of a block and position, transposed */
     float *w2t;   /* (STRIP_BLOCKS, UNITS, UNITS): W2 of some blocks and a tile of tokens, each transposed */
     float *tile;  /* (MAX_ROWS, UNITS) */
 } scratch;
@@ -190,29 +159,25 @@ typedef struct {
 
 enum { MAX_ROWS = 16 }; /* rows of a register tile, at most */
 
-static int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-static int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+/* n items in order, divided into shards: shard i begins at item shard_begin(n, i, shards), and item k belongs to shard
+ * shard_of(n, k, shards). */
+static int64_t shard_begin(int64_t n, int64_t i, int64_t shards) { return n * i / shards; }
+static int64_t shard_of(int64_t n, int64_t k, int64_t shards) { return ((k + 1) * shards - 1) / n; }
 
-/* Things are dealt out in order: part i of n things in `parts` begins at begin_of(n, i, parts), and thing k belongs to
- * part_of(n, k, parts). */
-static int64_t begin_of(int64_t n, int64_t i, int64_t parts) { return n * i / parts; }
-static int64_t part_of(int64_t n, int64_t k, int64_t parts) { return ((k + 1) * parts - 1) / n; }
-
-/* The first of a thread's share of n windows: a multiple of LOSS_ROWS, or n. */
+/* The first window of a thread's shard of n: a multiple of LOSS_ROWS, or n. */
 static int64_t first_row(int64_t n, int64_t thread, int64_t threads) {
-    return at_most(n, begin_of(padded(n, LOSS_ROWS) / LOSS_ROWS, thread, threads) * LOSS_ROWS);
+    return min(n, shard_begin(padded(n, LOSS_ROWS) / LOSS_ROWS, thread, threads) * LOSS_ROWS);
 }
 
 enum { ACROSS = -1 };
 
-/* The pairs of partial sums that a thread adds by itself, because it owns all groups in both; or those that remain,
- * ACROSS threads: the last pair of all among them, and last. */
+/* The edges of the reduction tree that a thread adds by itself, because it owns all groups below them; or, for ACROSS,
+ * those between threads: the root of the tree among them, and last. */
 static pairs pairs_of(int64_t groups, int64_t threads, int64_t thread) {
     pairs p = {0};
     for (int64_t s = 1; s < groups; s *= 2)
         for (int64_t i = 0; i + s < groups; i += 2 * s) {
-            int64_t first = part_of(groups, i, threads), last = part_of(groups, at_most(i + 2 * s, groups) - 1, threads);
+            int64_t first = shard_of(groups, i, threads), last = shard_of(groups, min(i + 2 * s, groups) - 1, threads);
             if ((first == last && 2 * s < groups ? first : ACROSS) == thread) {
                 p.to[p.n] = i;
                 p.from[p.n++] = i + s;
@@ -222,67 +187,6 @@ static pairs pairs_of(int64_t groups, int64_t threads, int64_t thread) {
 }
 
 /* ---- threads --------------------------------------------------------------------------------------------------- */
-
-static inline void relax(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-enum { ALONE = -1 };
-
-/* Says that this thread has come so far, and returns the round for await(): in between it can do what needs no other
- * thread. */
-static int arrive(barrier *b, int64_t threads) {
-    if (threads == 1) return ALONE;
-    int round = atomic_load_explicit(&b->round, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&b->arrived, 1, memory_order_acq_rel) == threads - 1) {
-        atomic_store_explicit(&b->arrived, 0, memory_order_relaxed);
-        atomic_store(&b->round, round + 1);
-        if (atomic_load(&b->sleepers) > 0) { /* either this sees the sleeper, or the sleeper the new round */
-            pthread_mutex_lock(&b->mutex);
-            pthread_cond_broadcast(&b->next_round);
-            pthread_mutex_unlock(&b->mutex);
-        }
-    }
-    return round;
-}
-
-static int64_t nanoseconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
-/* Waits until all threads have arrived. A step is a hundred microseconds long or more, so waiting spins; soon it offers
- * its core to others, among whom may be the thread that is waited for; and when that has more to do, it sleeps. (Sleeping
- * after a quarter of the time cost a tenth of a step of two threads: waking up takes longer than most waits.) */
-static void await(barrier *b, int round) {
-    if (round == ALONE) return;
-    int64_t start = 0, waited;
-    do {
-        for (int spins = 0; spins < 64; spins++) { /* a pause takes 10 to 140 cycles, a look at the clock about 80 */
-            if (atomic_load_explicit(&b->round, memory_order_acquire) != round) return;
-            relax();
-        }
-        int64_t now = nanoseconds();
-        if (start == 0) start = now;
-        waited = now - start;
-        if (waited < SPIN_NANOSECONDS) continue;
-        sched_yield();
-        int64_t taken = nanoseconds() - now;
-        if (taken > TAKEN_NANOSECONDS) atomic_fetch_add_explicit(&b->lost, taken, memory_order_relaxed);
-    } while (waited < YIELD_NANOSECONDS);
-    pthread_mutex_lock(&b->mutex);
-    atomic_fetch_add(&b->sleepers, 1);
-    while (atomic_load(&b->round) == round) pthread_cond_wait(&b->next_round, &b->mutex);
-    atomic_fetch_sub(&b->sleepers, 1);
-    pthread_mutex_unlock(&b->mutex);
-}
-
-static void wait_for_all(barrier *b, int64_t threads) { await(b, arrive(b, threads)); }
 
 struct worker {
     pthread_t handle;
@@ -297,7 +201,7 @@ static void *begin_work(void *argument) {
     worker *self = argument;
     barrier *b = &self->ws->sync;
     pthread_mutex_lock(&b->mutex);
-    while (b->threads == 0) pthread_cond_wait(&b->next_round, &b->mutex);
+    while (b->threads == 0) pthread_cond_wait(&b->next_generation, &b->mutex);
     pthread_mutex_unlock(&b->mutex);
     self->work(self->ws, self->run, self->thread, b->threads);
     return NULL;
@@ -309,13 +213,7 @@ static void *begin_work(void *argument) {
 static void run_threads(workspace *ws, work *work, const void *run, int64_t wanted, worker *workers) {
     barrier *b = &ws->sync;
     int64_t threads = 1;
-    atomic_init(&b->arrived, 0);
-    atomic_init(&b->round, 0);
-    atomic_init(&b->sleepers, 0);
-    atomic_init(&b->lost, 0);
-    b->threads = 0;
-    pthread_mutex_init(&b->mutex, NULL);
-    pthread_cond_init(&b->next_round, NULL);
+    barrier_init(b);
     for (; threads < wanted; threads++) {
         worker *w = &workers[threads];
         *w = (worker){.work = work, .ws = ws, .run = run, .thread = threads};
@@ -323,12 +221,11 @@ static void run_threads(workspace *ws, work *work, const void *run, int64_t want
     }
     pthread_mutex_lock(&b->mutex);
     b->threads = threads;
-    pthread_cond_broadcast(&b->next_round);
+    pthread_cond_broadcast(&b->next_generation);
     pthread_mutex_unlock(&b->mutex);
     work(ws, run, 0, threads);
     for (int64_t i = 1; i < threads; i++) pthread_join(workers[i].handle, NULL);
-    pthread_cond_destroy(&b->next_round);
-    pthread_mutex_destroy(&b->mutex);
+    barrier_destroy(b);
 }
 
 /* ---- batches --------------------------------------------------------------------------------------------------- */
@@ -345,22 +242,22 @@ static inline int64_t token_at(const mlp_windows *w, int64_t i) {
 /* Lists the distinct tokens of `rows` windows from window `first` on, and where each window finds its own. */
 static void index_windows(const workspace *ws, batch *b, const mlp_windows *w, int64_t first, int64_t rows) {
     int64_t T = ws->shape.T, U = 0, window = first % w->count;
-    for (int64_t u = 0; u < b->U; u++) b->slot[b->token[u]] = -1;
+    for (int64_t u = 0; u < b->U; u++) b->index_of[b->token[u]] = -1;
     for (int64_t r = 0; r < rows; r++) {
         int64_t base = window * w->stride, t = 0;
         /* A window that follows the last one shares all its tokens but one. */
         if (w->stride == 1 && r > 0 && window > 0)
-            for (; t < T - 1; t++) b->place[t * rows + r] = b->place[(t + 1) * rows + r - 1];
+            for (; t < T - 1; t++) b->index[t * rows + r] = b->index[(t + 1) * rows + r - 1];
         for (; t < T; t++) {
             int64_t token = token_at(w, base + t);
-            int32_t u = b->slot[token];
+            int32_t u = b->index_of[token];
             if (u < 0) {
-                u = b->slot[token] = (int32_t)U;
+                u = b->index_of[token] = (int32_t)U;
                 b->token[U] = (int32_t)token;
                 b->wte_row[U] = token * ws->Ep;
                 U++;
             }
-            b->place[t * rows + r] = u;
+            b->index[t * rows + r] = u;
         }
         if (w->has_target) b->target[r] = (int32_t)token_at(w, base + T);
         if (++window == w->count) window = 0;
@@ -368,7 +265,7 @@ static void index_windows(const workspace *ws, batch *b, const mlp_windows *w, i
     b->rows = rows;
     b->U = U;
     b->table = ws->form == FORM_TABLE || (ws->form == FORM_AUTO && 4 * U <= 3 * rows);
-    for (int64_t i = 0; !b->table && i < T * rows; i++) b->gathered[i] = b->wte_row[b->place[i]];
+    for (int64_t i = 0; !b->table && i < T * rows; i++) b->gathered[i] = b->wte_row[b->index[i]];
 }
 
 typedef struct {
@@ -377,14 +274,15 @@ typedef struct {
     int64_t *step; /* counts every finished step */
     double learning_rate, weight_decay;
     double *losses; /* (steps) */
-} training;
+} train_args;
 
-static void prepare_step(const workspace *ws, batch *b, const training *run, int64_t step) {
+static void prepare_step(const workspace *ws, batch *b, const train_args *run, int64_t step) {
     index_windows(ws, b, &run->windows, step * run->batch_size % run->windows.count, run->batch_size);
+    /* lr(s) = lr0 (1 + cos(pi s / num_steps)) / 2 */
     double lr = run->learning_rate * 0.5 * (1 + cos(3.14159265358979323846 * (double)step / (double)run->num_steps));
     b->rates.decay = (float)(1 - lr * run->weight_decay);
     b->rates.step_size = (float)(lr / (1 - pow(BETA1, (double)(step + 1))));
-    b->rates.root = (float)(1 / sqrt(1 - pow(BETA2, (double)(step + 1))));
+    b->rates.rsqrt_bias2 = (float)(1 / sqrt(1 - pow(BETA2, (double)(step + 1))));
 }
 
 /* What a forward pass over windows is for. */
@@ -395,23 +293,23 @@ typedef struct {
     const int32_t *pair_target;
     const double *pair_weight;
     double *losses; /* (count) of every window, summed over its pairs */
-    int64_t apart;  /* bytes of a workspace of one thread, where every thread has one; or 0 */
-} forwarding;
+    int64_t private_bytes; /* of a thread's own workspace; 0 where all threads share one */
+} forward_args;
 
 /* ---- the floating-point code, once per instruction set ---------------------------------------------------------- */
 
 typedef struct {
     const char *name;
     int (*supported)(void);
-    work *train;   /* a training */
-    work *forward; /* a forwarding */
+    work *train;   /* its argument: train_args */
+    work *forward; /* forward_args */
     /* Element by element, for tests. */
     void (*tanh)(const float *, float *, int64_t);
     void (*exp)(const float *, float *, int64_t);
     void (*adamw)(const adamw_rates, float *, float *, float *, const float *, int64_t);
 } instruction_set;
 
-static int64_t slots_held(const mlp_shape *s, int64_t max_U);
+static int64_t positions_held(const mlp_shape *s, int64_t max_U);
 static workspace *workspace_of(void *memory, int64_t bytes, int64_t thread);
 static scratch thread_scratch(const workspace *ws, int64_t thread);
 
@@ -419,11 +317,11 @@ static scratch thread_scratch(const workspace *ws, int64_t thread);
 
 #define ISA v4
 #define W 16
-#define LEAST(a, b) _mm512_min_ps((__m512)(a), (__m512)(b))
-#define MOST(a, b) _mm512_max_ps((__m512)(a), (__m512)(b))
+#define VMIN(a, b) _mm512_min_ps((__m512)(a), (__m512)(b))
+#define VMAX(a, b) _mm512_max_ps((__m512)(a), (__m512)(b))
 #define RSQRT(a) _mm512_rsqrt14_ps((__m512)(a))
 /* The root, or a itself where it is 0 (class 2) or infinite (class 5). */
-#define ROOT_OF_LIMITS(root, a) \
+#define FIX_SQRT(root, a) \
     _mm512_fixupimm_ps((__m512)(root), (__m512)(a), _mm512_set1_epi32(1 << 4 * 2 | 1 << 4 * 5), 0)
 #define WIDEST 3
 #define ROWS 9
@@ -445,8 +343,8 @@ static scratch thread_scratch(const workspace *ws, int64_t thread);
 
 #define ISA v3
 #define W 8
-#define LEAST(a, b) _mm256_min_ps((__m256)(a), (__m256)(b))
-#define MOST(a, b) _mm256_max_ps((__m256)(a), (__m256)(b))
+#define VMIN(a, b) _mm256_min_ps((__m256)(a), (__m256)(b))
+#define VMAX(a, b) _mm256_max_ps((__m256)(a), (__m256)(b))
 #define WIDEST 2
 #define ROWS 6
 #if defined(__clang__)
@@ -473,8 +371,8 @@ static int supported_v3(void) { return __builtin_cpu_supports("avx2") && __built
 #define ISA base
 #define W 4
 #if defined(__x86_64__)
-#define LEAST(a, b) _mm_min_ps((__m128)(a), (__m128)(b))
-#define MOST(a, b) _mm_max_ps((__m128)(a), (__m128)(b))
+#define VMIN(a, b) _mm_min_ps((__m128)(a), (__m128)(b))
+#define VMAX(a, b) _mm_max_ps((__m128)(a), (__m128)(b))
 #endif
 #if defined(__aarch64__)
 #define WIDEST 3
@@ -498,56 +396,15 @@ static const instruction_set SETS[] = {
 
 /* ---- memory ---------------------------------------------------------------------------------------------------- */
 
-#ifndef REDZONE /* tests poison this many bytes after every piece of memory */
-#define REDZONE 0
-#define POISON(address, bytes) ((void)0)
-#endif
-
-/* Hands out aligned pieces of a block of memory; with base NULL it only measures. */
-typedef struct {
-    char *base;
-    int64_t used;
-} arena;
-
-static void *take(arena *a, int64_t bytes) {
-    char *piece = a->base ? a->base + a->used : NULL;
-    int64_t reserved = padded(bytes, 64) + REDZONE;
-    if (piece) POISON(piece + bytes, reserved - bytes);
-    a->used += reserved;
-    return piece;
-}
-
-static float *take_floats(arena *a, int64_t n) { return take(a, n * (int64_t)sizeof(float)); }
-
-/* Rows of a matrix of Vp columns lie a whole number of pages apart if Vp is a multiple of 1024: they would share cache
- * sets. */
-static int64_t padded_vocab(int64_t V) {
-    int64_t Vp = padded(V, LANES);
-    return Vp % 512 == 0 ? Vp + LANES : Vp;
-}
-
-static packed packed_at(const mlp_shape *s, float *base, int64_t *floats) {
-    int64_t blocks = padded(s->H, UNITS) / UNITS;
-    arena a = {(char *)base, 0};
-    packed p;
-    p.wte = take_floats(&a, s->V * padded(s->E, LANES));
-    p.w1 = take_floats(&a, blocks * s->T * s->E * UNITS);
-    p.b1 = take_floats(&a, blocks * UNITS);
-    p.w2 = take_floats(&a, blocks * s->V * UNITS);
-    p.b2 = take_floats(&a, padded_vocab(s->V));
-    if (floats) *floats = a.used / (int64_t)sizeof(float);
-    return p;
-}
-
-static int64_t slots_held(const mlp_shape *s, int64_t max_U) {
-    return at_least(1, at_most(at_most(s->T, MAX_SLOTS), TABLE_FLOATS / (max_U * UNITS)));
+static int64_t positions_held(const mlp_shape *s, int64_t max_U) {
+    return max(1, min(min(s->T, MAX_POSITIONS), TABLE_FLOATS / (max_U * UNITS)));
 }
 
 /* The piece of every buffer in a thread's scratch, and how much that is. */
 static scratch scratch_at(const workspace *ws, float *base, int64_t *floats) {
     arena a = {(char *)base, 0};
     scratch s;
-    s.table = take_floats(&a, slots_held(&ws->shape, ws->max_U) * ws->max_U * UNITS);
+    s.table = take_floats(&a, positions_held(&ws->shape, ws->max_U) * ws->max_U * UNITS);
     s.w2t = take_floats(&a, STRIP_BLOCKS * UNITS * UNITS);
     s.dpre = take_floats(&a, ws->backward * ws->max_rows * UNITS);
     s.w1t = take_floats(&a, ws->backward * UNITS * ws->Ep);
@@ -564,8 +421,8 @@ static scratch thread_scratch(const workspace *ws, int64_t thread) {
 static int64_t groups_of(const mlp_shape *s) {
     int64_t blocks = padded(s->H, UNITS) / UNITS, wte = s->V * padded(s->E, LANES);
     int64_t parameters = blocks * UNITS * (s->T * s->E + s->V) + wte;
-    int64_t groups = at_most(MAX_GROUPS, at_least(blocks / GROUP_BLOCKS, at_most(blocks, FEW_GROUPS)));
-    return at_most(groups, 2 * parameters / wte);
+    int64_t groups = min(MAX_GROUPS, max(blocks / GROUP_BLOCKS, min(blocks, FEW_GROUPS)));
+    return min(groups, 2 * parameters / wte);
 }
 
 /* Lays a workspace out in memory (NULL: only measures) and returns the bytes it takes, itself included. */
@@ -578,31 +435,31 @@ static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t ro
     ws->Vp = padded_vocab(s->V);
     ws->blocks = padded(s->H, UNITS) / UNITS;
     ws->groups = groups;
-    ws->threads = at_most(threads, groups);
+    ws->threads = min(threads, groups);
     ws->max_rows = rows;
-    ws->max_U = at_most(s->V, rows * s->T);
+    ws->max_U = min(s->V, rows * s->T);
     ws->backward = backward;
     ws->by_vocab = groups > 1 && groups * ws->Vp > ws->blocks * UNITS;
     int64_t parameters = ws->blocks * UNITS * (s->T * s->E + s->V) + s->V * ws->Ep;
-    int64_t held = at_least(CHUNK_FLOATS, at_least(parameters, rows * ws->blocks * UNITS));
-    ws->chunk = at_most(rows, at_least(1, held / ws->Vp / LOSS_ROWS) * LOSS_ROWS);
+    int64_t held = max(CHUNK_FLOATS, max(parameters, rows * ws->blocks * UNITS));
+    ws->chunk = min(rows, max(1, held / ws->Vp / LOSS_ROWS) * LOSS_ROWS);
     for (int i = 0; i < 1 + backward; i++) {
         batch *b = &ws->batches[i];
         b->rows = b->U = 0;
         b->token = take(&a, ws->max_U * 4);
         b->wte_row = take(&a, ws->max_U * 8);
-        b->slot = take(&a, s->V * 4);
-        b->place = take(&a, s->T * rows * 4);
+        b->index_of = take(&a, s->V * 4);
+        b->index = take(&a, s->T * rows * 4);
         b->gathered = take(&a, s->T * rows * 8);
         b->target = take(&a, rows * 4);
-        if (base) memset(b->slot, -1, (size_t)s->V * 4);
+        if (base) memset(b->index_of, -1, (size_t)s->V * 4);
     }
     ws->h = take_floats(&a, ws->blocks * rows * UNITS);
     ws->logits = take_floats(&a, (ws->by_vocab ? 1 : groups) * ws->chunk * ws->Vp);
     ws->dw2 = take_floats(&a, backward && ws->chunk < rows ? ws->blocks * s->V * UNITS : 0);
     ws->db2 = take_floats(&a, backward * ws->Vp);
     ws->dwte = take_floats(&a, backward * groups * ws->max_U * ws->Ep);
-    int64_t n = backward ? at_least(rows, ws->max_U) : rows;
+    int64_t n = backward ? max(rows, ws->max_U) : rows;
     ws->row_units = take(&a, n * 8);
     ws->row_vocab = take(&a, backward * ws->chunk * 8);
     scratch_at(ws, NULL, &ws->scratch_floats);
@@ -634,60 +491,10 @@ EXPORT const char *mlp_isa_name(int64_t isa) { return SETS[isa].name; }
 /* Whether this processor has it. */
 EXPORT int64_t mlp_isa_supported(int64_t isa) { return SETS[isa].supported(); }
 
-/* Floats of a packed array of parameters or moments. */
-EXPORT int64_t mlp_packed_floats(const mlp_shape *shape) {
-    int64_t floats;
-    packed_at(shape, NULL, &floats);
-    return floats;
-}
-
 /* Bytes of memory for training on batches of `rows` windows. */
 EXPORT int64_t mlp_workspace_bytes(const mlp_shape *shape, int64_t rows, int64_t threads) {
     workspace ws;
     return lay_out(&ws, NULL, shape, rows, groups_of(shape), threads, 1);
-}
-
-/* torch's layouts, wte (V, E), W1 (H, T*E), b1 (H), W2 (V, H), b2 (V), to a packed array; b2_pad fills b2's padding. */
-EXPORT void mlp_pack(const mlp_shape *s, float *array, const float *wte, const float *w1, const float *b1,
-                     const float *w2, const float *b2, float b2_pad) {
-    int64_t TE = s->T * s->E, Ep = padded(s->E, LANES), Vp = padded_vocab(s->V), Hp = padded(s->H, UNITS);
-    packed p = packed_at(s, array, NULL);
-    memset(p.wte, 0, (size_t)(s->V * Ep) * sizeof(float));
-    memset(p.w1, 0, (size_t)(TE * Hp) * sizeof(float));
-    memset(p.b1, 0, (size_t)Hp * sizeof(float));
-    memset(p.w2, 0, (size_t)(s->V * Hp) * sizeof(float));
-    for (int64_t v = 0; v < s->V; v++)
-        memcpy(p.wte + v * Ep, wte + v * s->E, (size_t)s->E * sizeof(float));
-    for (int64_t u = 0; u < s->H; u++) {
-        float *to = p.w1 + u / UNITS * TE * UNITS + u % UNITS;
-        for (int64_t k = 0; k < TE; k++) to[k * UNITS] = w1[u * TE + k];
-        p.b1[u] = b1[u];
-    }
-    for (int64_t first = 0; first < s->H; first += UNITS) {
-        size_t bytes = (size_t)at_most(UNITS, s->H - first) * sizeof(float);
-        for (int64_t v = 0; v < s->V; v++)
-            memcpy(p.w2 + (first / UNITS * s->V + v) * UNITS, w2 + v * s->H + first, bytes);
-    }
-    for (int64_t v = 0; v < Vp; v++) p.b2[v] = v < s->V ? b2[v] : b2_pad;
-}
-
-/* A packed array to torch's layouts. */
-EXPORT void mlp_unpack(const mlp_shape *s, float *array, float *wte, float *w1, float *b1, float *w2, float *b2) {
-    int64_t TE = s->T * s->E, Ep = padded(s->E, LANES);
-    packed p = packed_at(s, array, NULL);
-    for (int64_t v = 0; v < s->V; v++)
-        memcpy(wte + v * s->E, p.wte + v * Ep, (size_t)s->E * sizeof(float));
-    for (int64_t u = 0; u < s->H; u++) {
-        const float *from = p.w1 + u / UNITS * TE * UNITS + u % UNITS;
-        for (int64_t k = 0; k < TE; k++) w1[u * TE + k] = from[k * UNITS];
-        b1[u] = p.b1[u];
-    }
-    for (int64_t first = 0; first < s->H; first += UNITS) {
-        size_t bytes = (size_t)at_most(UNITS, s->H - first) * sizeof(float);
-        for (int64_t v = 0; v < s->V; v++)
-            memcpy(w2 + v * s->H + first, p.w2 + (first / UNITS * s->V + v) * UNITS, bytes);
-    }
-    memcpy(b2, p.b2, (size_t)s->V * sizeof(float));
 }
 
 /* Trains: `steps` steps from number *step on, of num_steps, on the windows of a tape; fewer, but at least one, where the
@@ -701,34 +508,33 @@ EXPORT void mlp_train(int64_t isa, const mlp_shape *shape, float *parameters, fl
                       int64_t num_steps, double learning_rate, double weight_decay, int64_t threads, int64_t form,
                       double *losses) {
     workspace *ws = memory;
-    training run = {*tape, batch_size, *step, steps, num_steps, step, learning_rate, weight_decay, losses};
+    train_args run = {*tape, batch_size, *step, steps, num_steps, step, learning_rate, weight_decay, losses};
     if (steps == 0) return;
     lay_out(ws, memory, shape, batch_size, groups_of(shape), threads, 1);
     ws->form = form;
     ws->p = packed_at(shape, parameters, NULL);
-    ws->m = packed_at(shape, exp_avg, NULL);
-    ws->v = packed_at(shape, exp_avg_sq, NULL);
+    ws->exp_avg = packed_at(shape, exp_avg, NULL);
+    ws->exp_avg_sq = packed_at(shape, exp_avg_sq, NULL);
     prepare_step(ws, &ws->batches[*step & 1], &run, *step);
     run_threads(ws, SETS[isa].train, &run, ws->threads, ws->workers);
 }
 
-/* How a forward pass over `count` windows is divided among threads. While a model is small, every thread takes windows of
- * its own, in a workspace of its own, and none waits for another; beyond, the threads work on the same windows, as in
- * training. */
+/* How threads divide a forward pass over `count` windows. While a model is small, by windows (data parallel): each thread
+ * has a workspace of its own, and none waits for another. Beyond, by hidden units, as in training. */
 typedef struct {
-    int64_t apart;   /* as in a forwarding */
+    int64_t private_bytes; /* as in forward_args */
     int64_t rows;    /* windows of one pass */
     int64_t threads; /* of one workspace, or with a workspace each */
-} division;
+} forward_plan;
 
-static division divide(const mlp_shape *s, int64_t count, int64_t threads) {
+static forward_plan plan_forward(const mlp_shape *s, int64_t count, int64_t threads) {
     workspace ws;
-    int64_t Hp = padded(s->H, UNITS), widest = at_least(at_least(padded_vocab(s->V), Hp), 2 * s->T);
-    division d = {0, at_most(FORWARD_ROWS, count), threads};
-    if (FORWARD_ROWS * widest > CHUNK_FLOATS || Hp * (s->T * s->E + s->V) > APART_WEIGHTS) return d;
-    d.threads = at_most(threads, (count + APART_ROWS - 1) / APART_ROWS);
-    d.rows = at_most(FORWARD_ROWS, (count + d.threads - 1) / d.threads);
-    d.apart = lay_out(&ws, NULL, s, d.rows, 1, 1, 0);
+    int64_t Hp = padded(s->H, UNITS), widest = max(max(padded_vocab(s->V), Hp), 2 * s->T);
+    forward_plan d = {0, min(FORWARD_ROWS, count), threads};
+    if (FORWARD_ROWS * widest > CHUNK_FLOATS || Hp * (s->T * s->E + s->V) > PRIVATE_WEIGHTS) return d;
+    d.threads = min(threads, (count + PRIVATE_ROWS - 1) / PRIVATE_ROWS);
+    d.rows = min(FORWARD_ROWS, (count + d.threads - 1) / d.threads);
+    d.private_bytes = lay_out(&ws, NULL, s, d.rows, 1, 1, 0);
     return d;
 }
 
@@ -740,31 +546,31 @@ static workspace *workspace_of(void *memory, int64_t bytes, int64_t thread) {
 /* Bytes of memory for a forward pass over `count` windows, at least one. */
 EXPORT int64_t mlp_forward_bytes(const mlp_shape *shape, int64_t count, int64_t threads) {
     workspace ws;
-    division d = divide(shape, count, threads);
-    if (d.apart == 0) return lay_out(&ws, NULL, shape, d.rows, groups_of(shape), d.threads, 0);
-    return d.threads * (d.apart + (int64_t)sizeof(worker));
+    forward_plan d = plan_forward(shape, count, threads);
+    if (d.private_bytes == 0) return lay_out(&ws, NULL, shape, d.rows, groups_of(shape), d.threads, 0);
+    return d.threads * (d.private_bytes + (int64_t)sizeof(worker));
 }
 
-static void run_forward(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, forwarding *run,
+static void run_forward(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, forward_args *run,
                         int64_t threads, int64_t form) {
-    division d = divide(shape, run->windows.count, threads);
+    forward_plan d = plan_forward(shape, run->windows.count, threads);
     workspace *first = memory;
-    run->apart = d.apart;
-    for (int64_t i = 0; i < (d.apart == 0 ? 1 : d.threads); i++) {
-        workspace *ws = workspace_of(memory, d.apart, i);
-        if (d.apart == 0) lay_out(ws, (char *)ws, shape, d.rows, groups_of(shape), d.threads, 0);
+    run->private_bytes = d.private_bytes;
+    for (int64_t i = 0; i < (d.private_bytes == 0 ? 1 : d.threads); i++) {
+        workspace *ws = workspace_of(memory, d.private_bytes, i);
+        if (d.private_bytes == 0) lay_out(ws, (char *)ws, shape, d.rows, groups_of(shape), d.threads, 0);
         else lay_out(ws, (char *)ws, shape, d.rows, 1, 1, 0);
         ws->form = form;
         ws->p = packed_at(shape, parameters, NULL);
     }
-    if (d.apart == 0) run_threads(first, SETS[isa].forward, run, first->threads, first->workers);
-    else run_threads(first, SETS[isa].forward, run, d.threads, (worker *)workspace_of(memory, d.apart, d.threads));
+    if (d.private_bytes == 0) run_threads(first, SETS[isa].forward, run, first->threads, first->workers);
+    else run_threads(first, SETS[isa].forward, run, d.threads, (worker *)workspace_of(memory, d.private_bytes, d.threads));
 }
 
 /* Logits (count, V) of windows. memory: mlp_forward_bytes() of it, 64-byte aligned. */
 EXPORT void mlp_logits(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, const mlp_windows *windows,
                        int64_t threads, int64_t form, float *logits) {
-    forwarding run = {.windows = *windows, .logits = logits};
+    forward_args run = {.windows = *windows, .logits = logits};
     run_forward(isa, shape, parameters, memory, &run, threads, form);
 }
 
@@ -774,7 +580,7 @@ EXPORT void mlp_logits(int64_t isa, const mlp_shape *shape, float *parameters, v
 EXPORT void mlp_losses(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, const mlp_windows *contexts,
                        const int64_t *pair_start, const int32_t *pair_target, const double *pair_weight,
                        int64_t threads, int64_t form, double *losses) {
-    forwarding run = {.windows = *contexts, .pair_start = pair_start, .pair_target = pair_target,
+    forward_args run = {.windows = *contexts, .pair_start = pair_start, .pair_target = pair_target,
                       .pair_weight = pair_weight, .losses = losses};
     run_forward(isa, shape, parameters, memory, &run, threads, form);
 }
@@ -796,10 +602,10 @@ EXPORT void mlp_sample(int64_t isa, const mlp_shape *shape, float *parameters, v
         x ^= x >> 27;
         *state = x;
         double uniform = (double)((uint32_t)(x * UINT64_C(0x2545F4914F6CDD1D) >> 32) >> 8) / 16777216.0;
-        float largest = logits[0];
-        for (int64_t v = 1; v < V; v++) largest = logits[v] > largest ? logits[v] : largest;
-        double sum = 0, cumulative = 0;
-        for (int64_t v = 0; v < V; v++) sum += logits[v] = expf(logits[v] - largest);
+        float max_logit = logits[0];
+        for (int64_t v = 1; v < V; v++) max_logit = logits[v] > max_logit ? logits[v] : max_logit;
+        double sum = 0, cumulative = 0; /* softmax, and its running sum */
+        for (int64_t v = 0; v < V; v++) sum += logits[v] = expf(logits[v] - max_logit);
         int64_t token = 0;
         for (; token < V - 1; token++) {
             cumulative += logits[token] / sum;
@@ -813,7 +619,8 @@ EXPORT void mlp_sample(int64_t isa, const mlp_shape *shape, float *parameters, v
 /* tanh, exp and AdamW as the kernels compute them, element by element; n is a multiple of UNITS. */
 EXPORT void mlp_tanh(int64_t isa, const float *x, float *y, int64_t n) { SETS[isa].tanh(x, y, n); }
 EXPORT void mlp_exp(int64_t isa, const float *x, float *y, int64_t n) { SETS[isa].exp(x, y, n); }
-EXPORT void mlp_adamw(int64_t isa, double decay, double step_size, double root, float *p, float *m, float *v,
-                      const float *g, int64_t n) {
-    SETS[isa].adamw((adamw_rates){(float)decay, (float)step_size, (float)(1 / root)}, p, m, v, g, n);
+EXPORT void mlp_adamw(int64_t isa, double decay, double step_size, double sqrt_bias2, float *p, float *exp_avg,
+                      float *exp_avg_sq, const float *g, int64_t n) {
+    adamw_rates rates = {(float)decay, (float)step_size, (float)(1 / sqrt_bias2)};
+    SETS[isa].adamw(rates, p, exp_avg, exp_avg_sq, g, n);
 }

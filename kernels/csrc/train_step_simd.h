@@ -3,9 +3,9 @@
  * ISA             suffix of all names
  * W               floats in a vector
  * ROWS, WIDEST    rows and vectors of a register tile, at most: as many sums as the registers hold
- * LEAST, MOST     the instructions for a < b ? a : b and a > b ? a : b, where C has a name for them
+ * VMIN, VMAX      the instructions for a < b ? a : b and a > b ? a : b, where C has a name for them
  * RSQRT           1 / sqrt(a) to 14 bits, where that and a step of Newton's are faster than a square root
- * ROOT_OF_LIMITS  puts such a root right where a is 0 or infinite
+ * FIX_SQRT        puts such a root right where a is 0 or infinite
  *
  * Two products do all the work, with B's rows as vectors and A's elements broadcast. `rows` lists where A's rows
  * begin, so that a row can be a token's embedding:
@@ -34,24 +34,24 @@ typedef float F(mem) __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
 INLINE vec F(load)(const float *p) { return *(const F(mem) *)p; }
 INLINE void F(store)(float *p, vec x) { *(F(mem) *)p = x; }
-INLINE vec F(all)(float x) { return x - (vec){0}; }
+INLINE vec F(broadcast)(float x) { return x - (vec){0}; }
 INLINE vec F(select)(ivec which, vec yes, vec no) {
     return (vec)((which & (ivec)yes) | (~which & (ivec)no));
 }
 
 /* a < b ? a : b: b where one is NaN. */
-INLINE vec F(least)(vec a, vec b) {
-#ifdef LEAST
-    return (vec)LEAST(a, b);
+INLINE vec F(min)(vec a, vec b) {
+#ifdef VMIN
+    return (vec)VMIN(a, b);
 #else
     return F(select)(a < b, a, b);
 #endif
 }
 
 /* a > b ? a : b: b where one is NaN. */
-INLINE vec F(most)(vec a, vec b) {
-#ifdef MOST
-    return (vec)MOST(a, b);
+INLINE vec F(max)(vec a, vec b) {
+#ifdef VMAX
+    return (vec)VMAX(a, b);
 #else
     return F(select)(a > b, a, b);
 #endif
@@ -60,7 +60,7 @@ INLINE vec F(most)(vec a, vec b) {
 /* SHUFFLE(a, b, f, s): lane l is element f(l, s) of a and b one after the other. */
 #define LOW(l, s) (((l) & (s)) ? W + (l) - (s) : (l))
 #define HIGH(l, s) (((l) & (s)) ? W + (l) : (l) + (s))
-#define ACROSS(l, s) ((l) ^ (s))
+#define BUTTERFLY(l, s) ((l) ^ (s))
 #if W == 16
 #define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s), \
                    f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
@@ -77,43 +77,43 @@ INLINE vec F(most)(vec a, vec b) {
 /* x = f(x, x with its halves, quarters, ... exchanged): all lanes of x together, in every lane. */
 #define REDUCE(x, f)                                             \
     {                                                            \
-        if (W > 8) x = f(x, SHUFFLE(x, x, ACROSS, 8 & (W - 1))); \
-        if (W > 4) x = f(x, SHUFFLE(x, x, ACROSS, 4 & (W - 1))); \
-        x = f(x, SHUFFLE(x, x, ACROSS, 2));                      \
-        x = f(x, SHUFFLE(x, x, ACROSS, 1));                      \
+        if (W > 8) x = f(x, SHUFFLE(x, x, BUTTERFLY, 8 & (W - 1))); \
+        if (W > 4) x = f(x, SHUFFLE(x, x, BUTTERFLY, 4 & (W - 1))); \
+        x = f(x, SHUFFLE(x, x, BUTTERFLY, 2));                      \
+        x = f(x, SHUFFLE(x, x, BUTTERFLY, 1));                      \
     }
 
-INLINE vec F(plus)(vec a, vec b) { return a + b; }
+INLINE vec F(add)(vec a, vec b) { return a + b; }
 
 /* The sum of all lanes, in every lane. */
-INLINE vec F(sum)(vec x) {
-    REDUCE(x, F(plus))
+INLINE vec F(reduce_sum)(vec x) {
+    REDUCE(x, F(add))
     return x;
 }
 
-/* The largest of all lanes, in every lane; where one is NaN, anything. */
-INLINE vec F(largest)(vec x) {
-    REDUCE(x, F(most))
+/* The maximum of all lanes, in every lane; where one is NaN, anything. */
+INLINE vec F(reduce_max)(vec x) {
+    REDUCE(x, F(max))
     return x;
 }
 
 /* x = tanh x for two vectors, x P(x^2) / Q(x^2), of relative error 3.5e-8 on |x| <= 9.02, beyond which tanh rounds to 1.
  * The coefficients were fitted to pre-activations of a run, one after another rounded to fp32 and the others fitted anew,
  * so that the mean error, which would shift all of h, is below 0.01 ulp. All are positive: no cancellation, and tiny x
- * keep their relative accuracy. The two share a division, 1 / (Q0 Q1), which would take as long as everything else. NaN stays NaN, and spreads to the other vector:
- * both belong to the same window, whose logits are NaN in any case. */
+ * keep their relative accuracy. The two share a division, 1 / (Q0 Q1), which would take as long as everything else. NaN
+ * stays NaN, and spreads to the other vector: both belong to the same window, whose logits are NaN in any case. */
 INLINE void F(tanh)(vec *x) {
-    const vec end = F(all)(9.02f), one = F(all)(1.0f);
+    const vec end = F(broadcast)(9.02f), one = F(broadcast)(1.0f);
     vec xp[2], q[2];
     UNROLL for (int i = 0; i < 2; i++) {
-        vec c = F(most)(-end, F(least)(end, x[i])), y = c * c;
+        vec c = F(max)(-end, F(min)(end, x[i])), y = c * c;
         xp[i] = c * ((((1.405279093091849e-08f * y + 2.114020571752917e-05f) * y + 3.5290291998535395e-03f) * y +
                       1.3409551978111267e-01f) * y + 1.0f);
         q[i] = (((8.070361445788876e-07f * y + 3.3395117498002946e-04f) * y + 2.6005366817116737e-02f) * y +
                 4.674288332462311e-01f) * y + 1.0f;
     }
     vec r = 1.0f / (q[0] * q[1]);
-    UNROLL for (int i = 0; i < 2; i++) x[i] = F(most)(-one, F(least)(one, xp[i] * (q[1 - i] * r)));
+    UNROLL for (int i = 0; i < 2; i++) x[i] = F(max)(-one, F(min)(one, xp[i] * (q[1 - i] * r)));
 }
 
 /* y = tanh x, element by element, n a multiple of UNITS; y may be x. */
@@ -129,14 +129,14 @@ static void F(tanh_array)(const float *x, float *y, int64_t n) {
 /* exp x for x <= 88: 2^n e^r with |r| <= ln 2 / 2, e^r = 1 + r + r^2 q(r), q a minimax fit of relative error 3e-9.
  * Below -87, where floats are about to lose digits, it is 0. NaN stays NaN. */
 INLINE vec F(exp)(vec x) {
-    const vec magic = F(all)(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, left in the low bits */
+    const vec magic = F(broadcast)(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, left in the low bits */
     vec shifted = x * 1.44269504f + magic, n = shifted - magic;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact in a product with n */
     vec q = (((1.3814467238262296e-03f * r + 8.368780836462975e-03f) * r + 4.166839271783829e-02f) * r +
              1.666651964187622e-01f) * r + 4.999999403953552e-01f;
     vec e = (r * r) * q + r + 1.0f;
     e = (vec)((uvec)e + ((uvec)shifted << 23));
-    return F(select)(x < F(all)(-87.0f), F(all)(0.0f), e);
+    return F(select)(x < F(broadcast)(-87.0f), F(broadcast)(0.0f), e);
 }
 
 /* Square roots; those from RSQRT are right to a rounding or two, of subnormal numbers to 14 bits. */
@@ -144,7 +144,7 @@ INLINE vec F(sqrt)(vec x) {
 #ifdef RSQRT
     vec y = (vec)RSQRT(x), root = x * y;
     root += (x - root * root) * (0.5f * y);
-    return (vec)ROOT_OF_LIMITS(root, x);
+    return (vec)FIX_SQRT(root, x);
 #else
     vec root = x;
     UNROLL for (int i = 0; i < W; i++) root[i] = __builtin_sqrtf(x[i]);
@@ -170,7 +170,7 @@ INLINE void F(gemm_tile)(const int R, const int N, const int COLS, const float *
             vec b[WIDEST];
             UNROLL for (int j = 0; j < N; j++) b[j] = F(load)(B + k * ldb + j * W);
             UNROLL for (int r = 0; r < R; r++) {
-                vec x = F(all)(COLS ? ak[r] : a[r][k]);
+                vec x = F(broadcast)(COLS ? ak[r] : a[r][k]);
                 UNROLL for (int j = 0; j < N; j++) c[r][j] += x * b[j];
             }
         }
@@ -221,7 +221,7 @@ static void F(gemm_rows)(const product p) {
     int64_t tiles = F(tiles)(p.n), least = p.n / tiles, more = p.n % tiles, vectors = p.width / W, N;
     for (int64_t j = 0; j < vectors; j += N) {
         int64_t left = vectors - j;
-        N = at_most(2, left);
+        N = min(2, left);
         if (WIDEST > 2 && (left == 3 || left >= 5)) N = 3;
         for (int64_t i = 0, r = 0, R; i < tiles; i++, r += R) {
             R = least + (i < more);
@@ -247,7 +247,7 @@ static void F(gemm_some_rows)(product p, int64_t r0, int64_t r1) {
 static void F(gemm_cols)(int64_t R, const float *A, const int64_t *rows, int64_t K, const float *B, float *C) {
     for (int64_t j = 0; j < UNITS; j += 2 * W)
         for (int64_t k = 0; k < K; k += STRIP)
-            F(cols_2)(R, A, rows + k, at_most(STRIP, K - k), B + k * UNITS + j, UNITS, C + j, UNITS, k > 0, NULL, 1, 0);
+            F(cols_2)(R, A, rows + k, min(STRIP, K - k), B + k * UNITS + j, UNITS, C + j, UNITS, k > 0, NULL, 1, 0);
 }
 
 /* The sum of the rows of x (n, W), ld floats apart. */
@@ -255,7 +255,7 @@ INLINE vec F(sum_rows)(const float *x, int64_t n, int64_t ld) {
     vec sum = {0};
     for (int64_t first = 0; first < n; first += 16) {
         vec part = {0};
-        for (int64_t r = first; r < at_most(n, first + 16); r++) part += F(load)(x + r * ld);
+        for (int64_t r = first; r < min(n, first + 16); r++) part += F(load)(x + r * ld);
         sum += part;
     }
     return sum;
@@ -305,36 +305,41 @@ INLINE vec F(rounded)(vec x) {
     return x;
 }
 
-/* Loshchilov and Hutter 2019, in the order of torch.optim.AdamW.
+/* Loshchilov and Hutter 2019, in the order of torch.optim.AdamW:
+ *
+ *     m = m + (g - m) (1 - beta1);  v = v beta2 + (1 - beta2) g^2
+ *     p = p (1 - lr wd) - lr / (1 - beta1^s) m / (sqrt(v) / sqrt(1 - beta2^s) + eps)
  *
  * p * decay is a result of its own: decay is 1 - 7e-8, in fp32 one unit in the last place below 1, so rounding the product
  * takes one whole unit off p, and that is the weight decay. fma(p, decay, -update) would leave the rounding out, and
  * decay p by less (docs/numerics.md). */
-INLINE void F(adamw_vector)(const adamw_rates rates, float *p, float *m, float *v, vec g) {
-    vec p0 = F(load)(p), m1 = F(load)(m), v1 = F(load)(v);
-    m1 += (g - m1) * (float)(1 - 0.9);
-    v1 = F(rounded)(v1 * (float)0.999) + (float)(1 - 0.999) * g * g;
-    vec root = F(sqrt)(v1);
-    F(store)(m, m1);
-    F(store)(v, v1);
-    F(store)(p, F(rounded)(p0 * rates.decay) - rates.step_size * m1 / (root * rates.root + EPS));
+INLINE void F(adamw_vector)(const adamw_rates rates, float *p, float *exp_avg, float *exp_avg_sq, vec g) {
+    vec p0 = F(load)(p), m = F(load)(exp_avg), v = F(load)(exp_avg_sq);
+    m += (g - m) * (float)(1 - BETA1);
+    v = F(rounded)(v * (float)BETA2) + (float)(1 - BETA2) * g * g;
+    vec sqrt_v = F(sqrt)(v);
+    F(store)(exp_avg, m);
+    F(store)(exp_avg_sq, v);
+    F(store)(p, F(rounded)(p0 * rates.decay) - rates.step_size * m / (sqrt_v * rates.rsqrt_bias2 + EPS));
 }
 
 /* AdamW on n numbers, a multiple of LANES. */
-static void F(adamw)(const adamw_rates rates, float *p, float *m, float *v, const float *g, int64_t n) {
-    for (int64_t i = 0; i < n; i += W) F(adamw_vector)(rates, p + i, m + i, v + i, F(load)(g + i));
+static void F(adamw)(const adamw_rates rates, float *p, float *exp_avg, float *exp_avg_sq, const float *g, int64_t n) {
+    for (int64_t i = 0; i < n; i += W)
+        F(adamw_vector)(rates, p + i, exp_avg + i, exp_avg_sq + i, F(load)(g + i));
 }
 
 /* ---- forward --------------------------------------------------------------------------------------------------- */
 
-/* h (n, UNITS) = b1, or h where that is NULL, + the rows of the next SLOTS slots' tables; tanh of it after the last. */
-INLINE void F(add_rows)(const int SLOTS, const float *table, int64_t n, int64_t U, const int32_t *place,
+/* h[r] = b1 + sum_t P[t, index[t, r]] over the next POSITIONS tables; h itself in place of b1 where that is NULL, and tanh
+ * of it all after the last. */
+INLINE void F(add_rows)(const int POSITIONS, const float *table, int64_t n, int64_t U, const int32_t *index,
                         const float *b1, float *h, int last) {
     for (int64_t r = 0; r < n; r++, h += UNITS) {
         vec x[UNITS / W];
         UNROLL for (int j = 0; j < UNITS / W; j++) x[j] = F(load)((b1 ? b1 : h) + j * W);
-        UNROLL for (int t = 0; t < SLOTS; t++) {
-            const float *row = table + (t * U + place[t * n + r]) * UNITS;
+        UNROLL for (int t = 0; t < POSITIONS; t++) {
+            const float *row = table + (t * U + index[t * n + r]) * UNITS;
             UNROLL for (int j = 0; j < UNITS / W; j++) x[j] += F(load)(row + j * W);
         }
         if (last) UNROLL for (int j = 0; j < UNITS / W; j += 2) F(tanh)(x + j);
@@ -342,31 +347,31 @@ INLINE void F(add_rows)(const int SLOTS, const float *table, int64_t n, int64_t 
     }
 }
 
-_Static_assert(MAX_SLOTS == 4, "FOR_SLOTS lists them");
-/* f(SLOTS, ...) for a number of slots that is a constant in it. */
-#define FOR_SLOTS(slots, f, ...)               \
-    switch (slots) {                           \
+_Static_assert(MAX_POSITIONS == 4, "FOR_POSITIONS lists them");
+/* f(POSITIONS, ...) for a number of positions that is a constant in it. */
+#define FOR_POSITIONS(positions, f, ...)               \
+    switch (positions) {                           \
     case 1: f(1, __VA_ARGS__); break;          \
     case 2: f(2, __VA_ARGS__); break;          \
     case 3: f(3, __VA_ARGS__); break;          \
-    default: f(MAX_SLOTS, __VA_ARGS__); break; \
+    default: f(MAX_POSITIONS, __VA_ARGS__); break; \
     }
 
 /* h of some blocks of units, for all windows of the batch. */
 static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch *b, int64_t first, int64_t last) {
     int64_t T = ws->shape.T, E = ws->shape.E, n = b->rows, U = b->U;
-    int64_t held = slots_held(&ws->shape, ws->max_U);
+    int64_t held = positions_held(&ws->shape, ws->max_U);
     for (int64_t block = first; block < last; block++) {
         const float *w1 = ws->p.w1 + block * T * E * UNITS, *b1 = ws->p.b1 + block * UNITS;
         float *h = ws->h + block * ws->max_rows * UNITS;
         if (b->table) {
             for (int64_t t0 = 0; t0 < T; t0 += held) {
-                int64_t slots = at_most(held, T - t0);
-                for (int64_t t = 0; t < slots; t++)
+                int64_t positions = min(held, T - t0);
+                for (int64_t t = 0; t < positions; t++)
                     F(gemm_rows)((product){.n = U, .width = UNITS, .A = ws->p.wte, .rows = b->wte_row, .K = E,
                                            .B = w1 + (t0 + t) * E * UNITS, .ldb = UNITS,
                                            .C = s->table + t * U * UNITS, .ldc = UNITS});
-                FOR_SLOTS(slots, F(add_rows), s->table, n, U, b->place + t0 * n, t0 == 0 ? b1 : NULL, h,
+                FOR_POSITIONS(positions, F(add_rows), s->table, n, U, b->index + t0 * n, t0 == 0 ? b1 : NULL, h,
                           t0 + held >= T)
             }
         } else {
@@ -380,16 +385,16 @@ static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch
     }
 }
 
-/* Adds pairs of partial sums, `stride` floats apart, of so many floats. */
-static void F(add_pairs)(const pairs *p, float *parts, int64_t stride, int64_t floats) {
+/* to += from along edges of the reduction tree, for partial sums of so many floats, `stride` floats apart. */
+static void F(reduce_pairs)(const pairs *p, float *parts, int64_t stride, int64_t floats) {
     for (int64_t i = 0; i < p->n; i++) {
         float *to = parts + p->to[i] * stride, *from = parts + p->from[i] * stride;
         for (int64_t j = 0; j < floats; j += W) F(store)(to + j, F(load)(to + j) + F(load)(from + j));
     }
 }
 
-/* The sum of all groups, given the pairs ACROSS threads. */
-INLINE vec F(add_across)(const pairs *p, float *parts, int64_t stride) {
+/* The sum over all groups, given the edges ACROSS threads. */
+INLINE vec F(reduce_across)(const pairs *p, float *parts, int64_t stride) {
     for (int64_t i = 0; i < p->n - 1; i++) {
         float *to = parts + p->to[i] * stride;
         F(store)(to, F(load)(to) + F(load)(parts + p->from[i] * stride));
@@ -399,27 +404,27 @@ INLINE vec F(add_across)(const pairs *p, float *parts, int64_t stride) {
 }
 
 /* The logits without b2 of windows first .. first+n-1: of all tokens and this thread's groups, a partial sum each, added
- * within this thread; or of this thread's tokens and all units. Returns the round in which it has arrived.
+ * within this thread; or of this thread's tokens and all units. Returns the barrier's generation for await().
  *
  * Of partial sums, rows r0 .. r1-1, which this thread adds up itself, come last: no other waits for them. */
 static int F(partial_logits)(workspace *ws, const scratch *s, int64_t thread, int64_t threads, int64_t first, int64_t n,
                              int64_t r0, int64_t r1) {
     int64_t V = ws->shape.V, Vp = ws->Vp, tiles = (Vp + UNITS - 1) / UNITS, groups = ws->by_vocab ? 1 : ws->groups;
-    int64_t tile0 = ws->by_vocab ? begin_of(tiles, thread, threads) : 0;
-    int64_t tile1 = ws->by_vocab ? begin_of(tiles, thread + 1, threads) : tiles;
-    int64_t group0 = ws->by_vocab ? 0 : begin_of(groups, thread, threads);
-    int64_t group1 = ws->by_vocab ? 1 : begin_of(groups, thread + 1, threads);
+    int64_t tile0 = ws->by_vocab ? shard_begin(tiles, thread, threads) : 0;
+    int64_t tile1 = ws->by_vocab ? shard_begin(tiles, thread + 1, threads) : tiles;
+    int64_t group0 = ws->by_vocab ? 0 : shard_begin(groups, thread, threads);
+    int64_t group1 = ws->by_vocab ? 1 : shard_begin(groups, thread + 1, threads);
     int64_t stride = ws->chunk * Vp;
     pairs within = pairs_of(groups, threads, thread);
-    int round = 0;
+    int generation = 0;
     for (int64_t group = group0; group < group1; group++)
-        for (int64_t v = tile0 * UNITS; v < at_most(Vp, tile1 * UNITS); v += UNITS) {
-            int64_t block0 = begin_of(ws->blocks, group, groups), block1 = begin_of(ws->blocks, group + 1, groups);
+        for (int64_t v = tile0 * UNITS; v < min(Vp, tile1 * UNITS); v += UNITS) {
+            int64_t block0 = shard_begin(ws->blocks, group, groups), block1 = shard_begin(ws->blocks, group + 1, groups);
             for (int64_t block = block0; block < block1; block += STRIP_BLOCKS) {
-                int64_t width = at_most(UNITS, Vp - v), blocks = at_most(STRIP_BLOCKS, block1 - block);
+                int64_t width = min(UNITS, Vp - v), blocks = min(STRIP_BLOCKS, block1 - block);
                 if (V - v < width) memset(s->w2t, 0, (size_t)(blocks * UNITS * UNITS) * sizeof(float));
                 for (int64_t i = 0; i < blocks; i++)
-                    F(transpose)(ws->p.w2 + ((block + i) * V + v) * UNITS, at_least(0, at_most(UNITS, V - v)),
+                    F(transpose)(ws->p.w2 + ((block + i) * V + v) * UNITS, max(0, min(UNITS, V - v)),
                                  s->w2t + i * UNITS * UNITS, UNITS);
                 product p = {.width = width, .A = ws->h + (block * ws->max_rows + first) * UNITS,
                              .rows = ws->row_units, .parts = blocks, .a_step = ws->max_rows * UNITS, .K = UNITS,
@@ -429,48 +434,48 @@ static int F(partial_logits)(workspace *ws, const scratch *s, int64_t thread, in
                 F(gemm_some_rows)(p, r1, n);
                 int last = group == group1 - 1 && v + UNITS >= Vp && block + STRIP_BLOCKS >= block1;
                 if (last && !ws->by_vocab) {
-                    F(add_pairs)(&within, ws->logits, stride, r0 * Vp);
-                    F(add_pairs)(&within, ws->logits + r1 * Vp, stride, (n - r1) * Vp);
-                    round = arrive(&ws->sync, threads);
+                    F(reduce_pairs)(&within, ws->logits, stride, r0 * Vp);
+                    F(reduce_pairs)(&within, ws->logits + r1 * Vp, stride, (n - r1) * Vp);
+                    generation = arrive(&ws->sync, threads);
                 }
                 F(gemm_some_rows)(p, r0, r1);
             }
         }
     if (ws->by_vocab) return arrive(&ws->sync, threads);
-    F(add_pairs)(&within, ws->logits + r0 * Vp, stride, (r1 - r0) * Vp);
-    return round;
+    F(reduce_pairs)(&within, ws->logits + r0 * Vp, stride, (r1 - r0) * Vp);
+    return generation;
 }
 
-/* Adds up the partial logits of a row, and b2; returns the largest, in every lane. */
-INLINE vec F(add_parts)(const workspace *ws, float *row, const pairs *across) {
-    vec largest = F(all)(-INFINITY);
+/* logits[r] = b2 + the sum of the groups' partial logits; returns their maximum, in every lane. */
+INLINE vec F(reduce_row)(const workspace *ws, float *row, const pairs *across) {
+    vec max_logit = F(broadcast)(-INFINITY);
     for (int64_t v = 0; v < ws->Vp; v += W) {
-        vec x = F(add_across)(across, row + v, ws->chunk * ws->Vp) + F(load)(ws->p.b2 + v);
+        vec x = F(reduce_across)(across, row + v, ws->chunk * ws->Vp) + F(load)(ws->p.b2 + v);
         F(store)(row + v, x);
-        largest = F(most)(largest, x);
+        max_logit = F(max)(max_logit, x);
     }
-    return F(largest)(largest);
+    return F(reduce_max)(max_logit);
 }
 
-/* row = exp(row - largest); returns the sum over all tokens but one, in every lane. */
-INLINE vec F(exponentials)(float *row, int64_t Vp, vec largest, int32_t but) {
+/* row = exp(row - max_logit); returns the sum over all tokens but one, in every lane. */
+INLINE vec F(exp_row)(float *row, int64_t Vp, vec max_logit, int32_t but) {
     ivec lane = {0};
     UNROLL for (int i = 0; i < W; i++) lane[i] = i - but;
     vec sum = {0};
     for (int64_t v = 0; v < Vp; v += W) {
-        vec e = F(exp)(F(load)(row + v) - largest);
+        vec e = F(exp)(F(load)(row + v) - max_logit);
         F(store)(row + v, e);
         sum += F(select)(lane == 0, (vec){0}, e);
         lane += W;
     }
-    return F(sum)(sum);
+    return F(reduce_sum)(sum);
 }
 
-/* Partial logits to dlogits, for rows r0 .. r1-1 of the chunk that begins at window `first`; their losses to ws->losses.
+/* Partial logits to dlogits, for rows r0 .. r1-1 of the chunk that begins at window `first`; losses to ws->losses.
  *
  * With s the sum of exponentials, e that of the target, and o = s - e summed by itself, the target's dlogits is -o / s
  * rather than e / s - 1, and the loss uses e + o in float64: a model that is nearly sure keeps its digits. */
-static void F(softmax)(const workspace *ws, const batch *b, const pairs *across, int64_t first, int64_t r0,
+static void F(softmax_rows)(const workspace *ws, const batch *b, const pairs *across, int64_t first, int64_t r0,
                        int64_t r1) {
     double loss = 0, sums = 1;
     for (int64_t r = r0; r < r1; r++) {
@@ -479,14 +484,14 @@ static void F(softmax)(const workspace *ws, const batch *b, const pairs *across,
         for (int64_t i = 0; i < across->n && r + AHEAD < r1; i++) /* from the other cores' caches */
             for (int64_t v = 0; v < ws->Vp; v += LANES)
                 __builtin_prefetch(ws->logits + (across->from[i] * ws->chunk + r + AHEAD) * ws->Vp + v);
-        vec largest = F(add_parts)(ws, row, across);
-        float at_target = row[target], others = F(exponentials)(row, ws->Vp, largest, target)[0];
+        vec max_logit = F(reduce_row)(ws, row, across);
+        float at_target = row[target], others = F(exp_row)(row, ws->Vp, max_logit, target)[0];
         double sum = (double)others + (double)row[target];
-        float factor = (float)(1 / (sum * (double)b->rows));
+        float factor = (float)(1 / (sum * (double)b->rows)); /* dlogits = (softmax - onehot) / B */
         for (int64_t v = 0; v < ws->Vp; v += W) F(store)(row + v, F(load)(row + v) * factor);
         row[target] = -others * factor;
         /* The logarithm of a product in place of a sum of logarithms; 1 <= sum <= 2^31, so 32 factors fit a double. */
-        loss += (double)largest[0] - (double)at_target;
+        loss += (double)max_logit[0] - (double)at_target; /* loss = max - logits[target] + log(sum) */
         sums *= sum;
         if (r % LOSS_ROWS == LOSS_ROWS - 1 || r == r1 - 1) {
             ws->losses[(first + r) / LOSS_ROWS] = loss + log(sums);
@@ -498,19 +503,19 @@ _Static_assert(LOSS_ROWS <= 32, "see the product of sums");
 
 /* ---- backward -------------------------------------------------------------------------------------------------- */
 
-/* dpre of windows first+r0 .. first+r1-1 in a block of units, to s->dpre from its row `first` on. */
+/* dpre = (dlogits @ W2) (1 - h^2) of windows first+r0 .. first+r1-1 in a block of units, to s->dpre from row `first` on. */
 static void F(backward_hidden)(const workspace *ws, const scratch *s, int64_t block, int64_t first, int64_t r0,
                                int64_t r1) {
     int64_t V = ws->shape.V;
     for (int64_t v = 0; v < V; v += STRIP)
         F(gemm_some_rows)((product){.width = UNITS, .A = ws->logits + v, .rows = ws->row_vocab,
-                                    .K = at_most(STRIP, V - v), .B = ws->p.w2 + (block * V + v) * UNITS,
+                                    .K = min(STRIP, V - v), .B = ws->p.w2 + (block * V + v) * UNITS,
                                     .ldb = UNITS, .C = s->dpre + first * UNITS, .ldc = UNITS, .accumulate = v > 0,
                                     .h = v + STRIP < V ? NULL : ws->h + (block * ws->max_rows + first) * UNITS},
                           r0, r1);
 }
 
-/* dW2 of a block from windows first .. first+n-1: straight into AdamW, or added to ws->dw2. */
+/* dW2 = dlogits^T @ h of a block from windows first .. first+n-1: straight into AdamW, or added to ws->dw2. */
 static void F(backward_w2)(const workspace *ws, const scratch *s, const batch *b, int64_t block, int64_t first,
                            int64_t n, int add) {
     int64_t V = ws->shape.V, tiles = F(tiles)(V);
@@ -519,7 +524,7 @@ static void F(backward_w2)(const workspace *ws, const scratch *s, const batch *b
         int64_t v = i * V / tiles, R = (i + 1) * V / tiles - v, at = (block * V + v) * UNITS;
         F(gemm_cols)(R, ws->logits + v, ws->row_vocab, n, h, s->tile);
         if (!add) {
-            F(adamw)(b->rates, ws->p.w2 + at, ws->m.w2 + at, ws->v.w2 + at, s->tile, R * UNITS);
+            F(adamw)(b->rates, ws->p.w2 + at, ws->exp_avg.w2 + at, ws->exp_avg_sq.w2 + at, s->tile, R * UNITS);
             continue;
         }
         for (int64_t j = 0; j < R * UNITS; j += W) {
@@ -529,35 +534,36 @@ static void F(backward_w2)(const workspace *ws, const scratch *s, const batch *b
     }
 }
 
-/* For the next SLOTS slots, to[slot, u, :] = the sum of the rows of dpre (n, UNITS) whose window has token u there, in
- * the order of the windows. Several slots at a time, since a row must wait for the last one of the same token. */
-INLINE void F(sum_by_token)(const int SLOTS, const float *dpre, int64_t n, int64_t U, const int32_t *place, float *to) {
-    memset(to, 0, (size_t)(SLOTS * U * UNITS) * sizeof(float));
+/* dP[t, u] = sum of dpre[r] over the windows r with index[t, r] = u, in their order, for the next POSITIONS positions t.
+ * Several at a time, since a row must wait for the last one of the same token. */
+INLINE void F(sum_by_token)(const int POSITIONS, const float *dpre, int64_t n, int64_t U, const int32_t *index, float *to) {
+    memset(to, 0, (size_t)(POSITIONS * U * UNITS) * sizeof(float));
     for (int64_t r = 0; r < n; r++) {
         vec x[UNITS / W];
         UNROLL for (int j = 0; j < UNITS / W; j++) x[j] = F(load)(dpre + r * UNITS + j * W);
-        UNROLL for (int t = 0; t < SLOTS; t++) {
-            float *sum = to + (t * U + place[t * n + r]) * UNITS;
+        UNROLL for (int t = 0; t < POSITIONS; t++) {
+            float *sum = to + (t * U + index[t * n + r]) * UNITS;
             UNROLL for (int j = 0; j < UNITS / W; j++) F(store)(sum + j * W, F(load)(sum + j * W) + x[j]);
         }
     }
 }
 
-/* From dpre (rows, UNITS) of a block: db1 and dW1 into AdamW, dwte added to the partial sum of its group. */
+/* From dpre (rows, UNITS) of a block: db1 = sum_r dpre[r] and dW1[:, t] = dP[t]^T @ wte into AdamW; dP[t] @ W1[:, t] added
+ * to its group's partial sum of dwte. */
 static void F(backward_input)(const workspace *ws, const scratch *s, const batch *b, const float *dpre,
                               int64_t block) {
-    float *dwte = ws->dwte + part_of(ws->blocks, block, ws->groups) * ws->max_U * ws->Ep;
+    float *dwte = ws->dwte + shard_of(ws->blocks, block, ws->groups) * ws->max_U * ws->Ep;
     int64_t T = ws->shape.T, E = ws->shape.E, Ep = ws->Ep, n = b->rows, U = b->U, tiles = F(tiles)(E);
-    int64_t held = slots_held(&ws->shape, ws->max_U);
+    int64_t held = positions_held(&ws->shape, ws->max_U);
     for (int64_t t = 0; t < T; t++) {
         int64_t w1 = (block * T + t) * E * UNITS;
-        const int32_t *place = b->place + t * n;
+        const int32_t *index = b->index + t * n;
         float *dtable = s->table + t % held * U * UNITS;
-        if (b->table && t % held == 0) FOR_SLOTS(at_most(held, T - t), F(sum_by_token), dpre, n, U, place, s->table)
+        if (b->table && t % held == 0) FOR_POSITIONS(min(held, T - t), F(sum_by_token), dpre, n, U, index, s->table)
         if (t == 0) UNROLL for (int j = 0; j < UNITS; j += W) {
             int64_t at = block * UNITS + j;
             vec db1 = b->table ? F(sum_rows)(dtable + j, U, UNITS) : F(sum_rows)(dpre + j, n, UNITS);
-            F(adamw_vector)(b->rates, ws->p.b1 + at, ws->m.b1 + at, ws->v.b1 + at, db1);
+            F(adamw_vector)(b->rates, ws->p.b1 + at, ws->exp_avg.b1 + at, ws->exp_avg_sq.b1 + at, db1);
         }
         F(transpose)(ws->p.w1 + w1, E, s->w1t, Ep);
         if (b->table) {
@@ -567,12 +573,12 @@ static void F(backward_input)(const workspace *ws, const scratch *s, const batch
             int64_t parts = F(tiles)(n);
             for (int64_t e = 0; e < Ep; e += UNITS)
                 for (int64_t i = 0; i < parts; i++) {
-                    int64_t r0 = i * n / parts, r1 = (i + 1) * n / parts, width = at_most(UNITS, Ep - e);
+                    int64_t r0 = i * n / parts, r1 = (i + 1) * n / parts, width = min(UNITS, Ep - e);
                     F(gemm_rows)((product){.n = r1 - r0, .width = width, .A = dpre, .rows = ws->row_units + r0,
                                            .K = UNITS, .B = s->w1t + e, .ldb = Ep, .C = s->tile, .ldc = UNITS});
                     for (int64_t r = r0; r < r1; r++)
                         for (int64_t j = 0; j < width; j += W) {
-                            float *to = dwte + place[r] * Ep + e + j;
+                            float *to = dwte + index[r] * Ep + e + j;
                             F(store)(to, F(load)(to) + F(load)(s->tile + (r - r0) * UNITS + j));
                         }
                 }
@@ -581,7 +587,7 @@ static void F(backward_input)(const workspace *ws, const scratch *s, const batch
             int64_t e = i * E / tiles, R = (i + 1) * E / tiles - e, at = w1 + e * UNITS;
             if (b->table) F(gemm_cols)(R, ws->p.wte + e, b->wte_row, U, dtable, s->tile);
             else F(gemm_cols)(R, ws->p.wte + e, b->gathered + t * n, n, dpre, s->tile);
-            F(adamw)(b->rates, ws->p.w1 + at, ws->m.w1 + at, ws->v.w1 + at, s->tile, R * UNITS);
+            F(adamw)(b->rates, ws->p.w1 + at, ws->exp_avg.w1 + at, ws->exp_avg_sq.w1 + at, s->tile, R * UNITS);
         }
     }
 }
@@ -590,11 +596,11 @@ static void F(backward_input)(const workspace *ws, const scratch *s, const batch
 static void F(update_wte)(const workspace *ws, const batch *b, const pairs *across, int64_t first, int64_t last) {
     int64_t Ep = ws->Ep;
     for (int64_t v = first; v < last; v++) {
-        int32_t u = b->slot[v];
+        int32_t u = b->index_of[v];
         for (int64_t j = 0; j < Ep; j += W) {
-            vec g = u < 0 ? (vec){0} : F(add_across)(across, ws->dwte + u * Ep + j, ws->max_U * Ep);
+            vec g = u < 0 ? (vec){0} : F(reduce_across)(across, ws->dwte + u * Ep + j, ws->max_U * Ep);
             int64_t at = v * Ep + j;
-            F(adamw_vector)(b->rates, ws->p.wte + at, ws->m.wte + at, ws->v.wte + at, g);
+            F(adamw_vector)(b->rates, ws->p.wte + at, ws->exp_avg.wte + at, ws->exp_avg_sq.wte + at, g);
         }
     }
 }
@@ -602,12 +608,12 @@ static void F(update_wte)(const workspace *ws, const batch *b, const pairs *acro
 /* ---- a thread's work ------------------------------------------------------------------------------------------- */
 
 static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_t threads) {
-    const training *run = argument;
+    const train_args *run = argument;
     const scratch s = thread_scratch(ws, thread);
     const int64_t B = run->batch_size, V = ws->shape.V, Vp = ws->Vp, Ep = ws->Ep;
     const int64_t groups = ws->groups, dwte_floats = ws->max_U * Ep;
-    const int64_t group0 = begin_of(groups, thread, threads), group1 = begin_of(groups, thread + 1, threads);
-    const int64_t block0 = begin_of(ws->blocks, group0, groups), block1 = begin_of(ws->blocks, group1, groups);
+    const int64_t group0 = shard_begin(groups, thread, threads), group1 = shard_begin(groups, thread + 1, threads);
+    const int64_t block0 = shard_begin(ws->blocks, group0, groups), block1 = shard_begin(ws->blocks, group1, groups);
     const pairs within = pairs_of(groups, threads, thread), across = pairs_of(groups, threads, ACROSS);
     const pairs across_logits = pairs_of(ws->by_vocab ? 1 : groups, threads, ACROSS);
     const int cut = ws->chunk < B;
@@ -615,17 +621,17 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
         const int64_t step = run->first_step + i;
         const batch *b = &ws->batches[step & 1];
         F(forward_hidden)(ws, &s, b, block0, block1);
-        if (ws->by_vocab) wait_for_all(&ws->sync, threads);
+        if (ws->by_vocab) barrier_wait(&ws->sync, threads);
         for (int64_t group = group0; group < group1; group++)
             memset(ws->dwte + group * dwte_floats, 0, (size_t)(b->U * Ep) * sizeof(float));
         for (int64_t first = 0; first < B; first += ws->chunk) {
-            int64_t n = at_most(ws->chunk, B - first);
+            int64_t n = min(ws->chunk, B - first);
             int64_t r0 = first_row(n, thread, threads), r1 = first_row(n, thread + 1, threads);
             await(&ws->sync, F(partial_logits)(ws, &s, thread, threads, first, n, r0, r1));
-            F(softmax)(ws, b, &across_logits, first, r0, r1);
-            int round = arrive(&ws->sync, threads);
+            F(softmax_rows)(ws, b, &across_logits, first, r0, r1);
+            int generation = arrive(&ws->sync, threads);
             F(backward_hidden)(ws, &s, block0, first, r0, r1);
-            await(&ws->sync, round); /* for the rows of the others */
+            await(&ws->sync, generation); /* for the rows of the others */
             F(backward_hidden)(ws, &s, block0, first, 0, r0);
             F(backward_hidden)(ws, &s, block0, first, r1, n);
             for (int64_t block = block0; block < block1; block++) {
@@ -640,65 +646,65 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
                 vec db2 = F(sum_rows)(ws->logits + v, n, Vp);
                 F(store)(ws->db2 + v, first > 0 ? F(load)(ws->db2 + v) + db2 : db2);
             }
-            if (first + n < B) wait_for_all(&ws->sync, threads); /* for the logits of the next chunk */
+            if (first + n < B) barrier_wait(&ws->sync, threads); /* for the logits of the next chunk */
         }
         for (int64_t block = block0; cut && block < block1; block++) {
             int64_t at = block * V * UNITS;
-            F(adamw)(b->rates, ws->p.w2 + at, ws->m.w2 + at, ws->v.w2 + at, ws->dw2 + at, V * UNITS);
+            F(adamw)(b->rates, ws->p.w2 + at, ws->exp_avg.w2 + at, ws->exp_avg_sq.w2 + at, ws->dw2 + at, V * UNITS);
             F(backward_input)(ws, &s, b, ws->h + block * ws->max_rows * UNITS, block);
         }
-        F(add_pairs)(&within, ws->dwte, dwte_floats, b->U * Ep);
-        int round = arrive(&ws->sync, threads);
+        F(reduce_pairs)(&within, ws->dwte, dwte_floats, b->U * Ep);
+        int generation = arrive(&ws->sync, threads);
         if (thread == threads - 1) {
-            F(adamw)(b->rates, ws->p.b2, ws->m.b2, ws->v.b2, ws->db2, Vp);
+            F(adamw)(b->rates, ws->p.b2, ws->exp_avg.b2, ws->exp_avg_sq.b2, ws->db2, Vp);
             /* A decay factor of 0 or less, which is allowed, makes them NaN or +inf. */
             for (int64_t v = V; v < Vp; v++) ws->p.b2[v] = -INFINITY;
         }
         /* In place of the batch of the step before this one, which all have done with. */
         if (thread == 0 && i + 1 < run->steps) prepare_step(ws, &ws->batches[(step + 1) & 1], run, step + 1);
-        await(&ws->sync, round);
-        F(update_wte)(ws, b, &across, begin_of(V, thread, threads), begin_of(V, thread + 1, threads));
+        await(&ws->sync, generation);
+        F(update_wte)(ws, b, &across, shard_begin(V, thread, threads), shard_begin(V, thread + 1, threads));
         if (thread == 0) {
             double loss = 0;
             for (int64_t r = 0; r < B; r += LOSS_ROWS) loss += ws->losses[r / LOSS_ROWS];
             run->losses[i] = loss / (double)B;
             *run->step = step + 1;
-            ws->crowded = atomic_load_explicit(&ws->sync.lost, memory_order_relaxed) > CROWDED_NANOSECONDS;
+            ws->oversubscribed = atomic_load_explicit(&ws->sync.lost, memory_order_relaxed) > OVERSUBSCRIBED_NANOSECONDS;
         }
-        wait_for_all(&ws->sync, threads);
-        if (ws->crowded) break;
+        barrier_wait(&ws->sync, threads);
+        if (ws->oversubscribed) break;
     }
 }
 
 static void F(forward)(workspace *ws, const void *argument, int64_t thread, int64_t threads) {
-    const forwarding *run = argument;
+    const forward_args *run = argument;
     int64_t begin = 0, end = run->windows.count;
-    if (run->apart > 0) {
+    if (run->private_bytes > 0) {
         begin = run->windows.count * thread / threads;
         end = run->windows.count * (thread + 1) / threads;
-        ws = workspace_of(ws, run->apart, thread);
+        ws = workspace_of(ws, run->private_bytes, thread);
         thread = 0;
         threads = 1;
     }
     const scratch s = thread_scratch(ws, thread);
     const int64_t V = ws->shape.V, Vp = ws->Vp, groups = ws->groups;
-    const int64_t block0 = begin_of(ws->blocks, begin_of(groups, thread, threads), groups);
-    const int64_t block1 = begin_of(ws->blocks, begin_of(groups, thread + 1, threads), groups);
+    const int64_t block0 = shard_begin(ws->blocks, shard_begin(groups, thread, threads), groups);
+    const int64_t block1 = shard_begin(ws->blocks, shard_begin(groups, thread + 1, threads), groups);
     const pairs across = pairs_of(ws->by_vocab ? 1 : groups, threads, ACROSS);
     batch *b = &ws->batches[0];
     for (; begin < end; begin += ws->max_rows) {
-        int64_t rows = at_most(ws->max_rows, end - begin);
+        int64_t rows = min(ws->max_rows, end - begin);
         if (thread == 0) index_windows(ws, b, &run->windows, begin, rows);
-        wait_for_all(&ws->sync, threads);
+        barrier_wait(&ws->sync, threads);
         F(forward_hidden)(ws, &s, b, block0, block1);
-        if (ws->by_vocab) wait_for_all(&ws->sync, threads);
+        if (ws->by_vocab) barrier_wait(&ws->sync, threads);
         for (int64_t first = 0; first < rows; first += ws->chunk) {
-            int64_t n = at_most(ws->chunk, rows - first);
+            int64_t n = min(ws->chunk, rows - first);
             int64_t r0 = n * thread / threads, r1 = n * (thread + 1) / threads;
             await(&ws->sync, F(partial_logits)(ws, &s, thread, threads, first, n, r0, r1));
             for (int64_t r = r0; r < r1; r++) {
                 float *row = ws->logits + r * Vp;
-                vec largest = F(add_parts)(ws, row, &across);
+                vec max_logit = F(reduce_row)(ws, row, &across);
                 int64_t window = begin + first + r;
                 if (run->logits) {
                     memcpy(run->logits + window * V, row, (size_t)V * sizeof(float));
@@ -709,12 +715,12 @@ static void F(forward)(workspace *ws, const void *argument, int64_t thread, int6
                 int32_t target = run->pair_target[run->pair_start[window]];
                 for (int64_t i = run->pair_start[window]; i < run->pair_start[window + 1]; i++) {
                     weight += run->pair_weight[i];
-                    loss += run->pair_weight[i] * ((double)largest[0] - (double)row[run->pair_target[i]]);
+                    loss += run->pair_weight[i] * ((double)max_logit[0] - (double)row[run->pair_target[i]]);
                 }
-                double others = F(exponentials)(row, Vp, largest, target)[0];
+                double others = F(exp_row)(row, Vp, max_logit, target)[0];
                 run->losses[window] = loss + weight * log(others + (double)row[target]);
             }
-            wait_for_all(&ws->sync, threads);
+            barrier_wait(&ws->sync, threads);
         }
     }
 }
@@ -734,14 +740,14 @@ static void F(exp_array)(const float *x, float *y, int64_t n) {
 #undef W
 #undef WIDEST
 #undef ROWS
-#undef LEAST
-#undef MOST
+#undef VMIN
+#undef VMAX
 #undef RSQRT
-#undef ROOT_OF_LIMITS
+#undef FIX_SQRT
 #undef LOW
 #undef HIGH
-#undef ACROSS
+#undef BUTTERFLY
 #undef LIST
 #undef SHUFFLE
 #undef REDUCE
-#undef FOR_SLOTS
+#undef FOR_POSITIONS

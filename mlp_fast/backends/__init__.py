@@ -1,6 +1,7 @@
-"""The registry: every backend by name, imported only when asked for."""
+"""The registry: every backend by name, imported only when asked for; and which of them a run uses."""
 
 import importlib
+from dataclasses import dataclass
 
 import torch
 
@@ -26,13 +27,41 @@ REGISTRY = {
     "native": "native:Native",
 }
 
-# alias -> candidates; the first that is available here and takes the sizes is meant. triton-step stands before
-# triton-persistent until a recording on a GPU shows which of them is faster.
+# alias -> candidates, of which the first that is supported is used. triton-step stands before triton-persistent until
+# a recording on a GPU shows which of them is faster.
 _TRITON = ("triton-step", "triton-persistent", "triton-op")
 ALIASES = {
     "triton": _TRITON,
     "auto": (*_TRITON, "native", "compile-step", "eager"),
 }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that a run uses, and the device that it runs on.
+
+    Attributes:
+        passed_over: of an alias, the candidates that stand before this one, and why each is unsupported.
+    """
+
+    cls: type[Backend]
+    device: torch.device
+    passed_over: dict[str, str]
+
+    def create(self, config: Config, shape: Shape, tape: Tape, state: TrainState) -> Backend:
+        """The backend, at `state`."""
+        threads.use(config.threads)
+        return self.cls(config, shape, tape, state, self.device)
+
+    @property
+    def note(self) -> str:
+        """Why no better backend that is made for this device was chosen, as a run's title says it; or ""."""
+        reasons = [
+            f"{name}: {reason}"
+            for name, reason in self.passed_over.items()
+            if backend_class(name).devices[0] == self.device.type
+        ]
+        return f" (not {'; '.join(reasons)})" if reasons else ""
 
 
 def names() -> list[str]:
@@ -53,7 +82,7 @@ def device_of(cls: type[Backend], requested: str) -> torch.device:
     return torch.device(requested)
 
 
-def obstacle(name: str, config: Config, shape: Shape | None = None, tape: Tape | None = None) -> str | None:
+def unsupported(name: str, config: Config, shape: Shape | None = None, tape: Tape | None = None) -> str | None:
     """Why a backend cannot be used with these settings (and, once known, sizes and tape), or None where it can."""
     cls = backend_class(name)
     device = device_of(cls, config.device)
@@ -63,7 +92,8 @@ def obstacle(name: str, config: Config, shape: Shape | None = None, tape: Tape |
         return "no CUDA device was found"
     if distributed.world().size > 1:
         if not cls.distributed:
-            return f"it computes in one process; under torchrun use {', '.join(_distributed())}"
+            able = (other for other in REGISTRY if backend_class(other).distributed)
+            return f"it computes in one process; under torchrun use {', '.join(able)}"
         if device.type == "cuda" and (reason := distributed.gpu_missing()):
             return f"{reason}; lower --nproc-per-node or add --device cpu"
     if tape is not None and tape.stays_on_host(device) and not cls.host_tape:
@@ -71,12 +101,7 @@ def obstacle(name: str, config: Config, shape: Shape | None = None, tape: Tape |
         return f"it needs the training tape on the GPU, and {size:,.0f} GiB are too large; use eager or compile"
     if config.direct and not cls.direct:
         return "it computes no direct connections; leave out --direct"
-    reason = cls.unavailable(device)
-    if reason is None and shape is not None:
-        reason = cls.rejects(config, shape, device)
-    if reason is None and tape is not None:
-        reason = cls.rejects_tape(tape)
-    return reason
+    return cls.unsupported(config, device, shape, tape)
 
 
 def check(config: Config) -> None:
@@ -84,54 +109,31 @@ def check(config: Config) -> None:
 
     With config.interpret it also switches Triton's interpreter on, for the whole process.
     """
-    _switch_interpreter(config)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device was found; choose --device cpu or auto")
-    if config.backend in ALIASES:
-        return
-    if config.backend not in REGISTRY:
-        raise UserError(f"--backend {config.backend!r} is unknown; available here: {', '.join(_available(config))}")
-    reason = obstacle(config.backend, config)
-    if reason:
+    _candidates(config)
+    if config.backend in REGISTRY and (reason := unsupported(config.backend, config)):
         raise UserError(
             f"--backend {config.backend} is unavailable: {reason}; available here: {', '.join(_available(config))}"
         )
 
 
-def resolve(config: Config, shape: Shape, tape: Tape | None = None) -> str:
-    """The backend's name that config.backend means for these sizes and tape; UserError where there is none."""
-    check(config)
-    if config.backend in REGISTRY:
-        reason = obstacle(config.backend, config, shape, tape)
-        if reason:
-            raise UserError(f"--backend {config.backend}: {reason}")
-        return config.backend
-    reasons = []
-    for name in ALIASES[config.backend]:
-        reason = obstacle(name, config, shape, tape)
+def resolve(config: Config, shape: Shape, tape: Tape | None = None) -> Choice:
+    """The backend that config.backend means for these sizes and tape; UserError where there is none."""
+    passed_over: dict[str, str] = {}
+    for name in _candidates(config):
+        reason = unsupported(name, config, shape, tape)
         if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
-    raise UserError(f"--backend {config.backend} found none; {'; '.join(reasons)}")
-
-
-def passed_over(config: Config, shape: Shape, tape: Tape, chosen: type[Backend]) -> str:
-    """Why an alias does not mean a backend that is better than the chosen one, and made for its device; or ""."""
-    device = device_of(chosen, config.device).type
-    reasons = []
-    for name in ALIASES.get(config.backend, ()):
-        if name == chosen.name:
-            break
-        if backend_class(name).devices[0] == device:
-            reasons.append(f"{name}: {obstacle(name, config, shape, tape)}")
-    return f" (not {'; '.join(reasons)})" if reasons else ""
+            cls = backend_class(name)
+            return Choice(cls, device_of(cls, config.device), passed_over)
+        passed_over[name] = reason
+    if config.backend in REGISTRY:
+        raise UserError(f"--backend {config.backend}: {passed_over[config.backend]}")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise UserError(f"--backend {config.backend} found none; {reasons}")
 
 
 def create(config: Config, shape: Shape, tape: Tape, state: TrainState) -> Backend:
     """The backend that config asks for, at `state`."""
-    cls = backend_class(resolve(config, shape, tape))
-    threads.use(config.threads)
-    return cls(config, shape, tape, state, device_of(cls, config.device))
+    return resolve(config, shape, tape).create(config, shape, tape, state)
 
 
 def listing(config: Config) -> str:
@@ -140,16 +142,29 @@ def listing(config: Config) -> str:
     lines = []
     for name in REGISTRY:
         cls = backend_class(name)
-        reason = obstacle(name, config)
+        reason = unsupported(name, config)
         status = f"unavailable: {reason}" if reason else f"available on {device_of(cls, config.device).type}"
         processes = "one or several processes" if cls.distributed else "one process"
         direct = "" if cls.direct else "; no --direct"
         lines.append(f"{name:18} {cls.summary:62} {status:22} takes {cls.limits}; {processes}{direct}")
+    available = _available(config)
     for alias, candidates in ALIASES.items():
-        chosen = next((name for name in candidates if obstacle(name, config) is None), None)
+        chosen = next((name for name in candidates if name in available), None)
         rule = f"the first that is available and takes the sizes: {', '.join(candidates)}"
         lines.append(f"{alias:18} {rule}; here {chosen or 'none'}")
     return "\n".join(lines)
+
+
+def _candidates(config: Config) -> tuple[str, ...]:
+    """The backends that config.backend may mean, the best first; UserError where it is unknown, or no GPU is there."""
+    _switch_interpreter(config)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device was found; choose --device cpu or auto")
+    if config.backend in ALIASES:
+        return ALIASES[config.backend]
+    if config.backend not in REGISTRY:
+        raise UserError(f"--backend {config.backend!r} is unknown; available here: {', '.join(_available(config))}")
+    return (config.backend,)
 
 
 def _switch_interpreter(config: Config) -> None:
@@ -160,9 +175,5 @@ def _switch_interpreter(config: Config) -> None:
             raise UserError(f"--interpret: {error}") from None
 
 
-def _distributed() -> list[str]:
-    return [name for name in REGISTRY if backend_class(name).distributed]
-
-
 def _available(config: Config) -> list[str]:
-    return [name for name in REGISTRY if obstacle(name, config) is None]
+    return [name for name in REGISTRY if unsupported(name, config) is None]

@@ -34,7 +34,7 @@ class Backend(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]  # one line for --list-backends
     devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu")  # in order of preference
-    limits: ClassVar[str] = "any sizes"  # what `rejects` says, in words for --list-backends
+    limits: ClassVar[str] = "any sizes"  # the sizes that it supports, in words for --list-backends
     direct: ClassVar[bool] = False  # whether it computes direct connections
     distributed: ClassVar[bool] = False  # whether it splits a batch over the processes of torchrun
     host_tape: ClassVar[bool] = False  # whether its batches may come from a tape that stays in the host's memory
@@ -47,18 +47,13 @@ class Backend(ABC):
         self.tape = tape.to(device)
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        """Why this machine cannot run the backend on that device, or None where it can."""
-        return None
+    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
+        """Why the backend cannot do such a run, in one line, or None where it can.
 
-    @classmethod
-    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
-        """Why the backend does not take these settings or sizes, or None where it does."""
-        return None
-
-    @classmethod
-    def rejects_tape(cls, tape: Tape) -> str | None:
-        """Why the backend does not take this tape, or None where it does."""
+        Args:
+            device: one of `devices`; what this machine lacks to use it is always told.
+            shape, tape: None until the corpus is read; what settings, sizes or the tape forbid is told from then on.
+        """
         return None
 
     def prepare(self) -> None:
@@ -103,7 +98,7 @@ class Backend(ABC):
 
     def shared_mean_loss(self, windows: WeightedWindows) -> float:
         """mean_loss of all windows, of which every process of the run computes its share; the same on all."""
-        mine = windows.part(self.world.share(len(windows.rows)))
+        mine = windows.part(self.world.shard(len(windows.rows)))
         return self.world.mean(self.mean_loss(mine) if mine.weight else 0.0, mine.weight)
 
     def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:

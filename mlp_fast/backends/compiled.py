@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from mlp_fast.backends.base import Backend
-from mlp_fast.backends.cuda_graph import DeviceLoop, StepGraph
-from mlp_fast.backends.eager import MATMUL_PRECISION, Eager, EagerRaw, torch_precision_error
+from mlp_fast.backends.device_loop import DeviceLoop, StepGraph
+from mlp_fast.backends.eager import AutogradLoop, Eager, EagerRaw
+from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_torch
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.files import code_obstacle, shown
-from mlp_fast.model.manual_step import adamw_, chosen_form, loss_and_gradients
+from mlp_fast.kernels._model import choose_form
+from mlp_fast.model.manual_step import adamw_, loss_and_gradients
 from mlp_fast.model.mlp import B1, B2, DIRECT, W1, W2, WTE, Parameters, Shape
 from mlp_fast.model.schedule import update_scalars
 from mlp_fast.model.state import TrainState
@@ -85,43 +87,43 @@ def _one_line(name: str) -> Iterator[None]:
 
 
 class _Compiled(Backend):
-    """What is the same for all that torch.compile serves."""
+    """A backend that torch.compile serves: it needs a compiler, whose errors become one line."""
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return compiler_missing(device)
+    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
+        return compiler_missing(device) or super().unsupported(config, device, shape, tape)
 
     def prepare(self) -> None:
         with _one_line(self.name):
             super().prepare()
 
 
-class CompileRaw(_Compiled, EagerRaw):
-    """EagerRaw with its loss compiled, and by that the backward pass; AdamW, the batch and the loop stay eager."""
+class _CompiledLoss(_Compiled, AutogradLoop):
+    """The loss is compiled, and by that the backward pass; AdamW, the batch and the loop stay eager."""
+
+    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
+        super().__init__(config, shape, tape, state, device)
+        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
+
+
+class CompileRaw(_CompiledLoss, EagerRaw):
+    """EagerRaw with its loss compiled."""
 
     name = "compile-raw"
     summary = "MLPRaw with torch.compile around forward and backward"
 
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        super().__init__(config, shape, tape, state, device)
-        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
 
-
-class Compile(_Compiled, Eager):
-    """Eager with its loss compiled, and by that the backward pass; AdamW, the batch and the loop stay eager."""
+class Compile(_CompiledLoss, Eager):
+    """Eager with its loss compiled."""
 
     name = "compile"
     summary = "MLP with torch.compile around forward and backward"
 
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        super().__init__(config, shape, tape, state, device)
-        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
-
 
 class CompileStep(_Compiled, DeviceLoop):
-    """Batch, forward, backward and AdamW of step.py as one compiled graph.
+    """Batch, forward, backward and AdamW of model/manual_step.py as one compiled graph.
 
-    One compilation serves the whole run, and on CUDA a captured run of steps is replayed.
+    One compilation serves the whole run; on CUDA GRAPH_STEPS of its steps are captured and replayed.
     """
 
     name = "compile-step"
@@ -131,7 +133,7 @@ class CompileStep(_Compiled, DeviceLoop):
 
     def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
         torch.set_float32_matmul_precision(MATMUL_PRECISION[config.precision])
-        self.form = chosen_form(config.form, shape.V, config.batch_size)
+        self.form = choose_form(config.form, config.batch_size, shape.V)
         self.scalars = update_scalars(config).to(device)
         options = step_options(config.compile_mode)
         self.compiled = torch.compile(self._update, fullgraph=True, dynamic=False, options=options)
@@ -139,10 +141,13 @@ class CompileStep(_Compiled, DeviceLoop):
         super().__init__(config, shape, tape, state, device, parameters)
 
     @classmethod
-    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
+    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
+        reason = super().unsupported(config, device, shape, tape)
+        if reason or shape is None:
+            return reason
         if device.type == "cuda" and config.compile_mode in ("reduce-overhead", "max-autotune"):
             return f"--compile-mode {config.compile_mode} captures CUDA graphs of its own; {cls.name} takes default"
-        return torch_precision_error(config, device)
+        return unsupported_by_torch(config.precision, device)
 
     def _step(self) -> None:
         self.compiled()

@@ -6,24 +6,15 @@ import torch
 from torch import Tensor
 
 from mlp_fast.backends.base import Backend
+from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_torch
 from mlp_fast.config import Config
 from mlp_fast.model.mlp import DIRECT, MLP, W1, W2, MLPRaw, Parameters, Shape
 from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rate
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape
 
-# torch's own settings; it has none that splits a product into three TF32 ones, so tf32x3 takes full float32.
-MATMUL_PRECISION = {"fp32": "highest", "tf32x3": "highest", "tf32": "high"}
 
-
-def torch_precision_error(config: Config, device: torch.device) -> str | None:
-    """Why torch's own matrix products do not have this precision on the device, or None where they do."""
-    if device.type == "cpu" and config.precision != "fp32":
-        return f"--precision {config.precision} is arithmetic of NVIDIA GPUs; on the CPU choose fp32"
-    return None
-
-
-class _Autograd(Backend):
+class AutogradLoop(Backend):
     """A training loop of loss.backward() and optimizer.step() around a model."""
 
     model: Any
@@ -48,8 +39,8 @@ class _Autograd(Backend):
         self.load(state)
 
     @classmethod
-    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
-        return torch_precision_error(config, device)
+    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
+        return None if shape is None else unsupported_by_torch(config.precision, device)
 
     def _build(self, parameters: Parameters) -> None:
         raise NotImplementedError
@@ -62,7 +53,7 @@ class _Autograd(Backend):
             # Compiles without the others: their compilers may take their time.
             self._gradients(self.step)
             self.optimizer.zero_grad(set_to_none=True)
-            self.world.meet()
+            self.world.barrier()
         super().prepare()
 
     def advance(self, steps: int) -> Tensor:
@@ -71,15 +62,15 @@ class _Autograd(Backend):
         for i in range(steps):
             self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.config)
             losses[i] = self._gradients(self.step)
-            self.world.sum_gradients([tensor.grad for tensor in tensors if tensor.grad is not None])
+            self.world.all_reduce_gradients([tensor.grad for tensor in tensors if tensor.grad is not None])
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
-        return self.world.sum_(losses)
+        return self.world.all_reduce_(losses)
 
     def _gradients(self, step: int) -> Tensor:
         """Adds this rank's part of a step's gradients to .grad; returns its part of the batch loss."""
-        part = self.world.share(self.config.batch_size)
+        part = self.world.shard(self.config.batch_size)
         contexts, targets = self.tape.batch(step, self.config.batch_size, part)
         loss = self.loss(contexts, targets)
         if self.world.size > 1:
@@ -91,14 +82,14 @@ class _Autograd(Backend):
         return self.model(contexts, targets)[1]
 
     def state(self) -> TrainState:
-        moments = [self.optimizer.state[tensor] for tensor in self._tensors().values()]
-        names = list(self._tensors())
-        return TrainState(
-            {name: self._stored(name, tensor) for name, tensor in self._tensors().items()},
-            {name: self._stored(name, moment["exp_avg"]) for name, moment in zip(names, moments, strict=True)},
-            {name: self._stored(name, moment["exp_avg_sq"]) for name, moment in zip(names, moments, strict=True)},
-            self.step,
+        held = {
+            name: {"parameters": tensor, **self.optimizer.state[tensor]} for name, tensor in self._tensors().items()
+        }
+        parameters, exp_avg, exp_avg_sq = (
+            {name: self._stored(name, tensors[part]) for name, tensors in held.items()}
+            for part in ("parameters", "exp_avg", "exp_avg_sq")
         )
+        return TrainState(parameters, exp_avg, exp_avg_sq, self.step)
 
     def load(self, state: TrainState) -> None:
         self.step = state.step
@@ -124,7 +115,7 @@ class _Autograd(Backend):
         return view.to("cpu", copy=True).contiguous()
 
 
-class EagerRaw(_Autograd):
+class EagerRaw(AutogradLoop):
     """MLPRaw: every operation spelled out on bare tensors, its weights transposed views of the stored ones."""
 
     name = "eager-raw"
@@ -138,7 +129,7 @@ class EagerRaw(_Autograd):
         return self.model.parameters()
 
 
-class Eager(_Autograd):
+class Eager(AutogradLoop):
     """MLP, an nn.Module: the baseline that every other backend's time and error are compared with."""
 
     name = "eager"

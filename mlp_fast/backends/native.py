@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mlp_fast.backends.base import Backend
-from mlp_fast.backends.eager import torch_precision_error
+from mlp_fast.backends.precision import unsupported_by_torch
 from mlp_fast.config import Config
-from mlp_fast.kernels import cpu_step as native
+from mlp_fast.kernels import cpu_step
 from mlp_fast.model.mlp import PARAMETER_NAMES, Parameters, Shape
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape, WeightedWindows
@@ -29,18 +29,15 @@ class Native(Backend):
 
     def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
         super().__init__(config, shape, tape, state, device)
-        self.model = native.NativeModel(shape.V, shape.T, shape.E, shape.H, config.form)
+        self.model = cpu_step.NativeModel(shape.V, shape.T, shape.E, shape.H, config.form)
         self.model.set_tape(self.tape.tokens, copy=False)
-        self._pairs: WeakKeyDictionary[WeightedWindows, native.Pairs] = WeakKeyDictionary()
+        self._pairs: WeakKeyDictionary[WeightedWindows, cpu_step.Pairs] = WeakKeyDictionary()
         self.load(state)
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return native.unavailable()
-
-    @classmethod
-    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
-        return torch_precision_error(config, device)
+    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
+        reason = cpu_step.unavailable()
+        return reason if reason or shape is None else unsupported_by_torch(config.precision, device)
 
     def prepare(self) -> None:
         """Nothing to do: it was compiled when the package was installed."""

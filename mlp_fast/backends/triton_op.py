@@ -1,11 +1,11 @@
-"""The fused operators (ops.py) in an ordinary training loop under autograd; on CUDA many steps in one graph."""
+"""The fused operators (mlp_fast.ops) in an ordinary training loop under autograd; on CUDA many steps in one graph."""
 
 import torch
 from torch import Tensor
 
-from mlp_fast.backends.cuda_graph import DeviceLoop, StepGraph
-from mlp_fast.backends.eager import MATMUL_PRECISION
-from mlp_fast.backends.triton_step import capability_error, kernels_missing
+from mlp_fast.backends.device_loop import DeviceLoop, StepGraph
+from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_triton
+from mlp_fast.backends.step_kernels import kernels_missing
 from mlp_fast.config import Config
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rates
@@ -33,16 +33,13 @@ class TritonOp(DeviceLoop):
         super().__init__(config, shape, tape, state, device, dict(self.model.named_parameters()))
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return kernels_missing(device)
-
-    @classmethod
-    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
-        return capability_error(config.precision, device)
+    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
+        reason = kernels_missing(device)
+        return reason if reason or shape is None else unsupported_by_triton(config.precision, device)
 
     def _gradients(self) -> tuple[Tensor, list[Tensor]]:
         """This rank's part of the batch loss, and of the gradients."""
-        contexts, targets = self.tape.batch(self.step, self.config.batch_size, self.world.share(self.config.batch_size))
+        contexts, targets = self.tape.batch(self.step, self.config.batch_size, self.world.shard(self.config.batch_size))
         _, loss = self.model(contexts, targets)
         if self.world.size > 1:
             loss = loss * (len(targets) / self.config.batch_size)
@@ -50,7 +47,7 @@ class TritonOp(DeviceLoop):
 
     def _step(self) -> None:
         loss, gradients = self._gradients()
-        self.world.sum_gradients(gradients)
+        self.world.all_reduce_gradients(gradients)
         lr = self.rates.index_select(0, self.step)
         self.losses.index_copy_(0, self.step % self.GRAPH_STEPS, loss.view(1))
         self.step += 1  # AdamW counts its updates from 1
@@ -69,13 +66,13 @@ class TritonOp(DeviceLoop):
     def prepare(self) -> None:
         if self.world.size > 1:
             self._gradients()  # compiles without the others: their compilers may take their time
-            self.world.meet()
+            self.world.barrier()
         super().prepare()
         if self.device.type == "cuda" and self.world.size == 1:
             self.graph = StepGraph(self._step, self.GRAPH_STEPS)
 
     def advance(self, steps: int) -> Tensor:
-        return self.world.sum_(super().advance(steps))
+        return self.world.all_reduce_(super().advance(steps))
 
     def logits(self, contexts: Tensor) -> Tensor:
         with torch.no_grad():

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mlp_fast.backends.triton_step import _StepKernels, kernel_settings
+from mlp_fast.backends.step_kernels import StepKernels
 from mlp_fast.errors import UserError
 
 if TYPE_CHECKING:
     from mlp_fast.kernels.persistent_step import PersistentStep
 
 
-class TritonPersistent(_StepKernels):
+class TritonPersistent(StepKernels):
     """One cooperative launch per call of advance(), a grid barrier between the phases of a step.
 
     Raises:
@@ -27,7 +27,7 @@ class TritonPersistent(_StepKernels):
     def _kernels(self) -> PersistentStep:
         from mlp_fast.kernels.persistent_step import PersistentStep, default_config
 
-        settings = kernel_settings(self.config, self.shape, self.device)
+        settings = self._settings()
         if self.device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(self.device)
             settings["capability"] = 10 * major + minor

@@ -2,201 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from mlp_fast.backends.base import Backend
-from mlp_fast.backends.cuda_graph import StepGraph
-from mlp_fast.config import Config
-from mlp_fast.files import code_obstacle
-from mlp_fast.kernels._runtime import LEAST_CAPABILITY, interpreting
-from mlp_fast.model.mlp import PARAMETER_NAMES, Shape
-from mlp_fast.model.schedule import update_scalars
-from mlp_fast.model.state import TrainState
-from mlp_fast.model.windows import Tape, WeightedWindows
+from mlp_fast.backends.device_loop import StepGraph
+from mlp_fast.backends.step_kernels import StepKernels
 
 if TYPE_CHECKING:
-    from mlp_fast.kernels.inference import Weights
     from mlp_fast.kernels.train_step import TrainStep
 
 # A graph of a thousand steps is replayed in hundredths of a second; one of many more would take seconds to capture.
 MAX_GRAPH_STEPS = 1000
 
 
-def kernels_missing(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on the device here, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "it needs the package triton, which is not installed"
-    if device.type == "cpu" and not interpreting():
-        return "it needs a CUDA device; --interpret runs the same kernels in Triton's interpreter, slowly"
-    if device.type == "cuda" and interpreting():
-        return "--interpret runs on the CPU; add --device cpu"
-    if device.type == "cuda":
-        from triton import knobs
-
-        if reason := code_obstacle(Path(knobs.cache.dir)):
-            return f"Triton has no place for its code: {reason}; set TRITON_CACHE_DIR to a folder to execute from"
-    return None
-
-
-def capability_error(precision: str, device: torch.device) -> str | None:
-    """Why the device cannot run Triton kernels of this precision, or None where it can."""
-    if device.type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    least = LEAST_CAPABILITY["fp32"]
-    if 10 * major + minor < least:
-        return f"its kernels are made for GPUs from sm_{least} on, and this one is sm_{major}{minor}"
-    if 10 * major + minor < LEAST_CAPABILITY[precision]:
-        return f"--precision {precision} needs a GPU from sm_80 on, and this one is sm_{major}{minor}; choose fp32"
-    return None
-
-
-class _StepKernels(Backend):
-    """What the backends on the step kernels share: all but how the steps are launched."""
-
-    limits = "V, E <= 256, T <= 16, H <= 4096, B <= 8192"
-
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        super().__init__(config, shape, tape, state, device)
-        self.kernels = self._kernels()
-        self._finished = torch.zeros(1, dtype=torch.int32, device=device)
-        self.load(state)
-
-    @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return kernels_missing(device)
-
-    @classmethod
-    def rejects(cls, config: Config, shape: Shape, device: torch.device) -> str | None:
-        from mlp_fast.kernels.train_step import check_sizes
-
-        if config.form == "gather":
-            return "its kernels have the table form only; --form gather is for triton-op and compile-step"
-        if reason := capability_error(config.precision, device):
-            return reason
-        try:
-            check_sizes(config.batch_size, shape.V, shape.T, shape.E, shape.H)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    @classmethod
-    def rejects_tape(cls, tape: Tape) -> str | None:
-        from mlp_fast.kernels.train_step import check_tape
-
-        try:
-            check_tape(len(tape.tokens))
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def _kernels(self) -> TrainStep:
-        raise NotImplementedError
-
-    def _arguments(self) -> tuple[Tensor, Tensor]:
-        """Tape and scalars, as a launcher takes them."""
-        return self.tape.tokens.to(torch.int32), update_scalars(self.config)
-
-    def prepare(self) -> None:
-        """Compiles every kernel, leaving the state as it was."""
-        state = self.state()
-        # From step 0, as the schedule may have no step left after the state's.
-        self.load(dataclasses.replace(state, step=0))
-        self.advance(min(2, self.config.num_steps))
-        window = torch.zeros(1, self.shape.T + 1, dtype=torch.int64, device=self.device)
-        self.mean_loss(WeightedWindows(window, torch.ones(1, dtype=torch.float64, device=self.device)))
-        self.logits(window[:, 1:])
-        self.sample([0] * self.shape.T, 1, seed=1)
-        self.load(state)
-
-    def advance(self, steps: int) -> Tensor:
-        first = self._step
-        if first + steps > self.config.num_steps:
-            raise ValueError(f"step {first} and {steps} more lie beyond the schedule of {self.config.num_steps} steps")
-        self._run(steps)
-        self._step += steps
-        return self.kernels.buffers.losses[first : first + steps].clone()
-
-    def _run(self, steps: int) -> None:
-        raise NotImplementedError
-
-    def state(self) -> TrainState:
-        self.synchronize()
-        parameters, exp_avg, exp_avg_sq = (
-            {
-                name: tensor.to("cpu", copy=True).contiguous()
-                for name, tensor in zip(PARAMETER_NAMES, plane, strict=True)
-            }
-            for plane in self.kernels.planes()
-        )
-        return TrainState(parameters, exp_avg, exp_avg_sq, self._step)
-
-    def load(self, state: TrainState) -> None:
-        parts = (state.parameters, state.exp_avg, state.exp_avg_sq)
-        self.kernels.load([[part[name] for name in PARAMETER_NAMES] for part in parts], state.step)
-        self._step = state.step
-
-    def _weights(self) -> Weights:
-        from mlp_fast.kernels.inference import Weights
-
-        return Weights(*self.kernels.planes()[0])
-
-    def logits(self, contexts: Tensor) -> Tensor:
-        from mlp_fast.kernels import inference as evaluation
-
-        return evaluation.logits(self._weights(), contexts, precision=self.config.precision)
-
-    def mean_loss(self, windows: WeightedWindows) -> float:
-        from mlp_fast.kernels import inference as evaluation
-
-        mean = evaluation.mean_loss(
-            self._weights(), windows.rows, windows.counts, self._finished, precision=self.config.precision
-        )
-        return mean.item()
-
-    def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
-        from mlp_fast.kernels import inference as evaluation
-
-        if len(prompt) < self.shape.T:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, the context {self.shape.T}")
-        return evaluation.sample(self._weights(), prompt[-self.shape.T :], count, seed).tolist()
-
-
-def kernel_settings(config: Config, shape: Shape, device: torch.device) -> dict[str, Any]:
-    """The arguments of train_step.default_config()."""
-    settings: dict[str, Any] = {"B": config.batch_size, "V": shape.V, "T": shape.T, "E": shape.E, "H": shape.H}
-    settings |= {"precision": config.precision, "deterministic": config.reduction == "deterministic"}
-    if device.type == "cuda":
-        settings["processors"] = torch.cuda.get_device_properties(device).multi_processor_count
-    return settings
-
-
-class TritonStep(_StepKernels):
+class TritonStep(StepKernels):
     """Two graphs are captured: of an evaluation interval, or MAX_GRAPH_STEPS of it, and of one step for the rest."""
 
     name = "triton-step"
     summary = "the whole step as a few kernels, many steps in one CUDA graph"
-
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        super().__init__(config, shape, tape, state, device)
-        self._graphs: list[StepGraph] = []  # the longest first
+    _graphs: Sequence[StepGraph] = ()  # the longest first
 
     def _kernels(self) -> TrainStep:
         from mlp_fast.kernels.train_step import TrainStep, default_config
 
-        settings = kernel_settings(self.config, self.shape, self.device)
-        return TrainStep(default_config(**settings), *self._arguments())
+        return TrainStep(default_config(**self._settings()), *self._arguments())
 
     def prepare(self) -> None:
         """Compiles every kernel and captures the graphs, leaving the state as it was."""
-        self._graphs = []
+        self._graphs = ()
         super().prepare()
         if self.device.type == "cuda":
             interval = min(self.config.eval_every, self.config.num_steps, MAX_GRAPH_STEPS)

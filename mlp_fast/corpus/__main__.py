@@ -1,16 +1,10 @@
 """`python -m mlp_fast.corpus fetch`: downloads the names corpus, checked, into the user's cache."""
 
-if __name__ == "__main__":
-    from mlp_fast.cli import begin
-
-    begin()
-
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlp_fast.cli import run_main
-from mlp_fast.config import Parser
-from mlp_fast.corpus.load import NAMES_BYTES, NAMES_URL, NAMES_VARIABLE, fetch_names, names_cache
+from mlp_fast.cli import Parser, run_main
+from mlp_fast.corpus import names
 from mlp_fast.errors import UserError
 from mlp_fast.files import shown
 
@@ -20,16 +14,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m mlp_fast.corpus", description="The names corpus.")
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="download names.txt, check it, keep it in the cache")
-    fetch.add_argument("--url", default=NAMES_URL, help="where from")
+    fetch.add_argument("--url", default=names.URL, help="where from")
     fetch.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds to wait")
     fetch.add_argument("--to", type=Path, metavar="FILE", help="where to (names.txt in the user's cache)")
     options = parser.parse_args(arguments)
     if not 0 < options.timeout <= 3600:
         raise UserError(f"--timeout must be more than 0 and at most 3600 seconds (got {options.timeout:g})")
-    path = options.to or names_cache()
-    fetch_names(options.url, options.timeout, path)
-    use = "--data names" if options.to is None else f"{NAMES_VARIABLE}={shown(path)} and --data names"
-    print(f"{shown(path)}: {NAMES_BYTES:,} bytes, checked; use it by {use}")
+    path = options.to or names.cached()
+    names.fetch(options.url, options.timeout, path)
+    use = "--data names" if options.to is None else f"{names.VARIABLE}={shown(path)} and --data names"
+    print(f"{shown(path)}: {names.BYTES:,} bytes, checked; use it by {use}")
     return 0
 
 

@@ -9,7 +9,6 @@
         characters is one word: `char` suits it better.
 """
 
-import codecs
 import itertools
 import re
 import sys
@@ -53,7 +52,7 @@ class Vocabulary(ABC):
         """The tokens of a text; UserError where it has some that the vocabulary lacks."""
 
     @abstractmethod
-    def encoded(self, piece: Utf8 | str) -> Tokens:
+    def encoded(self, piece: Utf8) -> Tokens:
         """The tokens of a piece of text, UTF-8 or decoded, cut between tokens; of dtype `self.dtype`."""
 
     @abstractmethod
@@ -117,22 +116,13 @@ class Characters(Vocabulary):
                 f"the character {named(error.args[0])} is not in the vocabulary of {len(self)} characters"
             ) from None
 
-    def encoded(self, piece: Utf8 | str) -> Tokens:
+    def encoded(self, piece: Utf8) -> Tokens:
         """The tokens of a piece whose characters are all known."""
-        if isinstance(piece, str) or not piece.isascii():
-            return self._table[code_points(_text(piece))]
+        if not piece.isascii():
+            return self._table[code_points(piece.decode())]
         if self.dtype == np.uint8:
             return np.frombuffer(piece.translate(self._table[:256].tobytes()), np.uint8)
         return self._table[np.frombuffer(piece, np.uint8)]
-
-    def tape(self, text: Utf8, length: int) -> torch.Tensor:
-        """The tokens of a UTF-8 text of `length` characters, all known; shape (length,)."""
-        tape = np.empty(length, self.dtype)
-        start = 0
-        for piece in decoded(text):
-            tape[start : start + len(piece)] = self.encoded(piece)
-            start += len(piece)
-        return torch.from_numpy(tape)
 
     def knows(self, text: str) -> bool:
         """Whether every character is in the vocabulary."""
@@ -167,9 +157,9 @@ class Bytes(Vocabulary):
         """The bytes of the text in UTF-8."""
         return list(text.encode(errors="surrogateescape"))
 
-    def encoded(self, piece: Utf8 | str) -> Tokens:
+    def encoded(self, piece: Utf8) -> Tokens:
         """The bytes themselves."""
-        return np.frombuffer(piece.encode() if isinstance(piece, str) else piece, np.uint8)
+        return np.frombuffer(piece, np.uint8)
 
     def knows(self, text: str) -> bool:
         """Always."""
@@ -213,9 +203,9 @@ class Words(Vocabulary):
         """The tokens of a text; unknown words are <unk>."""
         return [self._tokens.get(word, 0) for word in _WORD.findall(text)]
 
-    def encoded(self, piece: Utf8 | str) -> Tokens:
+    def encoded(self, piece: Utf8) -> Tokens:
         """The tokens of a piece cut at spaces."""
-        words = _WORD.findall(_text(piece))
+        words = _WORD.findall(piece.decode())
         return np.fromiter(map(self._tokens.get, words, itertools.repeat(0)), self.dtype, len(words))
 
     def knows(self, text: str) -> bool:
@@ -245,45 +235,21 @@ class Words(Vocabulary):
         return {word: token for token, word in enumerate(self.words)}
 
 
-def decoded(text: Utf8) -> Iterator[Utf8 | str]:
-    """A UTF-8 text piece by piece, cut between characters: as it is where a piece is ASCII, else decoded.
-
-    Raises UnicodeDecodeError with `object` and `start` those of the whole text.
-    """
-    start = 0
-    while start < len(text):
-        chunk = text[start : start + CHUNK]
-        if chunk.isascii():
-            start += len(chunk)
-            yield chunk
-            continue
-        try:
-            # Not final: a character cut by the chunk's end is left for the next one.
-            piece, consumed = codecs.utf_8_decode(chunk, "strict", start + len(chunk) == len(text))
-        except UnicodeDecodeError as error:
-            error.object, error.start, error.end = bytes(text), start + error.start, start + error.end
-            raise
-        start += consumed
-        yield piece
-
-
 def code_points(text: str) -> npt.NDArray[np.uint32]:
     """The code points of a text without surrogates."""
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
-def distinct(pieces: Iterable[Utf8 | str]) -> tuple[str, int]:
-    """The distinct characters of a text in pieces, cut between them: sorted, and how many characters it has."""
-    seen, seen_ascii, length = np.zeros(_CODE_POINTS, bool), b"", 0
+def distinct(pieces: Iterable[Utf8]) -> str:
+    """The distinct characters of a text in pieces, cut between them; sorted."""
+    seen, seen_ascii = np.zeros(_CODE_POINTS, bool), b""
     for piece in pieces:
-        if isinstance(piece, str) or not piece.isascii():
-            piece = _text(piece)
-            seen[code_points(piece)] = True
-        else:
+        if piece.isascii():
             seen_ascii += bytes(set(piece.translate(None, seen_ascii)))  # quick: mostly nothing new is left
-        length += len(piece)
+        else:
+            seen[code_points(piece.decode())] = True
     seen[list(seen_ascii)] = True
-    return np.flatnonzero(seen).astype(np.uint32).tobytes().decode("utf-32-le"), length
+    return np.flatnonzero(seen).astype(np.uint32).tobytes().decode("utf-32-le")
 
 
 def cut_at_spaces(pieces: Iterable[Utf8]) -> Iterator[Utf8]:
@@ -300,15 +266,6 @@ def cut_at_spaces(pieces: Iterable[Utf8]) -> Iterator[Utf8]:
         kept.append(piece[end:])
     if rest := b"".join(kept):
         yield rest
-
-
-def slices(text: Utf8) -> Iterator[Utf8]:
-    """A text in pieces of CHUNK bytes, cut anywhere."""
-    return (text[start : start + CHUNK] for start in range(0, len(text), CHUNK))
-
-
-def _text(piece: Utf8 | str) -> str:
-    return piece if isinstance(piece, str) else piece.decode()
 
 
 def named(character: str) -> str:

@@ -4,13 +4,13 @@ The formulas that the kernels compute, in the form in which torch.compile makes 
 has two forms, the same function with its additions in another order:
 
     gather   pre = wte[idx].flatten(1) @ W1^T + b1
-    table    P[t, v] = wte[v] @ W1[:, t]^T;  pre[b] = b1 + sum_t P[t, idx[b, t]]
+    table    P[t, k] = wte[k] @ W1[:, t]^T for every token k;  pre[b] = b1 + sum_t P[t, idx[b, t]]
 
 The table form costs T*V*E*H multiply-adds in place of B*T*E*H. Direct connections D are a product with emb = wte[idx]
 in both forms: V columns an element of the batch leave nothing to save. Backward, with g the gradient of pre:
 
-    gather   dW1 = g^T @ emb;  demb = g @ W1;  dwte[v] = sum of demb[b, t] where idx[b, t] = v
-    table    dP[t, v] = sum of g[b] where idx[b, t] = v;  dW1[:, t] = dP[t]^T @ wte;  dwte = sum_t dP[t] @ W1[:, t]
+    gather   dW1 = g^T @ emb;  demb = g @ W1;  dwte[k] = sum of demb[b, t] where idx[b, t] = k
+    table    dP[t, k] = sum of g[b] where idx[b, t] = k;  dW1[:, t] = dP[t]^T @ wte;  dwte = sum_t dP[t] @ W1[:, t]
     direct   dD = dlogits^T @ emb;  demb += dlogits @ D
 
 Only the table form makes a one-hot matrix, (T, B, V) with V of the order of B; the gather form's memory grows with V by
@@ -25,18 +25,11 @@ from mlp_fast.model.mlp import B1, B2, DIRECT, W1, W2, WTE, Parameters
 from mlp_fast.model.schedule import BETA1, BETA2, EPS
 
 
-def chosen_form(form: str, vocab_size: int, batch_size: int) -> str:
-    """`auto` resolved: the table form where it has fewer rows to multiply than the batch has, V < B."""
-    if form != "auto":
-        return form
-    return "table" if vocab_size < batch_size else "gather"
-
-
 def loss_and_gradients(parameters: Parameters, idx: Tensor, targets: Tensor, form: str) -> tuple[Tensor, Parameters]:
     """The batch loss and its gradient by hand.
 
     Args:
-        parameters: under the names of models.Shape.parameters, of any one floating dtype.
+        parameters: under the names of Shape.parameters, of any one floating dtype.
         idx, targets: (B, T) and (B,), int64.
         form: "table" or "gather".
 
@@ -62,6 +55,7 @@ def loss_and_gradients(parameters: Parameters, idx: Tensor, targets: Tensor, for
     log_probabilities = torch.log_softmax(logits, dim=1)
     loss = F.nll_loss(log_probabilities, targets)
 
+    # dlogits = (softmax - onehot) / B;  dpre = (dlogits @ W2) (1 - h^2)
     is_target = torch.arange(V, device=idx.device) == targets[:, None]  # one_hot would be int64 and in memory
     dlogits = (log_probabilities.exp() - is_target.to(wte.dtype)) / B
     dpre = (dlogits @ w2) * (1 - h * h)
@@ -88,11 +82,11 @@ def adamw_(
     """AdamW in place (Loshchilov and Hutter 2019), as torch.optim.AdamW orders its operations.
 
     Args:
-        scalars: (3,), the step's row of optim.update_scalars().
+        scalars: (3,), the step's row of schedule.update_scalars().
     """
-    decay, step_size, root = scalars.unbind()
+    decay, step_size, sqrt_bias2 = scalars.unbind()
     for name, parameter in parameters.items():
         m, v, gradient = exp_avg[name], exp_avg_sq[name], gradients[name]
-        m.lerp_(gradient, 1 - BETA1)
-        v.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-        parameter.mul_(decay).sub_(step_size * m / (v.sqrt() / root + EPS))
+        m.lerp_(gradient, 1 - BETA1)  # m = beta1 m + (1 - beta1) g
+        v.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)  # v = beta2 v + (1 - beta2) g^2
+        parameter.mul_(decay).sub_(step_size * m / (v.sqrt() / sqrt_bias2 + EPS))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlp_fast.config import Config
 from mlp_fast.model.rng import RNG
 
 # Parameters under the names of MLP's state_dict, in the order in which they are drawn and stored everywhere.
@@ -31,6 +32,11 @@ class Shape:
     E: int
     H: int
     direct: bool = False
+
+    @classmethod
+    def of(cls, config: Config, vocab_size: int) -> "Shape":
+        """The sizes of a run's model."""
+        return cls(vocab_size, config.context_length, config.embedding_size, config.hidden_size, config.direct)
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:

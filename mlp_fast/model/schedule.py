@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mlp_fast.config import Config
+from mlp_fast.kernels import _model
 
-BETA1, BETA2 = 0.9, 0.999
-EPS = 1e-8
+BETA1, BETA2, EPS = _model.BETA1, _model.BETA2, _model.EPS
 _PIECE = 1 << 20  # steps whose scalars are computed at a time
 
 

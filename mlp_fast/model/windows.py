@@ -59,7 +59,7 @@ class Tape:
         return rows[:, :-1], rows[:, -1]
 
 
-@dataclass(frozen=True, eq=False)  # known by identity: what a backend makes of them it need make but once
+@dataclass(frozen=True, eq=False)  # hashed by identity, so that backends can cache derived data per object
 class WeightedWindows:
     """The distinct windows that an evaluation visits, each with how often.
 

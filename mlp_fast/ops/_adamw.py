@@ -80,7 +80,7 @@ def _check(
 
 
 def _check_scalars(step: Tensor, lr: Tensor) -> None:
-    """On the CPU, where it costs no synchronisation."""
+    """ValueError where step or lr is out of range; on the CPU only, where reading them costs no synchronisation."""
     if step.device.type == "cpu" and not (step.item() >= 1 and lr.item() >= 0):
         raise ValueError(f"step counts from 1 and lr must not be negative: {step.item():g} and {lr.item():g}")
 
@@ -106,11 +106,11 @@ def _adamw_(
             kernels("adamw").adamw(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay)
         return
     update, rate = step.item(), lr.item()
-    step_size, root = rate / (1 - beta1**update), math.sqrt(1 - beta2**update)
+    step_size, sqrt_bias2 = rate / (1 - beta1**update), math.sqrt(1 - beta2**update)
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        p.mul_(1 - rate * weight_decay).addcdiv_(m, v.sqrt().div_(root).add_(eps), value=-step_size)
+        p.mul_(1 - rate * weight_decay).addcdiv_(m, v.sqrt().div_(sqrt_bias2).add_(eps), value=-step_size)
 
 
 @_adamw_.register_fake

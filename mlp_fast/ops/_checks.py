@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from mlp_fast.kernels._runtime import LEAST_CAPABILITY, interpreting
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -37,6 +39,17 @@ def check_device(names: str, tensors: Sequence[Tensor]) -> None:
         if t.device != device:
             found = ", ".join(sorted({str(t.device) for t in tensors}))
             raise ValueError(f"{names} must be on one device, not on {found}")
+
+
+def check_capability(t: Tensor, precision: str) -> None:
+    """The GPU has the arithmetic of the kernels for such operands: TF32, or that of t's own 16 bits."""
+    if interpreting():
+        return
+    asked = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(t.dtype, precision)
+    major, minor = torch.cuda.get_device_capability(t.device)
+    if 10 * major + minor < LEAST_CAPABILITY[asked]:
+        what = f"precision {asked!r} needs" if asked == precision else f"{asked} operands need"
+        raise ValueError(f"{what} a GPU from sm_{LEAST_CAPABILITY[asked]} on, not sm_{major}{minor}; use fp32")
 
 
 def check_in_range(what: str, t: Tensor, V: int) -> None:

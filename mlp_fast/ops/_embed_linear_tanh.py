@@ -7,8 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlp_fast.kernels._model import FORMS
 from mlp_fast.kernels._runtime import INPUT_PRECISION
-from mlp_fast.ops._checks import FLOATS, INTEGERS, check_device, check_dtype, check_in_range, one_of, shapes
+from mlp_fast.ops._checks import (
+    FLOATS,
+    INTEGERS,
+    check_capability,
+    check_device,
+    check_dtype,
+    check_in_range,
+    one_of,
+    shapes,
+)
 from mlp_fast.ops._dispatch import (
     call,
     differentiated_again,
@@ -22,8 +32,6 @@ from mlp_fast.ops._dispatch import (
     use_opaque,
     wide,
 )
-
-FORMS = ("auto", "gather", "table")
 
 
 def embed_linear_tanh(
@@ -40,16 +48,17 @@ def embed_linear_tanh(
             `auto` takes the table while V < B. The same function, but for the order of additions, and that the table
             form reads every row of wte: one that is not finite makes gradients NaN even if no token names it.
         precision: of fp32 products on CUDA: `fp32`, `tf32x3` (about as accurate, on tensor cores), `tf32`.
-            16-bit inputs are multiplied on tensor cores. Sums are always fp32.
+            16-bit inputs are multiplied on tensor cores. Sums are always fp32. GPUs before sm_80 have neither TF32
+            nor bfloat16.
 
     Returns:
         (B, H), of weight's dtype. Gradients reach wte, weight and bias; they have the same bits on every run.
         Gradients of gradients, forward-mode AD and torch.func are computed by plain torch.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or name is not as above; on the CPU also a token out of range.
-            On CUDA such a token would cost a synchronisation to report: it reads nothing and makes its row NaN, and
-            with it the gradients.
+        TypeError, ValueError: a dtype, shape, device or name is not as above, or the GPU lacks it; on the CPU also a
+            token out of range. On CUDA such a token would cost a synchronisation to report: it reads nothing and makes
+            its row NaN, and with it the gradients.
 
     Example::
 
@@ -99,6 +108,7 @@ def _public(
 def _forward(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None, form: str, precision: str) -> Tensor:
     if not use_kernels(weight):
         return _plain(idx, wte, weight, bias)
+    check_capability(weight, precision)
     check_in_range("tokens of idx", idx, wte.shape[0])
     with torch.cuda.device_of(weight):
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias

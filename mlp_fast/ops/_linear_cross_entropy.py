@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlp_fast.kernels._runtime import INPUT_PRECISION
-from mlp_fast.ops._checks import FLOATS, INTEGERS, check_device, check_dtype, check_in_range, one_of, shapes
+from mlp_fast.ops._checks import (
+    FLOATS,
+    INTEGERS,
+    check_capability,
+    check_device,
+    check_dtype,
+    check_in_range,
+    one_of,
+    shapes,
+)
 from mlp_fast.ops._dispatch import (
     call,
     differentiated_again,
@@ -63,8 +72,8 @@ def linear_cross_entropy(
         computed by plain torch, which does write the logits.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device, number or name is not as above; on the CPU also a target out of
-            range. On CUDA such a target makes its loss and all gradients NaN.
+        TypeError, ValueError: a dtype, shape, device, number or name is not as above, or the GPU lacks it; on the CPU
+            also a target out of range. On CUDA such a target makes its loss and all gradients NaN.
 
     Example::
 
@@ -276,6 +285,7 @@ def _forward(
     options = weight, reduction, ignore_index, label_smoothing
     if not use_kernels(input):
         return _plain(target, *options, input, linear_weight, linear_bias), input.new_empty(0)
+    check_capability(input, precision)
     _check_targets(target, linear_weight, ignore_index)
     with torch.cuda.device_of(input):
         bias = linear_weight.new_zeros(linear_weight.shape[0]) if linear_bias is None else linear_bias

@@ -5,10 +5,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from mlp_fast.kernels._model import FORMS
 from mlp_fast.kernels._runtime import INPUT_PRECISION
 from mlp_fast.model.mlp import MLP, Parameters, Shape
 from mlp_fast.ops._checks import one_of
-from mlp_fast.ops._embed_linear_tanh import FORMS, embed_linear_tanh
+from mlp_fast.ops._embed_linear_tanh import embed_linear_tanh
 from mlp_fast.ops._linear_cross_entropy import linear_cross_entropy
 
 

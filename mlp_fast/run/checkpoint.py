@@ -3,7 +3,7 @@
 `step-00001000.safetensors` holds the parameters under the nn.Module's state_dict names, AdamW's moments under
 "exp_avg." and "exp_avg_sq." + name, and in its metadata a JSON document (format version, step, config, vocabulary, the
 corpus' fingerprint and beginning, the latest evaluation) and a SHA-256 over this document and every tensor. The file
-appears whole or not at all. Which files a run keeps is run_folder's business.
+appears whole or not at all. Which files a run keeps, folder.py decides.
 """
 
 import dataclasses
@@ -64,9 +64,7 @@ class Checkpoint:
     @property
     def shape(self) -> Shape:
         """The model's sizes."""
-        config = self.config
-        sizes = (config.context_length, config.embedding_size, config.hidden_size)
-        return Shape(len(self.vocabulary), *sizes, config.direct)
+        return Shape.of(self.config, len(self.vocabulary))
 
     @property
     def given_vocabulary(self) -> Vocabulary | None:
@@ -193,7 +191,7 @@ def _checkpoint(facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
     losses = dict(facts["losses"])
     if not all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in losses.values()):
         raise ValueError("the losses are not finite numbers")
-    sizes = Shape(len(vocabulary), config.context_length, config.embedding_size, config.hidden_size, config.direct)
+    sizes = Shape.of(config, len(vocabulary))
     groups = {kind: {name: f"{kind}.{name}" for name in sizes.parameters} for kind in _MOMENTS}
     groups = {"parameters": {name: name for name in sizes.parameters}} | groups
     wanted = {key: sizes.parameters[name] for group in groups.values() for name, key in group.items()}

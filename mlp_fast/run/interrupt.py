@@ -8,24 +8,10 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from mlp_fast.errors import EXIT_SIGNAL
+from mlp_fast.errors import EXIT_SIGNAL, Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = b"\nmlp_fast: stopping; once more stops at once\n"
-
-
-class Interrupted(BaseException):
-    """The run was asked to end. No Exception, so that no library's handler of errors swallows it.
-
-    Attributes:
-        exit_code: 128 + the signal's number.
-        report: what was done and how to go on, in one line; set by whoever knows.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__()
-        self.exit_code = EXIT_SIGNAL + signum
-        self.report = f"stopped by {signal.Signals(signum).name}"
 
 
 class Interrupt:

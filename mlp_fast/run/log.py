@@ -75,7 +75,7 @@ class RunLog:
 
     def config(self, config: Config, **facts: Any) -> None:
         """The settings of the run, and facts such as the backend chosen."""
-        self._event("config", **dataclasses.asdict(config), **facts)
+        self.event("config", **dataclasses.asdict(config), **facts)
 
     def message(self, text: str) -> None:
         """A line for people, on stdout."""
@@ -111,7 +111,7 @@ class RunLog:
         """An evaluation's line and event."""
         self.evaluations.append(evaluation)
         self.message(evaluation.line())
-        self._event("eval", **dataclasses.asdict(evaluation))
+        self.event("eval", **dataclasses.asdict(evaluation))
 
     def progress(self, step: int, loss: float | None = None, ms_per_step: float | None = None) -> None:
         """Moves the progress bar to `step`."""
@@ -130,16 +130,12 @@ class RunLog:
     def sample(self, prompt: str, text: str) -> None:
         """The sampled text; the event carries it without the prompt."""
         self.message(prompt + text)
-        self._event("sample", text=text)
+        self.event("sample", text=text)
 
     def test(self, loss: float) -> None:
         """The test loss."""
         self.message(f"test_loss {loss:.6f}")
-        self._event("test", loss=loss)
-
-    def event(self, event: str, **values: Any) -> None:
-        """A line of the JSON log; non-finite numbers become null, as JSON has none."""
-        self._event(event, **values)
+        self.event("test", loss=loss)
 
     def close(self) -> None:
         """Ends the progress bar and the file."""
@@ -148,7 +144,8 @@ class RunLog:
             with contextlib.suppress(OSError):  # what it holds could not be written, as was reported
                 self._json.close()
 
-    def _event(self, event: str, **values: Any) -> None:
+    def event(self, event: str, **values: Any) -> None:
+        """A line of the JSON log; non-finite numbers become null, as JSON has none."""
         if self._json is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             try:

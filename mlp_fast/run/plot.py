@@ -1,15 +1,13 @@
-"""The loss curves of a run as a picture; needs matplotlib."""
+"""Pictures of losses and of times; they need matplotlib."""
 
-import textwrap
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mlp_fast.errors import UserError
 from mlp_fast.files import check_writable
-
-if TYPE_CHECKING:
-    from mlp_fast.run.log import Evaluation
+from mlp_fast.measure.timing import Spread
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -19,12 +17,17 @@ def check_plot(path: str) -> None:
     if Path(path).suffix.lower() not in FORMATS:
         raise UserError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
     check_writable(Path(path), "--plot")
+    require_matplotlib("--plot needs")
+
+
+def require_matplotlib(wanted: str) -> None:
+    """UserError where matplotlib cannot be imported; `wanted` says who needs it."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("--plot needs matplotlib; install it with: pip install 'mlp-fast[plot]'") from None
+        raise UserError(f"{wanted} matplotlib; install it with: pip install 'mlp-fast[plot]'") from None
     except OSError as error:
-        raise UserError(f"--plot: {' '.join(str(error).split())}") from None
+        raise UserError(f"{wanted.partition(' ')[0]}: {' '.join(str(error).split())}") from None
 
 
 def drawable(text: str) -> str:
@@ -35,24 +38,38 @@ def drawable(text: str) -> str:
     return "".join(c if c.isprintable() and ord(c) in glyphs else f"U+{ord(c):04X}" for c in text)
 
 
-def draw_losses(path: str, evaluations: Sequence["Evaluation"], title: str, floor: float | None) -> None:
-    """Draws train and val loss over the steps, and the floor where the corpus has one. OSError where that fails."""
+@contextlib.contextmanager
+def figure(path: Path, width: float = 6.4, height: float = 4.8) -> Iterator[Any]:
+    """The axes of a picture, in inches, that is saved at the end of the block. OSError where that fails."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    steps = [e.step for e in evaluations]
-    axes.plot(steps, [e.train_loss for e in evaluations], label="train")
-    axes.plot(steps, [e.val_loss for e in evaluations], label="val")
-    if floor is not None:
-        axes.axhline(floor, color="grey", linestyle="--", label="floor (entropy of the source on val)")
-    axes.set_title(textwrap.fill(drawable(title), 60), parse_math=False)
+    picture, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    try:
+        yield axes
+        picture.savefig(path, dpi=130)
+    finally:
+        plt.close(picture)
+
+
+def draw_losses(axes: Any, steps: Sequence[int], losses: Mapping[str, Sequence[float]], entropy: float | None) -> None:
+    """Draws losses (name -> nats, one for each of the steps) as curves, and the entropy of val where it is known."""
+    for name, values in losses.items():
+        axes.plot(steps, values, label=name)
+    if entropy is not None:
+        axes.axhline(entropy, color="grey", linestyle="--", label="entropy of the source, on val")
     axes.set(xlabel="step", ylabel="mean cross-entropy (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path, dpi=130)
-    finally:
-        plt.close(figure)
+
+
+def draw_times(axes: Any, times: Mapping[str, Spread]) -> None:
+    """Draws times (name -> ms per step) as bars, the first on top, with the fastest and the slowest round."""
+    names, spreads = list(times)[::-1], list(times.values())[::-1]
+    medians = [spread.median for spread in spreads]
+    whiskers = [[s.median - s.min for s in spreads], [s.max - s.median for s in spreads]]
+    bars = axes.barh(names, medians, xerr=whiskers, capsize=3)
+    axes.bar_label(bars, [f" {median:.3g}" for median in medians])
+    axes.set(xlabel="ms per step (median; whiskers: fastest and slowest round)")

@@ -13,7 +13,7 @@ from kernels_under_test import ADVERSE, Case, run_case, undefined
 from steps import Problem
 from updates import Difference
 
-from mlp_fast.kernels.adamw import adamw
+from mlp_fast.kernels.adamw import adamw, adamw_1
 from mlp_fast.model.mlp import PARAMETER_NAMES
 from mlp_fast.model.schedule import update_scalars
 
@@ -32,7 +32,8 @@ def random_state(shape: tuple[int, ...], seed: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.long) for c in (75, 80, 100))])
 @pytest.mark.parametrize("step", [1, 7, 30_000])
-def test_the_operator_has_the_bits_of_torch(step: int, capability: int) -> None:
+@pytest.mark.parametrize("launcher", [adamw_1, adamw])
+def test_the_operator_has_the_bits_of_torch(launcher: Callable[..., None], step: int, capability: int) -> None:
     shapes = [(27, 48), (700, 144), (512,), (27,)]
     states = [random_state(shape, seed) for seed, shape in enumerate(shapes)]
     leaves = [torch.nn.Parameter(p.clone()) for p, *_ in states]
@@ -45,7 +46,7 @@ def test_the_operator_has_the_bits_of_torch(step: int, capability: int) -> None:
     with Emulator(capability, ADVERSE) as emulator:
         p, g, m, v = (list(x) for x in zip(*states, strict=True))
         lr = torch.tensor(LR, dtype=torch.float64)
-        adamw(p, g, m, v, torch.tensor(float(step)), lr, 0.9, 0.999, 1e-8, DECAY)
+        launcher(p, g, m, v, torch.tensor(float(step)), lr, 0.9, 0.999, 1e-8, DECAY)
     assert emulator.findings == []
 
     def flat(tensors: list[Tensor]) -> Tensor:

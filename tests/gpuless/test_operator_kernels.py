@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 from emulator import Emulator, Schedule
 from kernels_under_test import ADVERSE, undefined
 
+from bench import operators
+from mlp_fast.config import Config
 from mlp_fast.kernels import embed_linear_tanh, linear_cross_entropy
 from mlp_fast.kernels._sum import sum_parts
 
@@ -120,6 +122,43 @@ def test_embed_linear_tanh(form: str) -> None:
 
 def test_linear_cross_entropy() -> None:
     check_loss(70, 80, 40)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "V", "E", "H"), [(5, 2, 27, 3, 130), pytest.param(128, 3, 27, 48, 512, marks=pytest.mark.long)]
+)
+def test_the_naive_kernels(B: int, T: int, V: int, E: int, H: int) -> None:
+    idx, wte, weight, bias = randint(V, B, T), randn(V, E), randn(H, T * E, seed=1, scale=(T * E) ** -0.5), randn(H)
+
+    def hidden(wte: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.tanh(F.linear(F.embedding(idx, wte).flatten(1), weight, bias))
+
+    inputs = (wte, weight, bias)
+    check(
+        lambda: [embed_linear_tanh.embed_linear_tanh_1(idx, *inputs)],
+        [hidden(*inputs)], [hidden(*(t.double() for t in inputs))], 90, "fp32",
+    )  # fmt: skip
+    h, head, head_bias, targets = randn(B, H), randn(V, H, seed=1, scale=H**-0.5), randn(V), randint(V, B)
+
+    def loss(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, weight, bias), targets)
+
+    inputs = (h, head, head_bias)
+    check(
+        lambda: [linear_cross_entropy.linear_cross_entropy_1(*inputs, targets)],
+        [loss(*inputs)], [loss(*(t.double() for t in inputs))], 90, "fp32",
+    )  # fmt: skip
+
+
+def test_the_naive_works_of_the_benchmark_compute_what_they_stand_beside() -> None:
+    config = Config(batch_size=5, context_length=2, embedding_size=3, hidden_size=20)
+    for name, make in operators.NAIVE_WORKS.items():
+        with Emulator(90):
+            got = make(config, torch.device("cpu"))()
+        plain = operators.OPERATORS[name](config, torch.device("cpu"), torch.float32, False)()
+        assert len(got) == len(plain)
+        for a, b in zip(got, plain, strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=2e-6, atol=2e-6)
 
 
 def test_products_of_16_bits() -> None:

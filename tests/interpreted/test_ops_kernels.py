@@ -281,6 +281,15 @@ def test_embed_16_bits(dtype: torch.dtype, form: str) -> None:
         assert_accurate(got, theirs, truth, dtype)
 
 
+@pytest.mark.parametrize(("B", "T", "V", "E", "H"), [(0, 2, 5, 3, 4), (3, 1, 1, 1, 1), (9, 2, 27, 5, 130)])
+def test_the_naive_embed(B: int, T: int, V: int, E: int, H: int) -> None:
+    idx, (wte, weight, bias) = randint(V, B, T), model(T, V, E, H)
+    for laid_out in (weight, weight.t().contiguous().t()):
+        h = kernels("embed_linear_tanh").embed_linear_tanh_1(idx, wte, laid_out, bias)
+        truth = eager_hidden(idx)(*(t.double() for t in (wte, weight, bias)))
+        assert_accurate([h], [eager_hidden(idx)(wte, weight, bias)], [truth])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +318,15 @@ def test_loss_batch_sizes(B: int) -> None:
 @pytest.mark.parametrize(("B", "V", "H"), [(5, 1, 1), (33, 2, 3), (64, 31, 33), (40, 33, 32), (20, 300, 17)])
 def test_loss_sizes(B: int, V: int, H: int) -> None:
     check_loss(randn(B, H), *head(V, H), randint(V, B), dloss=3.0)
+
+
+@pytest.mark.parametrize(("B", "V", "H"), [(1, 1, 1), (5, 27, 33), (3, 70, 8)])
+def test_the_naive_loss(B: int, V: int, H: int) -> None:
+    (weight, bias), h, targets = head(V, H), randn(B, H), randint(V, B)
+    for laid_out in (weight, weight.t().contiguous().t()):
+        loss = kernels("linear_cross_entropy").linear_cross_entropy_1(h, laid_out, bias, targets)
+        truth = eager_loss(targets)(*(t.double() for t in (h, weight, bias)))
+        assert_accurate([loss], [eager_loss(targets)(h, weight, bias)], [truth])
 
 
 @pytest.mark.parametrize("min_programs", [1, 6, 128])
@@ -624,6 +642,18 @@ def test_adamw_sizes_and_layouts() -> None:
     )
     # A dimension of one, or no number at all, lies densely whatever its strides.
     check_adamw([randn(9).as_strided((9, 1), (1, 7)), randn(4, 5)[:0, ::2], randn(1, 5).t()])
+
+
+def test_the_naive_adamw_has_the_bits_of_the_other() -> None:
+    """Which is held to float64 and to torch."""
+    lists = [[randn(*shape, seed=i).abs() for shape in ((), (0,), (1025,), (7, 9))] for i in range(4)]
+    others = [[t.clone() for t in tensors] for tensors in lists]
+    step, lr = torch.full((), 7.0, device=DEVICE), torch.tensor(1e-3, dtype=torch.float64, device=DEVICE)
+    kernels("adamw").adamw_1(*lists, step, lr, 0.9, 0.999, 1e-8, 1e-2)
+    kernels("adamw").adamw(*others, step, lr, 0.9, 0.999, 1e-8, 1e-2)
+    for a, b in zip(lists, others, strict=True):
+        assert all(map(torch.equal, a, b))
+    assert not torch.equal(lists[0][2], randn(1025).abs())
 
 
 def test_adamw_takes_any_number_of_tensors() -> None:

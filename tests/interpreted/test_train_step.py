@@ -320,9 +320,9 @@ def test_sizes_past_the_limit_name_triton_op(letter: str, most: int) -> None:
 
 
 def test_the_backends_reject_what_their_kernels_lack() -> None:
-    assert TritonStep.rejects(Config(), Shape(27, 3, 48, 512), CPU) is None
-    assert "triton-op" in str(TritonStep.rejects(Config(), Shape(300, 3, 48, 512), CPU))
-    assert "--form gather" in str(TritonStep.rejects(Config(form="gather"), Shape(27, 3, 48, 512), CPU))
+    assert TritonStep.unsupported(Config(), DEVICE, Shape(27, 3, 48, 512), None) is None
+    assert "triton-op" in str(TritonStep.unsupported(Config(), DEVICE, Shape(300, 3, 48, 512), None))
+    assert "--form gather" in str(TritonStep.unsupported(Config(form="gather"), DEVICE, Shape(27, 3, 48, 512), None))
 
 
 def test_a_tape_without_a_window_is_refused() -> None:
@@ -402,7 +402,7 @@ def test_a_tape_past_the_numbers_of_its_windows_names_triton_op() -> None:
     long = Tape(torch.zeros(1, dtype=torch.uint8).expand(2**31), 2)
     for backend in ("triton-step", "triton-persistent"):
         config = replace(task.config, backend=backend, interpret=interpreting())
-        assert backends.obstacle(backend, config, task.shape, task.tape) is None
-        assert "2147483648" in str(backends.obstacle(backend, config, task.shape, long))
+        assert backends.unsupported(backend, config, task.shape, task.tape) is None
+        assert "2147483648" in str(backends.unsupported(backend, config, task.shape, long))
         with pytest.raises(UserError, match=r"tapes of up to 2147467264 tokens .*; triton-op any"):
             backends.create(config, task.shape, long, task.state)

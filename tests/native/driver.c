@@ -14,8 +14,8 @@
 
 #define CHUNK_FLOATS 1024
 #define FORWARD_ROWS 3
-#define APART_WEIGHTS 4096
-#define APART_ROWS 2
+#define PRIVATE_WEIGHTS 4096
+#define PRIVATE_ROWS 2
 #include "../../kernels/csrc/train_step.c"
 
 #include <stdio.h>
@@ -82,7 +82,7 @@ static double exercise(const mlp_shape *s, int64_t B, int64_t n, int64_t isa, in
     for (int i = 0; i < 3; i++) expect(losses[i] >= 0 && losses[i] < 100, "strange loss", s, B, isa, threads, form);
     double last = losses[2];
 
-    int64_t rows = at_most(11, n - T);
+    int64_t rows = min(11, n - T);
     int64_t *contexts = malloc((size_t)(rows * T) * sizeof(int64_t)), *starts = malloc((size_t)(rows + 1) * sizeof(int64_t));
     int32_t *targets = malloc((size_t)(2 * rows) * sizeof(int32_t));
     double *weights = malloc((size_t)(2 * rows) * sizeof(double));
@@ -137,7 +137,7 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < count && i < all; i++)
         for (int64_t isa = 0; isa < mlp_isa_count(); isa++) {
             if (!mlp_isa_supported(isa) || (races && isa > 0 && mlp_isa_supported(isa - 1))) continue;
-            for (int64_t form = FORM_AUTO; form <= FORM_GATHER; form++) {
+            for (int64_t form = FORM_AUTO; form <= FORM_TABLE; form++) {
                 double loss = 0;
                 for (int64_t threads = races ? 2 : 1; threads <= 3; threads++, runs++) {
                     mlp_shape s = {cases[i][0], cases[i][1], cases[i][2], cases[i][3]};

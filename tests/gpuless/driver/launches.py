@@ -18,7 +18,8 @@ from stub_gpu import StubGPU
 
 from bench import resources
 from bench.barrier_kernel import run_barriers
-from mlp_fast import backends, train
+from mlp_fast import train
+from mlp_fast.backends import Choice
 from mlp_fast.backends.base import Backend
 from mlp_fast.kernels import inference as evaluation
 
@@ -72,7 +73,7 @@ def run(command: list[str], gpu: StubGPU) -> dict[str, Any]:
     """One training command; then logits of many contexts, and of one whose address is no multiple of 16."""
     result: dict[str, Any] = {"calls": []}
     made: list[Backend] = []
-    create = backends.create
+    create = Choice.create
 
     def watching(*arguments: Any) -> Backend:
         backend = create(*arguments)
@@ -80,14 +81,14 @@ def run(command: list[str], gpu: StubGPU) -> dict[str, Any]:
         result.update(calls=watched(backend, gpu), device=str(backend.device), **facts(backend))
         return backend
 
-    backends.create = watching
+    Choice.create = watching  # type: ignore[method-assign]
     try:
         result["code"] = train.main([*command, "--device", "cuda", "--quiet"])
         T = made[0].shape.T
         for contexts in (torch.zeros(40, T, dtype=torch.int64), torch.zeros(1, T + 1, dtype=torch.int64)[:, 1:]):
             made[0].logits(contexts)
     finally:
-        backends.create = create
+        Choice.create = create  # type: ignore[method-assign]
     return result
 
 

@@ -1,4 +1,4 @@
-"""Steps captured once as a CUDA graph and replayed without host work, and the backends made for that."""
+"""What backends whose step needs nothing from the host share; on CUDA their steps are captured and replayed."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -84,15 +84,15 @@ class DeviceLoop(Backend):
         losses = torch.empty(steps, device=self.device)
         done = 0
         while done < steps:
-            # The ring of losses is emptied whenever it comes round.
-            slot = self._host_step % self.GRAPH_STEPS
-            count = min(self.GRAPH_STEPS - slot, steps - done)
+            # The ring of losses is read out whenever it wraps.
+            first = self._host_step % self.GRAPH_STEPS
+            count = min(self.GRAPH_STEPS - first, steps - done)
             if self.graph is not None and count == self.GRAPH_STEPS:
                 self.graph.replay()
             else:
                 for _ in range(count):
                     self._step()
-            losses[done : done + count] = self.losses[slot : slot + count]
+            losses[done : done + count] = self.losses[first : first + count]
             self._host_step += count
             done += count
         return losses

@@ -1,0 +1,267 @@
+"""Warm steps under a profiler, and what their trace says: times of kernels or operators, launches and gaps."""
+
+import contextlib
+import importlib.util
+import json
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+
+from mlp_fast.backends.base import Backend
+
+STEPS_RANGE = "steps"  # the range around the warm steps, in the trace and in NVTX
+DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+LAUNCHES = ("LaunchKernel", "LaunchCooperativeKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One name in the profile.
+
+    Attributes:
+        name: a kernel, or on the CPU an operator with its own time only, without that of operators inside it.
+        calls: per step.
+        microseconds: per step.
+        share: of the wall time of the steps, 0..1.
+    """
+
+    name: str
+    calls: float
+    microseconds: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a trace says about a step; times in microseconds per step.
+
+    Attributes:
+        device: whether it is about device work (True) or about operators on the CPU.
+        wall: of the steps, under the profiler, which slows the host down.
+        busy: when at least one kernel (operator) ran.
+        largest_gap: the longest time in which none ran; microseconds, not per step.
+        launches: kernels, copies and fills a step; on the CPU, operator calls.
+        host_launches: calls of the CUDA runtime that started them; a graph counts once.
+        rows: the greatest share first.
+    """
+
+    device: bool
+    wall: float
+    busy: float
+    largest_gap: float
+    launches: float
+    host_launches: float
+    rows: list[Row]
+
+    @property
+    def idle_share(self) -> float:
+        """The part of the wall time in which nothing ran."""
+        return 1 - self.busy / self.wall
+
+    def table(self, top: int = 15) -> str:
+        """The summary as Markdown."""
+        what = "kernel" if self.device else "operator (own time)"
+        lines = [f"| {what} | calls/step | us/step | share |", "| --- | --: | --: | --: |"]
+        for row in self.rows[:top]:
+            name = row.name if len(row.name) <= 60 else row.name[:57] + "..."
+            lines.append(f"| {name.replace('|', '/')} | {row.calls:.2f} | {row.microseconds:.2f} | {row.share:.1%} |")
+        if len(self.rows) > top:
+            rest = self.rows[top:]
+            calls, time, share = (sum(getattr(row, key) for row in rest) for key in ("calls", "microseconds", "share"))
+            lines.append(f"| {len(rest)} others | {calls:.2f} | {time:.2f} | {share:.1%} |")
+        if self.device:
+            launched = f"{self.launches:.2f} launches from {self.host_launches:.2f} calls of the host"
+            gaps = "gaps, no kernel running:"
+        else:
+            launched = f"{self.launches:.2f} operator calls"
+            gaps = "gaps, outside torch's operators:"
+        lines += [
+            "",
+            f"{self.wall:.2f} us a step under the profiler; {launched}",
+            f"{gaps} {self.wall - self.busy:.2f} us a step ({self.idle_share:.1%}), "
+            f"the largest {self.largest_gap:.2f} us",
+        ]
+        return "\n".join(lines)
+
+
+def summarise(trace: dict[str, Any], steps: int) -> Summary:
+    """Reads a Chrome trace of torch.profiler.
+
+    Args:
+        trace: with one complete event named STEPS_RANGE around the steps, at whose end the device was idle.
+        steps: how many it holds.
+    """
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+    root = next(e for e in events if e["name"] == STEPS_RANGE and e.get("cat") == "user_annotation")
+    start, end = root["ts"], root["ts"] + root["dur"]
+    inside = [e for e in events if e is not root and e["ts"] + e["dur"] > start and e["ts"] < end]
+    work = [event for event in inside if event.get("cat") in DEVICE_WORK]
+    device = bool(work)
+    if device:
+        own = [(event["name"], event["dur"]) for event in work]
+    else:
+        work = [event for event in inside if event.get("cat") == "cpu_op"]
+        own = _own_times([event for event in inside if event.get("cat") in ("cpu_op", "user_annotation")])
+    host = sum(
+        any(name in event["name"] for name in LAUNCHES)
+        for event in inside
+        if event.get("cat") in ("cuda_runtime", "cuda_driver")
+    )
+    total: dict[str, float] = defaultdict(float)
+    count: dict[str, int] = defaultdict(int)
+    for name, duration in own:
+        total[name] += duration
+        count[name] += 1
+    wall = root["dur"] / steps
+    rows = [Row(name, count[name] / steps, time / steps, time / steps / wall) for name, time in total.items()]
+    rows.sort(key=lambda row: -row.microseconds)
+    busy, largest_gap = _busy([(event["ts"], event["ts"] + event["dur"]) for event in work], start, end)
+    return Summary(device, wall, busy / steps, largest_gap, len(work) / steps, host / steps, rows)
+
+
+def _busy(intervals: list[tuple[float, float]], start: float, end: float) -> tuple[float, float]:
+    """How long at least one of the intervals covers [start, end], and the longest stretch that none covers."""
+    busy, gap, reached = 0.0, 0.0, start
+    for left, right in sorted(intervals):
+        left, right = max(left, start), min(right, end)
+        if left > reached:
+            gap = max(gap, left - reached)
+            reached = left
+        if right > reached:
+            busy += right - reached
+            reached = right
+    return busy, max(gap, end - reached)
+
+
+def _own_times(events: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Name and duration without what is nested inside, by thread."""
+    result: list[tuple[str, float]] = []
+    threads: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        threads[event.get("pid"), event.get("tid")].append(event)
+    for in_thread in threads.values():
+        stack: list[list[Any]] = []  # name, end, own time
+
+        def leave(until: float, stack: list[list[Any]] = stack) -> None:
+            while stack and stack[-1][1] <= until:
+                name, _, own = stack.pop()
+                result.append((name, own))
+
+        for event in sorted(in_thread, key=lambda e: (e["ts"], -e["dur"])):
+            leave(event["ts"])
+            if stack:
+                stack[-1][2] -= event["dur"]
+            stack.append([event["name"], event["ts"] + event["dur"], event["dur"]])
+        leave(float("inf"))
+    return result
+
+
+def nvtx(name: str, device: torch.device) -> AbstractContextManager[Any]:
+    """An NVTX range, on CUDA."""
+    return torch.cuda.nvtx.range(name) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def profile_steps(backend: Backend, steps: int, trace: Path) -> Summary:
+    """Does steps of a warm backend under torch.profiler and writes the Chrome trace."""
+    activities = [ProfilerActivity.CPU]
+    if backend.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler, record_function(STEPS_RANGE):
+        # What the backend does outside torch's operators, Python or C, is this range's own time.
+        with record_function(f"{backend.name}, outside operators"):
+            backend.advance(steps)
+        backend.synchronize()
+    profiler.export_chrome_trace(str(trace))
+    return summarise(json.loads(trace.read_text()), steps)
+
+
+class WarmSteps:
+    """Steps of a backend after its compilation and warm-up.
+
+    Args:
+        backend: as created.
+        warmup: steps before those that count.
+        steps: the steps that count, asked of the backend at once, as training does between two evaluations.
+    """
+
+    def __init__(self, backend: Backend, warmup: int, steps: int) -> None:
+        self.backend, self.steps = backend, steps
+        with nvtx("prepare", backend.device):
+            backend.prepare()
+        with nvtx("warmup", backend.device):
+            if warmup:
+                backend.advance(warmup)
+            backend.synchronize()
+
+    def run(self) -> None:
+        """Does them and waits for the device."""
+        with nvtx(STEPS_RANGE, self.backend.device):
+            self.backend.advance(self.steps)
+            self.backend.synchronize()
+
+    def for_external_profiler(self) -> None:
+        """Does them between cudaProfilerStart and cudaProfilerStop, on CUDA."""
+        if self.backend.device.type == "cuda":
+            torch.cuda.cudart().cudaProfilerStart()
+        self.run()
+        if self.backend.device.type == "cuda":
+            torch.cuda.cudart().cudaProfilerStop()
+
+    def under_proton(self, stem: str) -> None:
+        """Does them under Triton's Proton, which writes STEM.hatchet."""
+        import triton.profiler as proton
+
+        proton.start(stem, context="shadow")
+        with proton.scope(STEPS_RANGE):
+            self.run()
+        proton.finalize()
+
+
+def proton_missing(device: torch.device) -> str | None:
+    """Why Proton cannot be used, or None where it can."""
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.profiler") is None:
+        return "Proton comes with the package triton, which is not installed"
+    if device.type != "cuda":
+        return "Proton measures GPU kernels; there is no CUDA device here"
+    return None
+
+
+def external_commands(arguments: Sequence[str], backend: str, steps: int) -> str:
+    """The ncu and nsys commands that profile exactly these warm steps; see docs/profiling.md.
+
+    Args:
+        arguments: of this command, as given.
+        backend: its name, for the names of the files.
+        steps: how many warm steps nsys is to see; ncu sees one, because it replays every kernel many times.
+    """
+    kept = without_options(arguments, ("--backend", "--steps", "--top", "--trace", "--json", "--proton"))
+    command = ["python", "-m", "mlp_fast.profile", "--backend", backend, *kept, "--no-profiler", "--steps"]
+    return "\n".join(
+        [
+            "ncu, the kernels of one step in depth:",
+            "  ncu --profile-from-start off --graph-profiling node --set full --import-source yes --force-overwrite "
+            f"--export {backend} {shlex.join([*command, '1'])}",
+            "nsys, the timeline of all steps:",
+            "  nsys profile --capture-range=cudaProfilerApi --capture-range-end=stop --cuda-graph-trace=node "
+            f"--trace=cuda,nvtx,osrt --force-overwrite=true --output {backend} {shlex.join([*command, str(steps)])}",
+        ]
+    )
+
+
+def without_options(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Command-line arguments without some options and their values: `--option value` or `--option=value`."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in options:
+            next(rest, None)
+        elif not argument.startswith(tuple(f"{option}=" for option in options)):
+            kept.append(argument)
+    return kept

@@ -1,0 +1,149 @@
+"""A saved model in pictures: its embeddings, what it expects after a context, its computation graph."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlp_fast.corpus.tokenizer import Vocabulary
+from mlp_fast.model.graph import Operation, computation_graph, summary
+from mlp_fast.model.mlp import MLP
+from mlp_fast.run.checkpoint import Checkpoint
+from mlp_fast.run.plot import drawable, figure
+
+PICTURES = ("embeddings", "probabilities", "graph")
+FORMATS = ("png", "svg")
+SHOWN_BARS = 40  # beyond so many tokens the chart shows the most probable ones
+SHOWN_LABELS = 200  # beyond so many, points of the embedding plot have no label
+BOX = 0.25  # half the height of a box in the graph, where rows are 1 apart
+
+
+def visualize(saved: Checkpoint, context: Sequence[int], folder: Path, format: str) -> str:
+    """Writes the pictures and summary.txt into a folder; returns the summary. OSError where a file cannot be written.
+
+    Args:
+        saved: the model.
+        context: T tokens.
+        folder: it exists.
+        format: one of FORMATS.
+    """
+    model, vocabulary = saved.model(), saved.vocabulary
+    operations = computation_graph(model, saved.config.batch_size, saved.config.context_length)
+    text = summary(operations)
+    (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    draw_embeddings(folder / f"embeddings.{format}", model.wte.weight.detach(), vocabulary)
+    draw_probabilities(folder / f"probabilities.{format}", next_probabilities(model, context), context, vocabulary)
+    draw_graph(folder / f"graph.{format}", operations)
+    return text
+
+
+def principal_components(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two principal components (Pearson 1901) of embeddings (V, E).
+
+    Returns:
+        Coordinates (V, 2), in the embeddings' own units, and each component's share of the variance, (2,). The sign of
+        a component is free: it is chosen so that the coordinate farthest from 0 is positive. What does not exist, for
+        want of rows or columns, is 0.
+    """
+    centred = (embeddings - embeddings.mean(0)).double()
+    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
+    coordinates = F.pad(left * singular, (0, 2))[:, :2]
+    variance = F.pad(singular**2, (0, 2))[:2]
+    farthest = coordinates.gather(0, coordinates.abs().argmax(0, keepdim=True))
+    return coordinates * farthest.sign(), variance / (singular**2).sum().clamp_min(torch.finfo().tiny)
+
+
+def next_probabilities(model: MLP, context: Sequence[int]) -> Tensor:
+    """The probabilities (V,), float64, of the token after a context of T tokens."""
+    with torch.no_grad():
+        return torch.softmax(model(torch.tensor([list(context)]))[0][0].double(), dim=0)
+
+
+def draw_embeddings(path: Path, embeddings: Tensor, vocabulary: Vocabulary) -> None:
+    """Draws the first two principal components of embeddings (V, E), each point labelled with its token."""
+    coordinates, share = principal_components(embeddings)
+    with figure(path, 6.4, 5.4) as axes:
+        axes.scatter(*coordinates.t().tolist(), s=12 if len(coordinates) <= SHOWN_LABELS else 2)
+        if len(coordinates) <= SHOWN_LABELS:
+            for token, point in enumerate(coordinates.tolist()):
+                label = _label(vocabulary, token)
+                axes.annotate(label, point, xytext=(4, 4), textcoords="offset points", parse_math=False)
+        axes.set(
+            title=f"Embeddings of {len(embeddings)} tokens: {embeddings.shape[1]} dimensions in two",
+            xlabel=f"first principal component ({share[0]:.0%} of the variance; embedding units)",
+            ylabel=f"second ({share[1]:.0%}; embedding units)",
+        )
+        axes.grid(alpha=0.3)
+
+
+def draw_probabilities(path: Path, probabilities: Tensor, context: Sequence[int], vocabulary: Vocabulary) -> None:
+    """Draws next-token probabilities (V,) as bars: all of them, or the SHOWN_BARS greatest of many."""
+    shown = list(range(len(probabilities)))
+    if len(shown) > SHOWN_BARS:
+        shown = probabilities.topk(SHOWN_BARS).indices.tolist()
+    with figure(path, 6.4, 4) as axes:
+        axes.bar(range(len(shown)), probabilities[shown].tolist())
+        labels = [_label(vocabulary, token) for token in shown]
+        rotation = 90 if max(len(label) for label in labels) > 3 else 0
+        axes.set_xticks(range(len(shown)), labels, rotation=rotation, parse_math=False)
+        entropy = -torch.xlogy(probabilities, probabilities).sum()
+        after = " ".join(_label(vocabulary, token) for token in context)
+        axes.set_title(f"What comes after: {after}   (entropy {entropy:.2f} nats)", parse_math=False)
+        most = "" if len(shown) == len(probabilities) else f", the {len(shown)} most probable of {len(probabilities):,}"
+        axes.set(xlabel=f"next token{most}", ylabel="probability")
+        axes.grid(axis="y", alpha=0.3)
+
+
+def draw_graph(path: Path, operations: Sequence[Operation]) -> None:
+    """Draws operations as boxes, each a row below the last of those it depends on, with arrows along the data."""
+    rows = _rows(operations)
+    places = {
+        operation.name: (i - (len(row) - 1) / 2, -depth)
+        for depth, row in enumerate(rows)
+        for i, operation in enumerate(row)
+    }
+    with figure(path, max(5.0, 0.6 + 2.6 * max(len(row) for row in rows)), 1 + 0.8 * len(rows)) as axes:
+        for operation in operations:
+            for parent in operation.inputs:
+                (x0, y0), (x1, y1) = places[parent], places[operation.name]
+                arrow = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0}
+                axes.annotate("", (x1, y1 + BOX), (x0, y0 - BOX), arrowprops=arrow)
+            title = operation.name if operation.name == operation.kind else f"{operation.name}: {operation.kind}"
+            text = f"{title}\n{operation.shape or 'scalar'}"
+            if operation.parameters:
+                text += f", {operation.parameters:,} parameters"
+            box = {"boxstyle": "round", "facecolor": "lightblue" if operation.parameters else "white"}
+            axes.text(*places[operation.name], text, ha="center", va="center", fontsize=9, bbox=box, parse_math=False)
+        axes.set_title("Computation graph: operation, output shape, parameters")
+        widest = max(len(row) for row in rows)
+        axes.set(xlim=(-widest / 2 - 0.3, widest / 2 + 0.3), ylim=(-len(rows) + 0.4, 0.6))
+        axes.axis("off")
+
+
+def _rows(operations: Sequence[Operation]) -> list[list[Operation]]:
+    """Operations by depth: the number of operations on the longest way from an input; targets just above their use."""
+    depths: dict[str, int] = {}
+    for operation in operations:
+        depths[operation.name] = max((depths[parent] + 1 for parent in operation.inputs), default=0)
+    for operation in operations:
+        if not operation.inputs:
+            depths[operation.name] = min(depths[o.name] for o in operations if operation.name in o.inputs) - 1
+    rows: list[list[Operation]] = [[] for _ in range(max(depths.values()) + 1)]
+    for operation in operations:
+        rows[depths[operation.name]].append(operation)
+    return rows
+
+
+def _label(vocabulary: Vocabulary, token: int) -> str:
+    r"""A token as the pictures show it: itself; \n, \x00 or a code point where it cannot be seen or drawn."""
+    return "".join(map(_shown, vocabulary.decode([token]))) or "''"
+
+
+def _shown(character: str) -> str:
+    if character == " ":
+        return "' '"
+    if not character.isprintable():
+        return character.encode("unicode_escape").decode()
+    return drawable(character)

@@ -1,0 +1,358 @@
+"""A training run: evaluate, save, advance, until the last step; then a sample and the test loss."""
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mlp_fast import backends, distributed
+from mlp_fast.backends import Choice
+from mlp_fast.backends.base import Backend
+from mlp_fast.config import Config
+from mlp_fast.corpus.load import Corpus, check_sizes
+from mlp_fast.corpus.prompt import continuation, default_prompt
+from mlp_fast.corpus.tokenizer import Words
+from mlp_fast.errors import EXIT_NON_FINITE, Interrupted, UserError
+from mlp_fast.measure import machine
+from mlp_fast.model.mlp import Shape
+from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED
+from mlp_fast.model.schedule import learning_rate
+from mlp_fast.model.state import TrainState
+from mlp_fast.model.windows import Tape, evaluated_positions
+from mlp_fast.run import checkpoint
+from mlp_fast.run.checkpoint import Checkpoint
+from mlp_fast.run.evaluation import tapes_of, windows_of
+from mlp_fast.run.folder import RunFolder
+from mlp_fast.run.interrupt import Interrupt
+from mlp_fast.run.log import Evaluation, RunLog
+from mlp_fast.run.resume import resume_command
+
+# Work asked of a backend at a time, so that signals are answered: seconds, and the steps to begin with.
+RESPONSE_TIME = {"cpu": 0.05, "cuda": 0.5}
+FIRST_PIECE = {"cpu": 1, "cuda": 1000}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with; losses in nats, times in seconds.
+
+    `evaluations` are those since the start or resumption, `unsaved` what could not be written, in words.
+    """
+
+    state: TrainState
+    evaluations: list[Evaluation]
+    test_loss: float
+    sample: str
+    training_seconds: float
+    evaluation_seconds: float
+    prepare_seconds: float
+    unsaved: list[str]
+
+
+class NonFiniteLoss(UserError):
+    """Training went wrong: a loss, or the state, is not finite."""
+
+    exit_code = EXIT_NON_FINITE
+
+
+class Trainer:
+    """One run: a backend trained on a corpus, with its log and its checkpoints.
+
+    Args:
+        config: the settings.
+        corpus: the three splits.
+        log: where to report.
+        folder: where to save; None saves nothing.
+        start: the checkpoint to go on from; at step 0, with another run's parameters, for --init-from.
+        interrupt: what may ask the run to end early.
+        plan: the model's sizes and the backend, as from planned(), which is called here if None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        log: RunLog,
+        folder: RunFolder | None = None,
+        start: Checkpoint | None = None,
+        interrupt: Interrupt | None = None,
+        plan: tuple[Shape, Choice] | None = None,
+    ) -> None:
+        self.shape, self.choice = plan or planned(config, corpus)
+        self.world = distributed.world()
+        self.config, self.corpus, self.log, self.folder = config, corpus, log, folder
+        self.interrupt = interrupt or Interrupt()
+        self.tapes = tapes_of(corpus, config.context_length)
+        self.beginning = tuple(corpus.train[: config.context_length].tolist())
+        self.entropy = {split: self._entropy(split) for split in ("val", "test")}
+        state = start.state if start else TrainState.initial(self.shape, config.seed)
+        self.first_step = self.step = state.step
+        self.losses = start.losses if start else {}  # of the latest evaluation, as a checkpoint keeps them
+        self.backend = self.choice.create(config, self.shape, self.tapes["train"], state)
+        if config.interpret:
+            products = "" if config.precision == "fp32" else f"; its products are fp32, not {config.precision}"
+            log.warning(
+                f"--interpret: Triton's interpreter runs the kernels on the CPU, to check them, not for speed{products}"
+            )
+        self.windows = windows_of(self.tapes, config.batch_size, self.backend.device)
+        self.preparing, self.training, self.evaluating = Stopwatch(), Stopwatch(), Stopwatch()
+        self.piece = FIRST_PIECE[self.backend.device.type]
+        self.timed_from = (self.step, 0.0)  # step and training seconds at the last evaluation
+        self.non_finite: int | None = None  # the first step known to have gone wrong
+        self.warned = False
+
+    def run(self) -> Result:
+        """Trains to the end; then samples and measures the test loss."""
+        config, log = self.config, self.log
+        log.config(
+            config,
+            chosen_backend=self.backend.name,
+            chosen_device=self.backend.device.type,
+            parameters=self.shape.num_parameters,
+            floor=self.entropy["val"],
+        )
+        log.message(self.title(self.choice.note))
+        vocabulary = self.corpus.vocabulary
+        if isinstance(vocabulary, Words) and vocabulary.unspaced:
+            log.warning(
+                "--tokens word takes a run of letters as one word, and most of this text has no spaces between words; "
+                "--tokens char suits it better"
+            )
+        if config.resume is None and config.init_from is not None:
+            log.message(f"starting from the model in {config.init_from}")
+        if config.resume is not None:
+            log.message(f"going on after {self.first_step} of {config.last_step} steps, from {config.resume}")
+            log.event("resume", step=self.first_step)
+        if self.step < config.last_step:
+            with self.preparing:
+                self.backend.prepare()
+        with self.interrupt.deferred():
+            self._train()
+        with self.evaluating:
+            prompt = default_prompt(self.corpus.vocabulary, self.shape.T, self.beginning)
+            drawn = self.backend.sample(prompt, SAMPLE_LENGTH, SAMPLE_SEED)
+            text = continuation(self.corpus.vocabulary, prompt, drawn)
+            test_loss = self.backend.shared_mean_loss(self.windows["test"])
+        log.sample(self.corpus.vocabulary.decode(prompt), text)
+        log.test(test_loss)
+        if self.folder is not None:
+            with self.log.noting_failure("the test loss"):
+                self.folder.note(self.step, test_loss=test_loss)
+        return Result(
+            self.backend.state(),
+            log.evaluations,
+            test_loss,
+            text,
+            self.training.seconds,
+            self.evaluating.seconds,
+            self.preparing.seconds,
+            log.unsaved,
+        )
+
+    def _train(self) -> None:
+        """Evaluate, save, advance, until the last step; a signal saves and comes out as Interrupted."""
+        try:
+            while self.step < self.config.last_step:
+                if self._evaluates_at(self.step):
+                    self._evaluate()
+                if self._saves_at(self.step):
+                    self._save()
+                self._advance(self._next_stop())
+            self._save()
+        except Interrupted:
+            self._save()
+            self.world.barrier()  # torchrun ends all processes once one has ended: not before rank 0 has saved
+            raise
+        with self.world.agreed():  # rank 0 alone has looked at the whole state, to save it
+            self._require_finite()
+
+    def _evaluate(self) -> None:
+        """Evaluates and logs; Interrupted leaves no result, so that a run that goes on evaluates again."""
+        steps, seconds = self.step - self.timed_from[0], self.training.seconds - self.timed_from[1]
+        self.timed_from = self.step, self.training.seconds
+        ms_per_step = 1e3 * seconds / steps if steps else None
+        # Several processes must all go by the same answer, and a GPU, best left alone, has done soon.
+        alone_on_cpu = self.world.size == 1 and self.backend.device.type == "cpu"
+        with self.evaluating, self.interrupt.at_once() if alone_on_cpu else contextlib.nullcontext():
+            train_loss = self.backend.shared_mean_loss(self.windows["train"])
+            val_loss = self.backend.shared_mean_loss(self.windows["val"])
+        lr = learning_rate(self.step, self.config)
+        self.log.evaluation(Evaluation(self.step, train_loss, val_loss, lr, ms_per_step))
+        self.losses = {"evaluated_at": self.step, "train_loss": train_loss, "val_loss": val_loss}
+        if self.non_finite is None and not (math.isfinite(train_loss) and math.isfinite(val_loss)):
+            self.non_finite = self.step
+        self._require_finite()
+
+    def _advance(self, end: int) -> None:
+        """Trains up to step `end`, a piece at a time: between two pieces a signal raises Interrupted."""
+        self.world.barrier()  # rank 0 may take longer to write than a step may wait
+        while self.step < end:
+            count = min(self.piece, end - self.step)
+            start = time.perf_counter()
+            with self.training:
+                losses = self.backend.advance(count)
+                self.backend.synchronize()
+            per_step = self.world.max((time.perf_counter() - start) / count)
+            self.piece = max(1, min(2 * self.piece, int(RESPONSE_TIME[self.backend.device.type] / per_step)))
+            if self.non_finite is None and not math.isfinite(losses.sum().item()):
+                wrong = torch.isfinite(losses).logical_not_().nonzero()
+                self.non_finite = self.step + int(wrong[0]) if len(wrong) else None
+            self.step += count
+            if self.log.shows_progress:
+                self.log.progress(self.step, float(losses[-1]), 1e3 * per_step)
+            if signum := int(self.world.max(self.interrupt.signum)):  # all ranks go by the same answer
+                raise Interrupted(signum)
+
+    def _save(self) -> None:
+        """Saves a checkpoint if there is a folder, it does not hold the same already, and the state is finite."""
+        saved = self._saved()
+        if self.folder is None or (saved and saved.get("evaluated_at") == self.losses.get("evaluated_at")):
+            return
+        state = self.backend.state()
+        kinds = (state.parameters, state.exp_avg, state.exp_avg_sq)
+        if not all(bool(torch.isfinite(tensor).all()) for tensors in kinds for tensor in tensors.values()):
+            self.non_finite = self.step if self.non_finite is None else self.non_finite
+            self.log.unsaved_because(f"the checkpoint of step {self.step} (it is not finite; the last good one stays)")
+            return
+        losses = self.losses if all(math.isfinite(value) for value in self.losses.values()) else {}
+        vocabulary, fingerprint = self.corpus.vocabulary, self.corpus.fingerprint
+        new = Checkpoint(state, self.config, vocabulary, fingerprint, losses, self.beginning)
+        with self.log.noting_failure(f"the checkpoint of step {self.step}"):
+            path = self.folder.save(new)
+            self.log.event("checkpoint", step=self.step, file=str(path), best=self.folder.best)
+
+    def _evaluates_at(self, step: int) -> bool:
+        if self.losses.get("evaluated_at") == step:
+            return False
+        return step % self.config.eval_every == 0 or step == self.config.num_steps - 1
+
+    def _saves_at(self, step: int) -> bool:
+        every = self.config.checkpoint_every
+        if every is None or step % every != 0:
+            return False
+        # A run that stopped before the evaluation of this step left a checkpoint without its losses.
+        return step > self.first_step or self._saved() is not None
+
+    def _next_stop(self) -> int:
+        """The first step after this one at which something happens: an evaluation, a checkpoint, or the end."""
+        periods = [self.config.eval_every, self.config.checkpoint_every or self.config.eval_every]
+        regular = [(self.step // period + 1) * period for period in periods]
+        single = [self.config.num_steps - 1, self.config.last_step]
+        return min(stop for stop in [*regular, *single] if stop > self.step)
+
+    def _saved(self) -> dict[str, Any] | None:
+        """What the folder knows of this step's checkpoint, where that is its newest."""
+        newest = self.folder.newest if self.folder is not None else None
+        if self.folder is None or newest is None or newest.name != checkpoint.file_name(self.step):
+            return None
+        return self.folder.entries[newest.name]
+
+    def _require_finite(self) -> None:
+        """Raises NonFiniteLoss once something is known to have gone wrong, unless --on-nan continue."""
+        if self.non_finite is None or self.warned:
+            return
+        self.log.event("non_finite", step=self.non_finite)
+        if self.config.on_nan == "continue":
+            self.log.warning(f"the loss is not finite from step {self.non_finite} on")
+            self.warned = True
+            return
+        newest = self.folder.newest if self.folder else None
+        saved = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint"
+        raise NonFiniteLoss(
+            f"the loss is not finite from step {self.non_finite} on, seen at step {self.step}; {saved}; "
+            f"try a smaller --learning-rate than {self.config.learning_rate:g}, or --on-nan continue"
+        )
+
+    def stopped(self) -> str:
+        """What became of a run that was asked to end, in words."""
+        done = f"after {self.step} of {self.config.last_step} steps"
+        if self.folder is None:
+            return f"{done}; nothing is saved, for want of --out"
+        newest = self.folder.newest
+        if newest is None:
+            return f"{done}; " + ("what was saved is gone" if self.folder.entries else "nothing is saved yet")
+        return f"{done}; saved: {newest}; go on with: {resume_command(self.config, str(self.folder.path))}"
+
+    def summary(self, result: Result) -> str:
+        """The run in two lines: time, then losses."""
+        steps = self.step - self.first_step
+        wall = result.training_seconds + result.evaluation_seconds + result.prepare_seconds
+        time_line = (
+            f"{steps} steps in {wall:.2f} s: training {result.training_seconds:.2f} s "
+            f"({1e3 * result.training_seconds / max(steps, 1):.4f} ms/step), "
+            f"evaluation {result.evaluation_seconds:.2f} s, set-up and compilation {result.prepare_seconds:.2f} s"
+        )
+        losses = f"test_loss {result.test_loss:.6f}"
+        if "val_loss" in self.losses:
+            losses = f"val_loss {self.losses['val_loss']:.6f} | {losses}"
+        if self.corpus.cost is not None:
+            losses += f" | floor val {self.entropy['val']:.6f}, test {self.entropy['test']:.6f}"
+        return f"{time_line}\n{losses}"
+
+    def title(self, note: str = "") -> str:
+        """The run in one line; `note` says why other backends were passed over."""
+        processes = f", in {self.world.size} processes" if self.world.size > 1 else ""
+        title = (
+            f"backend {self.backend.name}{note} on {describe_device(self.backend)}{processes} | "
+            f"{self.corpus.name} corpus, {len(self.corpus.train)} training tokens | "
+            f"{self.shape.num_parameters} parameters"
+        )
+        entropy = self.entropy["val"]
+        return title if entropy is None else f"{title} | floor of val_loss {entropy:.6f}"
+
+    def _entropy(self, split: str) -> float | None:
+        """The mean -ln P of a split's evaluated targets under the process that made the corpus, where that is known."""
+        if self.corpus.cost is None:
+            return None
+        targets = evaluated_positions(self.tapes[split], self.config.batch_size) + self.shape.T
+        return float(self.corpus.cost[split][targets.numpy()].mean())
+
+
+class Stopwatch:
+    """Sums the seconds spent inside its `with` blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+
+def planned(config: Config, corpus: Corpus) -> tuple[Shape, Choice]:
+    """A run's model and backend; UserError where the corpus, this machine or the backend forbids the run."""
+    T, B, ranks = config.context_length, config.batch_size, distributed.world().size
+    check_sizes(corpus, T, B)
+    if ranks > B:
+        raise UserError(f"--batch-size {B} is less than the {ranks} processes share")
+    shape = Shape.of(config, len(corpus.vocabulary))
+    check_memory(shape, B)
+    return shape, backends.resolve(config, shape, Tape(corpus.train, T))
+
+
+def check_memory(shape: Shape, batch_size: int) -> None:
+    """UserError where a model of these sizes is larger than this process's memory, before any of it is taken.
+
+    What is counted is the least that any backend needs: parameters, two moments, gradients, the initial values, and one
+    batch's embeddings, hidden units and their gradients, in float32.
+    """
+    numbers = 5 * shape.num_parameters + 2 * batch_size * (shape.T * shape.E + shape.H)
+    memory = machine.memory()
+    if memory is not None and 4 * numbers > memory:
+        raise UserError(
+            f"a model of {shape.num_parameters:,} parameters in batches of {batch_size:,} needs at least "
+            f"{4 * numbers / 2**30:,.1f} GiB of memory, of which this process may have {memory / 2**30:,.1f}; "
+            "choose smaller sizes"
+        )
+
+
+def describe_device(backend: Backend) -> str:
+    """The device in words: the GPU's name, or the CPU with the number of threads."""
+    if backend.device.type == "cuda":
+        return torch.cuda.get_device_name(backend.device)
+    return f"cpu, {torch.get_num_threads()} threads"
