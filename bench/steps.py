@@ -156,8 +156,8 @@ class Workshop:
         launches = summary.launches if summary.device else 0.0
         kernels = getattr(getattr(backend, "kernels", None), "config", None)
         if backend.name == "triton-persistent" and kernels is not None:
-            facts["programs"] = kernels.G
-            return floor.Synchronisation(barriers=3 if kernels.rows else 2, programs=kernels.G)
+            facts["programs"] = kernels.PROGRAMS
+            return floor.Synchronisation(barriers=kernels.exchanges, programs=kernels.PROGRAMS)
         return floor.Synchronisation(launches=launches, captured=summary.host_launches < 0.5 * launches)
 
 

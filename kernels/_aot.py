@@ -31,6 +31,8 @@ WARP_SIZE = 32
 DTYPES = dict.fromkeys(INPUT_PRECISION, torch.float32) | {"bf16": torch.bfloat16}
 # The compute capabilities of the GPUs that people have.
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+# Multiprocessors of a T4, an A100, an RTX 3090, an RTX 4090, an H100, a B200 and an RTX 5090.
+PROCESSORS = dict(zip(CAPABILITIES, (40, 108, 82, 128, 132, 148, 170), strict=True))
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_cooperative_grid")
 
 

@@ -312,13 +312,8 @@ def wrapped(count: int) -> int:
 
 
 def shipped():
-    """See _aot; a configuration that several devices have comes once."""
-    from ._aot import CAPABILITIES
-
-    different = {}
-    for capability in CAPABILITIES:
-        for launch in train_step.shipped_launches(PersistentStep, partial(default_config, capability=capability)):
-            if capability in launch.capabilities:
-                different.setdefault(launch.key, (launch, []))[1].append(capability)
-    for launch, capabilities in different.values():
-        yield replace(launch, capabilities=tuple(capabilities))
+    """See _aot."""
+    yield from train_step.shipped_launches(
+        PersistentStep,
+        lambda capability, processors: partial(default_config, capability=capability, processors=processors),
+    )

@@ -52,7 +52,8 @@ what both execute.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -128,7 +129,7 @@ class StepConfig:
     @property
     def gather(self) -> bool:
         """Whether a group multiplies the embeddings of its rows, for want of rows that would make a table pay."""
-        return self.R > 1 and self.GROUP <= self.VP and self.T * self.E_BLOCKS <= MAX_GATHERED
+        return self.R > 1 and self.GROUP <= 2 * self.VP and self.T * self.E_BLOCKS <= MAX_GATHERED
 
     @property
     def E_BLOCKS(self) -> int:
@@ -889,6 +890,8 @@ def default_config(
     block_e = _block(E, 16 if V > 32 or E % 32 else 32)
     programs = min(DEFAULT_PROGRAMS, processors, -(-H // block_h))
     groups = max(1, min(MAX_GROUPS, processors // programs, B // block_b))
+    if (groups - 1) * -(-B // (groups * block_b)) * block_b >= B:  # the last group would have no rows
+        block_b = 16
     return StepConfig(
         B, V, T, E, H, programs, block_b, _block(V, 32), block_e, block_h, arithmetic, deterministic, rows, R=groups
     )
@@ -1002,28 +1005,33 @@ class TrainStep:
         self.launches += steps * C.exchanges + 1
 
 
-def shipped_launches(launcher, config_of):
+def shipped_launches(launcher, config_on):
     """Two recorded steps of a launcher: the default model in every precision, with fast sums, in a batch that has the
-    softmax by rows, and the largest of everything.
+    softmax by rows, and the largest of everything; a configuration that several devices have comes once.
+
+    Args:
+        config_on: a device's compute capability and multiprocessors -> default_config() for it.
     """
-    from ._aot import recorded
+    from ._aot import CAPABILITIES, PROCESSORS, recorded
 
     default, many, largest = (128, 27, 3, 48, 512), (1024, 27, 3, 48, 512), (MAX_B, MAX_V, MAX_T, MAX_E, MAX_H)
     cases = [(default, precision, True) for precision in INPUT_PRECISION]
-    for sizes, precision, deterministic in [
-        *cases,
-        (default, "fp32", False),
-        (many, "fp32", True),
-        (largest, "fp32", True),
-    ]:
-        config = config_of(*sizes, precision=precision, deterministic=deterministic)
-        tape = torch.empty(10_007, dtype=torch.int32, device="meta")
-        kernels = launcher(config, tape, torch.empty(1000, 3, device="meta"))
-        with recorded(precision) as launches:
-            kernels.run(2)
-        yield from {(launch.kernel, str(launch.constexprs)): launch for launch in launches}.values()
+    cases += [(default, "fp32", False), (many, "fp32", True), (largest, "fp32", True)]
+    tape, scalars = torch.empty(10_007, dtype=torch.int32, device="meta"), torch.empty(1000, 3, device="meta")
+    different = {}
+    for capability in CAPABILITIES:
+        for sizes, precision, deterministic in cases:
+            # Of the sizes that are not the default ones each architecture has one number of programs.
+            default_config = config_on(capability, PROCESSORS[capability if sizes == default else 90])
+            with recorded(precision) as launches:
+                launcher(default_config(*sizes, precision=precision, deterministic=deterministic), tape, scalars).run(2)
+            for launch in launches:
+                if capability in launch.capabilities:
+                    different.setdefault(launch.key, (launch, {}))[1][capability] = True
+    for launch, capabilities in different.values():
+        yield replace(launch, capabilities=tuple(capabilities))
 
 
 def shipped():
     """See _aot."""
-    yield from shipped_launches(TrainStep, default_config)
+    yield from shipped_launches(TrainStep, lambda _, processors: partial(default_config, processors=processors))

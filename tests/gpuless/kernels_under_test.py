@@ -11,6 +11,7 @@ from steps import Problem, Reference, problem
 from torch import Tensor
 
 from mlp_fast.kernels import persistent_step, train_step
+from mlp_fast.kernels._aot import PROCESSORS
 from mlp_fast.kernels.persistent_step import PersistentStep
 from mlp_fast.kernels.train_step import StepConfig, TrainStep
 from mlp_fast.model.schedule import update_scalars
@@ -57,6 +58,7 @@ class Case:
     def config(self) -> StepConfig:
         """As the launchers choose it, but for what the case fixes."""
         options: dict[str, Any] = {"precision": self.precision, "deterministic": self.deterministic}
+        options["processors"] = PROCESSORS[self.capability]
         changes: dict[str, Any] = dict(self.tiles) | {} if self.rows is None else dict(self.tiles) | {"rows": self.rows}
         if self.form == "step":
             return replace(train_step.default_config(*self.sizes, **options), **changes)

@@ -27,6 +27,7 @@ from mlp_fast.kernels.persistent_step import BarrierTimeout
 pytestmark = pytest.mark.usefixtures("engine", "one_thread")
 
 SMALL = (("BLOCK_B", 16), ("BLOCK_V", 16), ("BLOCK_E", 16))
+GROUPED = (*SMALL, ("R", 2))
 TWO_TILES = (20, 5, 1, 16, 32)  # B, V, T, E, H
 Change = Callable[[str, str], str]
 # Runs kernels under a schedule, with a change of their PTX: what was found, and the results.
@@ -87,14 +88,21 @@ def check_barriers(run: Run, part: slice = slice(None)) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "rows"),
-    [("persistent", True), *(pytest.param(form, None, marks=pytest.mark.long) for form in ("persistent", "resident"))],
+    ("form", "rows", "tiles"),
+    [
+        ("persistent", True, SMALL),
+        *(pytest.param(form, None, SMALL, marks=pytest.mark.long) for form in ("persistent", "resident")),
+        *(pytest.param(form, None, GROUPED, marks=pytest.mark.long) for form in ("persistent", "resident")),
+    ],
 )
-def test_every_half_of_a_grid_barrier_is_missed(form: str, rows: bool | None) -> None:
-    run = of_steps(Case(TWO_TILES, form, rows=rows, tiles=SMALL))
+def test_every_half_of_a_grid_barrier_is_missed(
+    form: str, rows: bool | None, tiles: tuple[tuple[str, int], ...]
+) -> None:
+    case = Case(TWO_TILES, form, rows=rows, tiles=tiles)
+    run = of_steps(case)
     texts, plain = plain_run(run)
     mutants = mutants_of(texts)
-    assert len(mutants) == 4 * (3 if rows else 2)
+    assert len(mutants) == 4 * case.config.exchanges
     assert [str(mutant) for mutant in mutants if not noticed(run, plain, mutant)] == []
 
 

@@ -17,7 +17,7 @@ from mlp_fast.kernels._runtime import interpreting  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter is on, so nothing is compiled")
 CAPABILITIES = (80, 90, 100)
-BARRIERS = 2  # of a default step
+BARRIERS = 3  # of a default step
 
 
 class Instruction(NamedTuple):

@@ -30,12 +30,15 @@ from mlp_fast.model.mlp import W1, WTE
 pytestmark = pytest.mark.usefixtures("engine", "one_thread")
 
 SMALL = (("BLOCK_B", 16), ("BLOCK_V", 16), ("BLOCK_E", 16))
+GROUPED = (*SMALL, ("R", 2))
 TWO_TILES = (20, 5, 1, 16, 32)  # B, V, T, E, H
 FORMS = [
     Case(TWO_TILES, "step", tiles=SMALL),
     Case(TWO_TILES, "persistent", tiles=SMALL),
     Case(TWO_TILES, "resident", tiles=SMALL),
     Case(TWO_TILES, "persistent", rows=True, tiles=SMALL),
+    Case(TWO_TILES, "resident", tiles=GROUPED),
+    *(pytest.param(Case(TWO_TILES, form, tiles=GROUPED), marks=pytest.mark.long) for form in ("step", "persistent")),
     pytest.param(Case(TWO_TILES, "step", rows=True, tiles=SMALL), marks=pytest.mark.long),
     pytest.param(Case(TWO_TILES, "resident", rows=True, tiles=SMALL), marks=pytest.mark.long),
 ]
@@ -57,9 +60,9 @@ def check(case: Case, *schedules: Schedule) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32x3"])
 def test_the_default_resident_steps_follow_float64(precision: str) -> None:
-    """32 programs, 3 steps. One run: no load may race here, so there is nothing to replace by NaN and compare."""
+    """128 programs, 3 steps. One run: no load may race here, so there is nothing to replace by NaN and compare."""
     case = Case(form="resident", precision=precision, steps=3, tokens=2000)
-    assert case.config.G == 32
+    assert (case.config.G, case.config.R) == (32, 4)
     outcome = run_case(case, ADVERSE)
     assert [str(finding) for finding in outcome.findings if not finding.same_value] == []
     check_against_float64(case, outcome)

@@ -62,22 +62,22 @@ def test_shipped_kernels_compile_to_the_code_that_is_launched(h100: dict[str, An
     assert h100["same_code"] == {"mean_loss_kernel": True, "logits_kernel": True, "sample_kernel": True}
 
 
-def test_a_step_is_two_launches_in_a_replayed_graph(runs: dict[str, tuple[Run, Run]]) -> None:
+def test_a_step_is_three_launches_in_a_replayed_graph(runs: dict[str, tuple[Run, Run]]) -> None:
     run, _ = runs["triton-step"]
-    G = run["config"]["G"]
-    assert (G, run["config"]["rows"]) == (32, False)
+    assert [run["config"][name] for name in ("G", "R", "rows")] == [32, 4, False]
     for steps, made in zip((50, 5), launches(run, "advance"), strict=True):
         kernels = [launch["kernel"] for launch in made]
         # A graph of 50 steps, then five of one step, each of which ends with the update of wte that is still due.
         graphs = [50] if steps == 50 else [1] * 5
-        expected = [[*["forward_kernel", "backward_kernel"] * length, "embedding_kernel"] for length in graphs]
+        step = ["forward_kernel", "backward_kernel", "update_kernel"]
+        expected = [[*step * length, "embedding_kernel"] for length in graphs]
         assert kernels == [name for graph in expected for name in graph]
         assert {(*launch["grid"], launch["threads"], launch["cooperative"]) for launch in made} == {
-            (G, 1, 1, 256, False)
+            (128, 1, 1, 256, False)
         }
         assert len({launch["stream"] for launch in made}) == 1
         for launch in made:
-            windows = [] if launch["kernel"] == "embedding_kernel" else [run["num_windows"]]
+            windows = [run["num_windows"]] if launch["kernel"] in ("forward_kernel", "backward_kernel") else []
             assert launch["arguments"] == run["buffers"] + windows
     # Only the first forward kernel of a graph leaves the update of wte out: that of the step before has been done.
     forward = [launch["load"] for launch in launches(run, "advance")[0] if launch["kernel"] == "forward_kernel"]
@@ -93,10 +93,10 @@ def test_many_steps_are_one_cooperative_launch(runs: dict[str, tuple[Run, Run]])
         made = [launch for call in launches(run, "advance") for launch in call]
         assert [launch["kernel"] for launch in made] == ["resident_kernel"] * len(advances)
         prepared = [a["arguments"][-1] for a in launches(run, "prepare")[0] if a["kernel"] == "resident_kernel"]
-        # Two barriers a step of 32 programs each; the counter goes on from launch to launch.
-        arrivals = [64 * steps for steps in accumulate([*prepared, *advances])][len(prepared) - 1 :]
+        # Three barriers a step of 128 programs each; the counter goes on from launch to launch.
+        arrivals = [3 * 128 * steps for steps in accumulate([*prepared, *advances])][len(prepared) - 1 :]
         for launch, steps, before in zip(made, advances, arrivals, strict=False):
-            assert (launch["grid"], launch["threads"], launch["cooperative"]) == ([32, 1, 1], 256, True)
+            assert (launch["grid"], launch["threads"], launch["cooperative"]) == ([128, 1, 1], 256, True)
             first_program = 0
             rest = [run["num_windows"], before, first_program, steps]
             assert launch["arguments"] == [*run["buffers"], *run["words"], *rest]
