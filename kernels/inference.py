@@ -58,12 +58,18 @@ class Weights(NamedTuple):
     w2: Tensor  # (V, H)
     b2: Tensor  # (V,)
 
+    def transposed(self) -> "Weights":
+        """With w1 (T*E, H) and w2 (H, V): contiguous along what a product adds nothing up over."""
+        return self._replace(w1=self.w1.t().contiguous(), w2=self.w2.t().contiguous())
+
 
 def default_config(V: int, T: int, E: int, H: int, *, precision: str = "fp32") -> ModelConfig:
     """Tiles that spill no register, or, in the interpreter, large ones. V must be at most 256."""
     arithmetic = input_precision(precision)
     if interpreting():
         return ModelConfig(V, T, E, H, 512, _block(E, 256), _block(H, 4096), arithmetic)
+    if V <= 32:
+        return ModelConfig(V, T, E, H, 64, _block(E, 32), 32, arithmetic)
     return ModelConfig(V, T, E, H, 32 if V <= 64 else 16, _block(E, 32), 16, arithmetic)
 
 
@@ -76,7 +82,10 @@ def _block(size: int, most: int) -> int:
 
 @triton.jit
 def logits_of_rows(contexts_ptr, stride, row, in_range, model, C: tl.constexpr):
-    """Logits (BLOCK_R, VP) of the contexts in these rows; a token outside of 0..V-1 counts as a zero embedding."""
+    """Logits (BLOCK_R, VP) of the contexts in these rows; a token outside of 0..V-1 counts as a zero embedding.
+
+    model: Weights.transposed().
+    """
     v = tl.arange(0, C.VP)
     logits = tl.full((C.BLOCK_R, C.VP), 0.0, tl.float32)
     for h0 in range(0, C.H, C.BLOCK_H):
@@ -91,14 +100,14 @@ def logits_of_rows(contexts_ptr, stride, row, in_range, model, C: tl.constexpr):
                     model.wte + token[:, None] * C.E + e[None, :], mask=known[:, None] & (e[None, :] < C.E), other=0.0
                 )
                 weight = tl.load(
-                    model.w1 + unit[None, :] * (C.T * C.E) + t * C.E + e[:, None],
+                    model.w1 + (t * C.E + e[:, None]) * C.H + unit[None, :],
                     mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
                     other=0.0,
                 )
                 pre = tl.dot(emb, weight, pre, input_precision=C.precision)
         h = tanh(pre + tl.load(model.b1 + unit, mask=unit < C.H, other=0.0)[None, :])
         weight = tl.load(
-            model.w2 + v[None, :] * C.H + unit[:, None], mask=(v[None, :] < C.V) & (unit[:, None] < C.H), other=0.0
+            model.w2 + unit[:, None] * C.V + v[None, :], mask=(v[None, :] < C.V) & (unit[:, None] < C.H), other=0.0
         )
         logits = tl.dot(h, weight, logits, input_precision=C.precision)
     return logits + tl.load(model.b2 + v, mask=v < C.V, other=0.0)[None, :]
@@ -221,7 +230,7 @@ def logits(weights: Weights, contexts: Tensor, *, precision: str = "fp32") -> Te
     out = torch.empty(rows, C.V, device=contexts.device)
     if rows:
         grid = (triton.cdiv(rows, C.BLOCK_R),)
-        logits_kernel[grid](contexts.contiguous(), out, rows, weights, C, **OPTIONS)
+        logits_kernel[grid](contexts.contiguous(), out, rows, weights.transposed(), C, **OPTIONS)
     return out
 
 
@@ -244,7 +253,7 @@ def mean_loss(
     partial = torch.empty(2, programs, dtype=torch.float64, device=device)
     mean = torch.empty(1, dtype=torch.float64, device=device)
     mean_loss_kernel[(programs,)](
-        windows, counts, partial, finished, mean, rows, weights, C, **OPTIONS
+        windows, counts, partial, finished, mean, rows, weights.transposed(), C, **OPTIONS
     )  # fmt: skip
     return mean
 
