@@ -407,7 +407,7 @@ def test_on_nan_continue_goes_on_but_saves_nothing_bad(
 
 
 def test_a_model_larger_than_memory_is_refused(corpus_folder: str) -> None:
-    with pytest.raises(train.UserError, match=r"parameters .* GiB of memory"):
+    with pytest.raises(UserError, match=r"parameters .* GiB of memory"):
         train.main(options(corpus_folder, "--hidden-size=16777216", "--embedding-size=4096"))
 
 
