@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from mlp_fast import backends
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus
+from mlp_fast.corpus.prompt import PROMPT
 from mlp_fast.kernels import _cpu_library, _model, cpu_step
 from mlp_fast.model.mlp import PARAMETER_NAMES, Shape
-from mlp_fast.model.sampling import PROMPT, SAMPLE_LENGTH, SAMPLE_SEED
+from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import TRAIN_EVAL_BATCHES, Tape, evaluated_windows
 
