@@ -248,13 +248,12 @@ def default_config(
     config = replace(config, resident=fits and config.TILES == config.G and capability < 100)
     if interpreting():
         return config
-    # All ask for more registers: the code for sm_75, that since sm_100, and resident tf32x3, whose operands are in two
-    # parts.
+    # The code for sm_75, sm_86, sm_89 and that since sm_100, and tf32x3, whose operands are in two parts, ask for more
+    # registers: they get smaller tiles.
     if capability < 80 or capability >= 100:
-        return replace(config, BLOCK_B=16, BLOCK_V=16 if V <= 32 else 32, BLOCK_E=16)
-    if config.resident and config.precision == "tf32x3":
-        return replace(config, BLOCK_E=16)
-    return config
+        config = replace(config, BLOCK_V=16 if V <= 32 else 32, BLOCK_E=16)
+    tight = capability not in (80, 90) or config.precision == "tf32x3"
+    return replace(config, BLOCK_B=16, BLOCK_E=16, ahead=False) if tight else config
 
 
 class PersistentStep(TrainStep):

@@ -91,7 +91,8 @@ class StepConfig:
 
     G tiles of hidden units are worked on at a time, each in R groups of rows: G * R programs. BLOCK_* are powers of
     two, at least 16. With `rows` the softmax is a phase of its own, by rows; without, it is computed for every tile
-    again: no exchange, but G times the work. `resident` is of persistent_step.py.
+    again: no exchange, but G times the work. `resident` is of persistent_step.py. With `ahead` the operands of all
+    positions are loaded before the first product, which hides latencies and takes registers.
     """
 
     B: int
@@ -110,6 +111,7 @@ class StepConfig:
     resident: bool = False
     num_warps: int = 8
     R: int = 1
+    ahead: bool = True
 
     @property
     def PROGRAMS(self) -> int:
@@ -388,8 +390,8 @@ def table_phase(p, s, buf, C: tl.constexpr):
 
 
 @triton.jit
-def gathered_sum(unit, start, p, s, buf, C: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr):
-    """sum_t wte[x_t] @ W1[:, t]^T of these units, for the windows that begin at `start`.
+def gathered_sum(acc, unit, start, first, p, s, buf, C: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr):
+    """acc + sum_t wte[x_t] @ W1[:, t]^T of these units over T positions from `first`, for the windows at `start`.
 
     All loads come before all products, so that their latencies overlap.
     """
@@ -397,7 +399,7 @@ def gathered_sum(unit, start, p, s, buf, C: tl.constexpr, T: tl.constexpr, BLOCK
     wte = buf.replicas + p * (3 * C.V * C.E)
     tokens = ()
     for t in tl.static_range(T):
-        tokens += (tl.load(buf.tape + start + t).to(tl.int32),)
+        tokens += (tl.load(buf.tape + start + first + t).to(tl.int32),)
     rows, weights = (), ()
     for t in tl.static_range(T):
         for i in tl.static_range(BLOCKS):
@@ -405,12 +407,11 @@ def gathered_sum(unit, start, p, s, buf, C: tl.constexpr, T: tl.constexpr, BLOCK
             rows += (tl.load(wte + tokens[t][:, None] * C.E + e[None, :], mask=e[None, :] < C.E, other=0.0),)
             weights += (
                 tl.load(
-                    buf.w1t + (t * C.E + e[:, None]) * C.H + unit[None, :],
+                    buf.w1t + ((first + t) * C.E + e[:, None]) * C.H + unit[None, :],
                     mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
                     other=0.0,
                 ),
             )
-    acc = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32)
     for i in tl.static_range(T * BLOCKS):
         acc = dot(rows[i], weights[i], acc, C)
     return acc
@@ -429,7 +430,12 @@ def hidden_phase(p, s, buf, num_windows, C: tl.constexpr):
             mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
             start = window_starts(s, b, num_windows, C)
             if C.gather:
-                pre = gathered_sum(unit, start, p, s, buf, C, C.T, C.E_BLOCKS) + bias[None, :]
+                pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
+                if C.ahead:
+                    pre = gathered_sum(pre, unit, start, 0, p, s, buf, C, C.T, C.E_BLOCKS)
+                else:
+                    for t in range(C.T):
+                        pre = gathered_sum(pre, unit, start, t, p, s, buf, C, 1, C.E_BLOCKS)
             else:
                 pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
                 for t in range(C.T):
@@ -887,11 +893,12 @@ def default_config(
             arithmetic, deterministic, rows,
         )  # fmt: skip
     block_b, block_h = _block(B, 32), 16
-    block_e = _block(E, 16 if V > 32 or E % 32 else 32)
     programs = min(DEFAULT_PROGRAMS, processors, -(-H // block_h))
     groups = max(1, min(MAX_GROUPS, processors // programs, B // block_b))
     if (groups - 1) * -(-B // (groups * block_b)) * block_b >= B:  # the last group would have no rows
         block_b = 16
+    # Blocks of 16 fit E = 48 better; tf32x3 would have more operands to split for them.
+    block_e = _block(E, 16 if V > 32 or (E % 32 and (groups > 1 or arithmetic == "ieee")) else 32)
     return StepConfig(
         B, V, T, E, H, programs, block_b, _block(V, 32), block_e, block_h, arithmetic, deterministic, rows, R=groups
     )
