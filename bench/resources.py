@@ -171,6 +171,7 @@ def machine_code(cubin: bytes) -> bytes:
 
 
 def registers(cubin: bytes) -> int:
+    """Registers that a thread of a compiled kernel takes."""
     usage = told(cubin, "cuobjdump", "-res-usage")
     found = re.search(r"REG:(\d+)", usage)
     assert found is not None, usage

@@ -205,7 +205,7 @@ def count_step_kernels(name: str) -> Count:
         return count, by_program[DISTINCT - 1]
 
     (once, last_once), (twice, last_twice) = counted(1), counted(2)
-    each, rest = twice.launches - once.launches, (config.G - DISTINCT) * (last_twice - last_once)
+    each, rest = twice.launches - once.launches, (config.PROGRAMS - DISTINCT) * (last_twice - last_once)
     return Count(each + (once.launches - each) / RUN, twice.bytes - once.bytes + rest)
 
 

@@ -17,10 +17,14 @@ _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 
 
 class Shape(ctypes.Structure):
+    """The C struct of a model's sizes."""
+
     _fields_ = [(name, _int) for name in ("V", "T", "E", "H")]
 
 
 class Windows(ctypes.Structure):
+    """The C struct of windows in memory: `stride` tokens from one to the next."""
+
     _fields_ = [
         ("tokens", _pointer),
         ("token_bytes", _int),

@@ -68,7 +68,7 @@ def default_config(V: int, T: int, E: int, H: int, *, precision: str = "fp32") -
     arithmetic = input_precision(precision)
     if interpreting():
         return ModelConfig(V, T, E, H, 512, _block(E, 256), _block(H, 4096), arithmetic)
-    if V <= 32:
+    if V <= 32 and arithmetic == "ieee":  # by tensor cores, Triton does not compile so many rows for sm_100
         return ModelConfig(V, T, E, H, 64, _block(E, 32), 32, arithmetic)
     return ModelConfig(V, T, E, H, 32 if V <= 64 else 16, _block(E, 32), 16, arithmetic)
 
