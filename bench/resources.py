@@ -31,7 +31,7 @@ from mlp_fast.cli import run_main
 from mlp_fast.errors import UserError
 from mlp_fast.kernels._runtime import interpreting
 
-KERNELS = ("embed_linear_tanh", "linear_cross_entropy", "adamw", "train_step", "persistent_step", "evaluation")
+KERNELS = ("embed_linear_tanh", "linear_cross_entropy", "adamw", "train_step", "persistent_step", "inference")
 FMA = re.compile(r"\bFFMA2?\b")
 ATOMIC = re.compile(r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG)\b")
 TENSOR_CORE = re.compile(r"\b(?:[BDHIO]MMA|[HIQ]GMMA|UTC\w*MMA)\b")
@@ -117,7 +117,7 @@ def measure(configurations: Sequence[Any], sm: int) -> list[Resources]:
     cubins = [kernel.asm["cubin"] for kernel in compiled]
     codes = disassembled(cubins, sm)
     return [
-        _resources(shipped, sm, kernel.metadata, _registers(cubin), code)
+        _resources(shipped, sm, kernel.metadata, registers(cubin), code)
         for shipped, kernel, cubin, code in zip(configurations, compiled, cubins, codes, strict=True)
     ]
 
@@ -144,11 +144,11 @@ def disassembled(cubins: Sequence[bytes], sm: int) -> list[str]:
     """The instructions of each cubin, a line each.
 
     All go through one nvdisasm, as raw code one behind the other, and are told apart by their addresses: it takes half
-    a second to start, and milliseconds to disassemble a kernel.
+    a second to start, and milliseconds to disassemble a kernel. Of a whole cubin it reads one at a time.
     """
     ends = list(itertools.accumulate(len(machine_code(cubin)) for cubin in cubins))
     joined = b"".join(machine_code(cubin) for cubin in cubins)
-    listing = _tool(joined, "nvdisasm", "--binary", f"SM{sm}a" if sm >= 90 else f"SM{sm}")
+    listing = told(joined, "nvdisasm", "--binary", f"SM{sm}a" if sm >= 90 else f"SM{sm}")
     codes: list[list[str]] = [[] for _ in cubins]
     for address, instruction in INSTRUCTION.findall(listing):
         codes[bisect.bisect_right(ends, int(address, 16))].append(instruction)
@@ -170,14 +170,14 @@ def machine_code(cubin: bytes) -> bytes:
     return code
 
 
-def _registers(cubin: bytes) -> int:
-    usage = _tool(cubin, "cuobjdump", "-res-usage")
+def registers(cubin: bytes) -> int:
+    usage = told(cubin, "cuobjdump", "-res-usage")
     found = re.search(r"REG:(\d+)", usage)
     assert found is not None, usage
     return int(found[1])
 
 
-def _tool(content: bytes, name: str, *options: str) -> str:
+def told(content: bytes, name: str, *options: str) -> str:
     """What one of the tools that Triton brings along says of a file with this content."""
     import triton
 
