@@ -12,28 +12,30 @@ from mlp_fast.errors import UserError
 KERNELS = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 
 
-def test_operators_that_compute_are_counted_with_what_they_read_and_write() -> None:
-    count = rungs.Count()
+def test_operators_that_compute_are_counted() -> None:
     a, b = torch.ones(10, 10), torch.ones(10, 10)
-    with rungs._Operators(count):
+    with rungs.Operators() as operators:
         c = a + b
         c.t().view(10, 10).add_(1)
         torch.empty(1000)
-    assert count == rungs.Count(launches=2, bytes=400 * (3 + 2))
+    assert operators.count == 2
 
 
-def test_kernels_of_compiled_code_are_counted_with_what_they_read_and_write() -> None:
-    count = rungs.Count()
-    with rungs._compiled(count):
+def test_kernels_of_compiled_code_are_counted() -> None:
+    with rungs.compiled() as kernels:
         torch.compile(lambda x: ((x + 1).sin() * 2).relu())(torch.ones(1000))
-    assert count == rungs.Count(launches=1, bytes=4000 * 2)
+    assert len(kernels) == 1
+
+
+def test_a_step_of_the_operators_launches_their_kernels_and_what_is_torchs() -> None:
+    pytest.importorskip("triton")
+    assert rungs.count("triton-op") == 25
 
 
 def test_a_step_of_the_step_kernels_is_three_launches_and_a_run_of_the_persistent_one_is_one() -> None:
-    step, run = rungs.count("triton-step"), rungs.count("triton-persistent")
-    assert step.launches == 3 + 1 / rungs.RUN
-    assert run.launches == 1 / rungs.RUN
-    assert run.bytes < step.bytes  # it keeps moments in registers
+    pytest.importorskip("triton")
+    assert rungs.count("triton-step") == 3 + 1 / rungs.RUN
+    assert rungs.count("triton-persistent") == 1 / rungs.RUN
 
 
 def test_an_unknown_rung_is_one_clear_line() -> None:
