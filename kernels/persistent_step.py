@@ -93,7 +93,7 @@ class Share(NamedTuple):
     unit: tl.tensor  # (BLOCK_H,)
     in_b1: tl.tensor
     e: tl.tensor  # (SHARE_E,)
-    v: tl.tensor  # (VP / R, at least 1,)
+    v: tl.tensor  # (SHARE_VP,)
     w1: tl.tensor  # offsets (BLOCK_H, SHARE_E) at position 0; the next positions are E further each
     in_w1: tl.tensor
     w2: tl.tensor  # offsets (v, BLOCK_H)

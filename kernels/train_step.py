@@ -1,4 +1,4 @@
-"""The whole training step in two or three kernels: forward, loss, backward and AdamW of the n-gram MLP.
+"""The whole training step in two to four kernels: forward, loss, backward and AdamW of the n-gram MLP.
 
     table[t, v] = wte[v] @ W1[:, t]^T               the first layer, factored: only T*V different rows enter it
     h[b]        = tanh(b1 + sum_t table[t, x_bt])
@@ -22,9 +22,9 @@ the R programs then adds them up and updates a share of the tile: some rows of W
     backward kernel   dlogits -> dpre -> dW2, db1 and dtable, summed over the rows of a group
     update kernel     dW2, db1, dW1 -> AdamW -> partial dwte, added up in `dwte`; of the backward kernel where R is 1
 
-h comes from the tables where a program has many rows. Where it has no more than the vocabulary has tokens, tables
-would save nothing, and h is the product of the rows' embeddings, gathered, and W1. W1 and W2 are stored transposed as
-well, since operands of a product are read fastest along the dimension over which nothing is summed.
+h comes from the tables where a program has many rows. Where it has few beside the vocabulary's tokens (`gather`),
+tables would save little, and h is the product of the rows' embeddings, gathered, and W1. W1 and W2 are stored
+transposed as well, since operands of a product are read fastest along the dimension over which nothing is summed.
 
 wte is updated by every program in a replica of its own at the start of the next forward kernel: the replicas see the
 same sums and do the same arithmetic, so they stay equal to the bit, and the step saves a kernel (persistent_step.py: a
@@ -173,20 +173,9 @@ class StepConfig:
         """A row of logits, padded to a power of two."""
         return max(16, triton.next_power_of_2(self.V))
 
-    # Batch, positions and embedding, padded, for the resident form of persistent_step.py.
-    @property
-    def BP(self) -> int:
-        """Rows of a batch, padded."""
-        return max(16, triton.next_power_of_2(self.B))
-
-    @property
-    def TP(self) -> int:
-        """Positions, padded."""
-        return triton.next_power_of_2(self.T)
-
     @property
     def EP(self) -> int:
-        """Numbers of an embedding, padded."""
+        """Numbers of an embedding, padded to a power of two."""
         return max(16, triton.next_power_of_2(self.E))
 
     @property
@@ -429,15 +418,13 @@ def hidden_phase(p, s, buf, num_windows, C: tl.constexpr):
             b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
             mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
             start = window_starts(s, b, num_windows, C)
-            if C.gather:
-                pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
-                if C.ahead:
-                    pre = gathered_sum(pre, unit, start, 0, p, s, buf, C, C.T, C.E_BLOCKS)
-                else:
-                    for t in range(C.T):
-                        pre = gathered_sum(pre, unit, start, t, p, s, buf, C, 1, C.E_BLOCKS)
+            pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
+            if C.gather and C.ahead:
+                pre = gathered_sum(pre, unit, start, 0, p, s, buf, C, C.T, C.E_BLOCKS)
+            elif C.gather:
+                for t in range(C.T):
+                    pre = gathered_sum(pre, unit, start, t, p, s, buf, C, 1, C.E_BLOCKS)
             else:
-                pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
                 for t in range(C.T):
                     token = tl.load(buf.tape + start + t).to(tl.int32)
                     pre += tl.load(table + (t * C.V + token[:, None]) * C.H + unit[None, :], mask=mask, other=0.0)
@@ -478,6 +465,15 @@ def logits_phase(p, s, buf, C: tl.constexpr):
 
 
 @triton.jit
+def dlogits_for(p, buf, C: tl.constexpr):
+    """The dlogits that program p works on: with `rows` there is one copy, else one for every tile in work."""
+    if C.rows:
+        return buf.dlogits
+    else:
+        return buf.dlogits + p // C.R * (C.B * C.V)
+
+
+@triton.jit
 def softmax_block(b, dlogits_ptr, first, s, buf, num_windows, C: tl.constexpr):
     """Losses and dlogits of these rows; with `first` the losses are stored, else another program stores the same."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
@@ -502,12 +498,12 @@ def softmax_phase(p, s, buf, num_windows, C: tl.constexpr):
     Without `rows`: of all rows of p's group, into a copy for p's tiles.
     """
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    dlogits_ptr = dlogits_for(p, buf, C)
     if C.rows:
         for b0 in range(p * C.BLOCK_R, C.B, C.PROGRAMS * C.BLOCK_R):
             b = b0 + (zero + tl.arange(0, C.BLOCK_R))
-            softmax_block(b, buf.dlogits, True, s, buf, num_windows, C)
+            softmax_block(b, dlogits_ptr, True, s, buf, num_windows, C)
     else:
-        dlogits_ptr = buf.dlogits + p // C.R * (C.B * C.V)
         for b0 in range(0, C.GROUP, C.BLOCK_R):
             b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_R))
             softmax_block(b, dlogits_ptr, p < C.R, s, buf, num_windows, C)
@@ -534,12 +530,10 @@ def output_bias_phase(s, buf, C: tl.constexpr):
 
 
 @triton.jit
-def output_phase(p, s, buf, num_windows, C: tl.constexpr):
+def output_phase(p, s, buf, C: tl.constexpr):
     """dpre = (dlogits @ W2) (1 - h^2) for program p's units and rows; their sums over the rows are db1's part."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
-    dlogits_ptr = buf.dlogits
-    if not C.rows:
-        dlogits_ptr += p // C.R * (C.B * C.V)
+    dlogits_ptr = dlogits_for(p, buf, C)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         db1 = tl.full((C.BLOCK_H,), 0.0, tl.float32)
@@ -572,9 +566,7 @@ def output_phase(p, s, buf, num_windows, C: tl.constexpr):
 def output_gradient_phase(p, s, buf, C: tl.constexpr):
     """dW2 = dlogits^T @ h of program p's units, summed over its rows."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
-    dlogits_ptr = buf.dlogits
-    if not C.rows:
-        dlogits_ptr += p // C.R * (C.B * C.V)
+    dlogits_ptr = dlogits_for(p, buf, C)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         for v0 in range(0, C.V, C.BLOCK_V):
@@ -712,7 +704,7 @@ def table_gradient(t, v, unit, buf, C: tl.constexpr):
 
 @triton.jit
 def embedding_gradient_phase(p, s, buf, C: tl.constexpr):
-    """Adds sum_t dtable[t] @ W1[:, t] over program p's units to the sum of step s, in its columns. Clears the other."""
+    """Adds program p's part of dwte to the sum of step s. Clears the other sum."""
     if p % C.R * C.SHARE_E < C.E:
         add_embedding_gradient(p, s, buf, C)
     clear_sum(p, buf.dwte + ((s + 1) % 2) * (C.V * C.E), C.V * C.E, C)
@@ -721,7 +713,7 @@ def embedding_gradient_phase(p, s, buf, C: tl.constexpr):
 
 @triton.jit
 def add_embedding_gradient(p, s, buf, C: tl.constexpr):
-    """The first half of embedding_gradient_phase."""
+    """Adds sum_t dtable[t] @ W1[:, t] over program p's units, in its columns, to the sum of dwte of step s."""
     zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
     sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
     for v0 in range(0, C.V, C.BLOCK_V):
@@ -787,7 +779,7 @@ def gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
     """From the sum of the logits to the gradients of b1, W2 and the table, each the sum over program p's rows."""
     if not C.rows:
         softmax_phase(p, s, buf, num_windows, C)
-    output_phase(p, s, buf, num_windows, C)
+    output_phase(p, s, buf, C)
     output_gradient_phase(p, s, buf, C)
     tl.debug_barrier()  # dpre is read by other threads than wrote it
     table_gradient_phase(p, s, buf, num_windows, C)
