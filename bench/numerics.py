@@ -136,8 +136,7 @@ def train(arithmetic: Arithmetic, config: Config, corpus: Corpus) -> Run:
     shape = Shape.of(config, len(corpus.vocabulary))
     initial, tape = TrainState.initial(shape, config.seed), Tape(corpus.train, T)
     parameters, exp_avg, exp_avg_sq = (
-        {name: tensor.to(arithmetic.dtype) for name, tensor in part.items()}
-        for part in (initial.parameters, initial.exp_avg, initial.exp_avg_sq)
+        {name: tensor.to(arithmetic.dtype) for name, tensor in part.items()} for part in initial.parts.values()
     )
     scalars = update_scalars(config).to(arithmetic.dtype)
     windows = evaluated_windows(Tape(corpus.val, T), B)

@@ -86,7 +86,7 @@ def _step(gpu: Gpu, precision: str, B: int, module: str, **changes: Any) -> list
     C = dataclasses.replace(C, **changes)
     tape = torch.randint(0, V, (20_000,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     state = TrainState.initial(Shape(V, T, E, H), 1337)
-    planes = [[part[n] for n in PARAMETER_NAMES] for part in (state.parameters, state.exp_avg, state.exp_avg_sq)]
+    planes = [[part[n] for n in PARAMETER_NAMES] for part in state.parts.values()]
     scalars = update_scalars(Config(context_length=T, embedding_size=E, hidden_size=H, batch_size=B, num_steps=10))
 
     def run(*launches: int) -> None:

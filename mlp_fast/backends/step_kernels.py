@@ -123,8 +123,8 @@ class StepKernels(Backend):
         return TrainState(parameters, exp_avg, exp_avg_sq, self._step)
 
     def load(self, state: TrainState) -> None:
-        parts = (state.parameters, state.exp_avg, state.exp_avg_sq)
-        self.kernels.load([[part[name] for name in PARAMETER_NAMES] for part in parts], state.step)
+        planes = [[part[name] for name in PARAMETER_NAMES] for part in state.parts.values()]
+        self.kernels.load(planes, state.step)
         self._step = state.step
 
     def _weights(self) -> Weights:

@@ -1,8 +1,8 @@
 """Backends side by side: same seed, same batches, their rounds interleaved.
 
 Every backend trains the same N steps twice. Each pass is cut into rounds, and the rounds of all backends are taken in
-turns; eager is always among them, as the baseline. A backend that does not compute the model gets no number; timing.py
-says how that is decided.
+turns; eager is always among them, as the baseline. A backend that does not compute the model gets no number;
+equivalence.py says how that is decided.
 """
 
 import dataclasses
@@ -89,9 +89,9 @@ class _Rival:
     def repeatable(self) -> bool:
         first, second = self.states
         return torch.equal(self.pass_losses(0), self.pass_losses(1)) and all(
-            torch.equal(tensor, getattr(second, part)[name])
-            for part in ("parameters", "exp_avg", "exp_avg_sq")
-            for name, tensor in getattr(first, part).items()
+            torch.equal(tensor, second.parts[part][name])
+            for part, tensors in first.parts.items()
+            for name, tensor in tensors.items()
         )
 
 

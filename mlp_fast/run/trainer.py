@@ -212,8 +212,7 @@ class Trainer:
         if self.folder is None or (saved and saved.get("evaluated_at") == self.losses.get("evaluated_at")):
             return
         state = self.backend.state()
-        kinds = (state.parameters, state.exp_avg, state.exp_avg_sq)
-        if not all(bool(torch.isfinite(tensor).all()) for tensors in kinds for tensor in tensors.values()):
+        if not all(bool(torch.isfinite(t).all()) for part in state.parts.values() for t in part.values()):
             self.non_finite = self.step if self.non_finite is None else self.non_finite
             self.log.unsaved_because(f"the checkpoint of step {self.step} (it is not finite; the last good one stays)")
             return
