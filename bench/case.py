@@ -1,6 +1,6 @@
 """What a benchmark is: a case that prepares itself, is timed in rounds by whoever runs it, and makes an entry."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -98,16 +98,7 @@ def spread_ms(times: Sequence[float]) -> Entry:
     return asdict(Spread.of([1e3 * t for t in times]))
 
 
-def table(columns: Mapping[str, Callable[[Any], str]], rows: Sequence[Any], *, text: int = 1) -> str:
-    """A Markdown table with a line for every row, or "" for none.
-
-    Args:
-        columns: heading -> what a cell of that column says of its row.
-        rows: whatever the columns take.
-        text: how many columns, from the left, are words; the others are numbers, set to the right.
-    """
-    if not rows:
-        return ""
-    rule = ["---"] * text + ["--:"] * (len(columns) - text)
-    lines = [list(columns), rule, *([cell(row) for cell in columns.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table whose first columns are text and the others numbers, to the right."""
+    rule = ["---"] * text_columns + ["--:"] * (len(header) - text_columns)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpus, recording
+from bench.case import table
 from bench.execution import KINDS, Launch, Row, rows_of
 from bench.gpus import GPUS, Gpu
 from mlp_fast.cli import run_main
@@ -136,11 +137,6 @@ def _span(pair: Sequence[float], digits: int = 0) -> str:
     return "..".join(f"{x:,.{digits}f}" for x in pair) if pair[0] != pair[1] else f"{pair[0]:,.{digits}f}"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def phases_table(counted: dict[str, Any]) -> str:
     """Every phase of a workload, and the sum."""
     rows = [
@@ -153,7 +149,7 @@ def phases_table(counted: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ("phase", *(name.replace("grid_barriers", "grid") for name in FIGURES), "us")
     kinds = ", ".join(f"{kind} {n:,}" for kind, n in counted[SUM]["kinds"].items())
-    return _markdown(head, rows) + f"\nInstructions by kind: {kinds}.\n"
+    return table(head, rows) + f"\n\nInstructions by kind: {kinds}.\n"
 
 
 def brief_phases(name: str, gpu: str) -> str:
@@ -172,7 +168,7 @@ def brief_phases(name: str, gpu: str) -> str:
             if row["us"][1] >= 0.1
         ]
         head = (f"{name}, {counted['precision']}, {gpu}", "instructions", "wavefronts", "exposed", "us")
-        parts.append(_markdown(head, rows))
+        parts.append(table(head, rows) + "\n")
     return "\n".join(parts)
 
 
@@ -190,7 +186,7 @@ def times_table(kept: Sequence[dict[str, Any]], folder: Path = recording.RESULTS
             span = _span(counted[SUM]["us"], 1) if counted else "–"
             cells.append(span + (f", measured {measured:.1f}" if measured else ""))
         rows.append([f"{name}, {precision}", *cells])
-    return _markdown(("us", *shown), rows)
+    return table(("us", *shown), rows) + "\n"
 
 
 def history_table(entries: Sequence[dict[str, Any]]) -> str:
@@ -206,7 +202,7 @@ def history_table(entries: Sequence[dict[str, Any]]) -> str:
                 [entry["label"], f"{here['issue']:,.0f}", _span(here["wavefronts"]), f"{here['exposed']:,.0f}", *us]
             )
         head = (f"{STEPS[0]}, {precision}", "issue", "wavefronts", "exposed", "us, H100", "us, A100")
-        parts.append(_markdown(head, rows))
+        parts.append(table(head, rows) + "\n")
     return "\n".join(parts)
 
 
@@ -221,7 +217,7 @@ def work_table(kept: Sequence[dict[str, Any]]) -> str:
         for c in kept
     ]  # fmt: skip
     head = ("", "programs", "instructions", "arithmetic", "wavefronts", "sectors", "exposed")
-    return _markdown(head, rows)
+    return table(head, rows) + "\n"
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------

@@ -171,12 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in arguments.names if name not in backends.REGISTRY]:
         raise UserError(f"{unknown[0]!r} is no rung; choose some of {', '.join(backends.REGISTRY)}")
     names = arguments.names or NAMES
-    columns: dict[str, Callable[[str], str]] = {
-        "rung": str,
-        "launches": lambda name: f"{count(name):.3g}",
-        "million operations": lambda name: f"{operations(name) / 1e6:.1f}",
-    }
-    print(table(columns, names))
+    rows = [(name, f"{count(name):.3g}", f"{operations(name) / 1e6:.1f}") for name in names]
+    print(table(("rung", "launches", "million operations"), rows))
     for name in names if arguments.num_steps else ():
         print(timed(name, arguments.num_steps))
     return 0

@@ -1,11 +1,11 @@
 """A recording as Markdown tables: the same text on the terminal, in the README and in the docs."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from bench import probes
-from bench.case import Entry
+from bench.case import Entry, table
 from bench.operators import COMPILE, COPY, EMPTY, TORCH
 from bench.recording import Recording
 from bench.steps import REFERENCE
@@ -39,7 +39,7 @@ def steps(recording: Recording) -> str:
             f"{entry['loss_error']:.1e}",
         ]
         rows.append(row)
-    return f"{_sizes(entries[0])}\n\n{_table(header, rows, text_columns=1)}"
+    return f"{_sizes(entries[0])}\n\n{table(header, rows, text_columns=1)}"
 
 
 def label(entry: Entry) -> str:
@@ -67,7 +67,7 @@ def ladder(recording: Recording) -> str:
         for entry in recording.group("step")
         if entry["precision"] == "fp32"
     ]
-    return _table(["backend", "ms/step", "x eager", "floor, ms", "x floor"], rows, text_columns=1) if rows else ""
+    return table(["backend", "ms/step", "x eager", "floor, ms", "x floor"], rows, text_columns=1) if rows else ""
 
 
 def rivals(recording: Recording) -> str:
@@ -86,7 +86,7 @@ def rivals(recording: Recording) -> str:
                     f"{facts['ratio']:.2f}",
                 ]
             )
-    return _table(["case", "beside", "ms", "ms of the other", "ratio"], rows, text_columns=2) if rows else ""
+    return table(["case", "beside", "ms", "ms of the other", "ratio"], rows, text_columns=2) if rows else ""
 
 
 def others(recording: Recording) -> str:
@@ -100,7 +100,7 @@ def others(recording: Recording) -> str:
         shown = f"{_number(ms['min'])}..{_number(ms['max'])}" if ms["min"] < ms["max"] else "one round"
         rows.append([entry["group"], entry["id"], entry["per"], _number(ms["median"]), shown, ratios or "-"])
     header = ["group", "case", "per", "ms, median", "fastest..slowest", "speed"]
-    return _table(header, rows, text_columns=3) if rows else ""
+    return table(header, rows, text_columns=3) if rows else ""
 
 
 SWEPT = {"B": "B, windows a batch", "H": "H, hidden units", "T": "T, tokens a context", "V": "V, distinct tokens"}
@@ -132,7 +132,7 @@ def sweep(recording: Recording) -> str:
                 ]
             )
         header = [SWEPT[letter], "backend", "ms/step", "eager, ms/step", "x eager", "x floor"]
-        parts.append(_table(header, rows, text_columns=2))
+        parts.append(table(header, rows, text_columns=2))
     return "\n\n".join(parts)
 
 
@@ -154,7 +154,7 @@ def scale(recording: Recording) -> str:
     header = ["case", "ms/step", "tokens/s", "x eager", "x floor", "peak GiB"]
     sizes = {entry["id"].split()[0]: _sizes(entry) for entry in recording.group("scale")}
     listed = "\n".join(f"- {model}: {text}" for model, text in sizes.items())
-    return f"{_table(header, rows, text_columns=1)}\n\n{listed}" if rows else ""
+    return f"{table(header, rows, text_columns=1)}\n\n{listed}" if rows else ""
 
 
 def claims(recording: Recording) -> str:
@@ -172,7 +172,7 @@ def claims(recording: Recording) -> str:
             if promise in SCALED and (run := run_ratio(recording, SCALED[promise])) and run[1]:
                 shown += ", the loop's time scaled from 5,000 steps"
             rows.append([promise, f"{least:g}", shown, "yes" if value >= least else "**no**"])
-    return _table(["promise", "at least", "measured", "holds"], rows, text_columns=1) if rows else ""
+    return table(["promise", "at least", "measured", "holds"], rows, text_columns=1) if rows else ""
 
 
 def skipped(recording: Recording) -> str:
@@ -347,9 +347,3 @@ def _number(value: Any) -> str:
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4f}" if value < 1 else f"{value:.4g}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:
-    """A Markdown table whose first columns are text and the others numbers, to the right."""
-    rule = ["---"] * text_columns + ["--:"] * (len(header) - text_columns)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))

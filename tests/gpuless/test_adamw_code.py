@@ -5,9 +5,6 @@ See tests/test_adamw.py for why. Triton's interpreter never fuses; so what is re
 
 import importlib
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -21,6 +18,7 @@ from torch._inductor.runtime import triton_heuristics  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from bench import resources  # noqa: E402
 from mlp_fast.backends.compiled import step_options  # noqa: E402
 from mlp_fast.kernels._aot import Shipped  # noqa: E402
 from mlp_fast.kernels._math import mul_rn  # noqa: E402
@@ -91,15 +89,9 @@ def decay_kernel(p_ptr, decay_ptr, update_ptr, APART: tl.constexpr):
 def test_the_assembler_leaves_the_product_apart(capability: int) -> None:
     for apart in (True, False):
         tensors = dict.fromkeys(("p_ptr", "decay_ptr", "update_ptr"), torch.empty(128))
-        sass = disassembly(Shipped(decay_kernel, tensors | {"APART": apart}).compile(capability).asm["cubin"])
+        cubin = Shipped(decay_kernel, tensors | {"APART": apart}).compile(capability).asm["cubin"]
+        sass = resources.told(cubin, "cuobjdump", "-sass")
         assert ("FMUL" in sass, "FFMA" in sass) == (apart, not apart)
-
-
-def disassembly(cubin: bytes) -> str:
-    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        return subprocess.run([binary, "-sass", file.name], check=True, capture_output=True, text=True).stdout
 
 
 class _Stop(Exception):

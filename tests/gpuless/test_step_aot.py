@@ -1,19 +1,17 @@
 """The machine code of the persistent kernel: what the grid barrier became. Spills are bench.resources' subject."""
 
 import re
-import subprocess
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from mlp_fast.kernels import persistent_step  # noqa: E402
-from mlp_fast.kernels._aot import Shipped  # noqa: E402
-from mlp_fast.kernels._runtime import interpreting  # noqa: E402
+from bench import resources
+from mlp_fast.kernels import persistent_step
+from mlp_fast.kernels._aot import Shipped
+from mlp_fast.kernels._runtime import interpreting
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="the interpreter is on, so nothing is compiled")
 CAPABILITIES = (80, 90, 100)
@@ -33,10 +31,7 @@ def compiled(capability: int) -> tuple[str, list[Instruction]]:
         s for s in shipped if s.precision == "tf32x3" and capability in s.capabilities and s.arguments["C"].B == 128
     )
     kernel = launch.compile(capability)
-    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
-        disassembly = subprocess.run([binary, "-sass", file.name], check=True, capture_output=True, text=True).stdout
+    disassembly = resources.told(kernel.asm["cubin"], "cuobjdump", "-sass")
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", disassembly, re.MULTILINE)
     return kernel.asm["ptx"], [Instruction(int(address, 16), text) for address, text in found]
 

@@ -7,8 +7,8 @@ pytest tests/interpreted.
 from importlib.util import find_spec
 
 import torch
+from prepared_once import prepare_once
 
-from bench.interpreter import prepare_once
 from mlp_fast.kernels._runtime import enable_interpreter
 
 if not torch.cuda.is_available():

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from prepared_once import prepare_once
 from torch import Tensor
 
-from bench.interpreter import prepare_once
 from mlp_fast.kernels.persistent_step import PersistentStep
 
 PHASES = ("embedding_phase", "forward_phase", "softmax_phase", "gradient_phase", "update_phase", "resident_update")

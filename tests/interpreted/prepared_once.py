@@ -1,4 +1,4 @@
-"""Triton's interpreter, made quicker for tests and counts."""
+"""Triton's interpreter, made quicker for the tests."""
 
 from collections.abc import Callable
 from typing import Any
