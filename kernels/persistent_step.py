@@ -50,6 +50,7 @@ from .train_step import (
     output_weight_gradient,
     softmax_phase,
     update_phase,
+    zero_of_step,
 )
 
 RESIDENT_UNITS = 16  # hidden units of a program in the resident form
@@ -103,7 +104,7 @@ class Share(NamedTuple):
 @triton.jit
 def share_of(p, s, C: tl.constexpr):
     """The share of program p."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)  # see train_step.py
+    zero = zero_of_step(s)
     unit = p // C.R * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
     e, v = zero + tl.arange(0, C.SHARE_E), zero + tl.arange(0, C.SHARE_VP)
     in_v = (v < C.SHARE_V) & (p % C.R * C.SHARE_V + v < C.V)
@@ -150,7 +151,7 @@ def load_w1(own, buf, C: tl.constexpr, T: tl.constexpr):
     """W1 and its moments, three tensors for every position: positions are not padded, and one at a time is updated."""
     w1 = ()
     for t in tl.static_range(T):
-        w1 += (load_three(buf.state + C.W1 + t * C.E, C.PLANE, own.w1, own.in_w1),)
+        w1 += (load_three(buf.state + C.W1_OFFSET + t * C.E, C.PLANE, own.w1, own.in_w1),)
     return w1
 
 
@@ -161,7 +162,7 @@ def update_w1(w1, own, p, s, buf, C: tl.constexpr, T: tl.constexpr):
     new = ()
     for t in tl.static_range(T):
         dw1 = hidden_weight_gradient(t, own.unit, own.e, s, wte, buf, C)
-        three = adamw_of(w1[t], dw1, buf.state + C.W1 + t * C.E, own.w1, own.in_w1, buf.scalars + 3 * s)
+        three = adamw_of(w1[t], dw1, buf.state + C.W1_OFFSET + t * C.E, own.w1, own.in_w1, buf.scalars + 3 * s)
         tl.store(buf.w1t + (t * C.E + own.e[None, :]) * C.H + own.unit[:, None], three[0], mask=own.in_w1)
         new += (three,)
     return new
@@ -171,7 +172,7 @@ def update_w1(w1, own, p, s, buf, C: tl.constexpr, T: tl.constexpr):
 def store_w1_moments(w1, own, buf, C: tl.constexpr, T: tl.constexpr):
     """Stores both moments of W1, one and two planes behind it."""
     for t in tl.static_range(T):
-        store_moments(w1[t], buf.state + C.W1 + t * C.E, C.PLANE, own.w1, own.in_w1)
+        store_moments(w1[t], buf.state + C.W1_OFFSET + t * C.E, C.PLANE, own.w1, own.in_w1)
 
 
 @triton.jit
@@ -180,8 +181,10 @@ def resident_update(p, s, buf, w1, b1, w2, C: tl.constexpr):
     if p == C.R - 1:
         output_bias_phase(s, buf, C)
     own, scalars = share_of(p, s, C), buf.scalars + 3 * s
-    b1 = adamw_of(b1, hidden_bias_gradient(own.unit, buf, C), buf.state + C.B1, own.unit, own.in_b1, scalars)
-    w2 = adamw_of(w2, output_weight_gradient(own.v, own.unit, buf, C), buf.state + C.W2, own.w2, own.in_w2, scalars)
+    db1 = hidden_bias_gradient(own.unit, buf, C)
+    b1 = adamw_of(b1, db1, buf.state + C.B1_OFFSET, own.unit, own.in_b1, scalars)
+    dw2 = output_weight_gradient(own.v, own.unit, buf, C)
+    w2 = adamw_of(w2, dw2, buf.state + C.W2_OFFSET, own.w2, own.in_w2, scalars)
     tl.store(buf.w2t + own.unit[None, :] * C.V + own.v[:, None], w2[0], mask=own.in_w2)
     embedding_gradient_phase(p, s, buf, C)
     w1 = update_w1(w1, own, p, s, buf, C, C.T)
@@ -195,8 +198,8 @@ def resident_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_pr
     first = tl.load(buf.clock)
     own = share_of(p, first, C)
     w1 = load_w1(own, buf, C, C.T)
-    b1 = load_three(buf.state + C.B1, C.PLANE, own.unit, own.in_b1)
-    w2 = load_three(buf.state + C.W2, C.PLANE, own.w2, own.in_w2)
+    b1 = load_three(buf.state + C.B1_OFFSET, C.PLANE, own.unit, own.in_b1)
+    w2 = load_three(buf.state + C.W2_OFFSET, C.PLANE, own.w2, own.in_w2)
     for i in range(steps):
         s = first + i
         if i > 0:
@@ -218,8 +221,8 @@ def resident_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_pr
     embedding_phase(p, first + steps - 1, buf, C)
     own = share_of(p, first + steps, C)
     store_w1_moments(w1, own, buf, C, C.T)
-    store_moments(b1, buf.state + C.B1, C.PLANE, own.unit, own.in_b1)
-    store_moments(w2, buf.state + C.W2, C.PLANE, own.w2, own.in_w2)
+    store_moments(b1, buf.state + C.B1_OFFSET, C.PLANE, own.unit, own.in_b1)
+    store_moments(w2, buf.state + C.W2_OFFSET, C.PLANE, own.w2, own.in_w2)
     if p == 0:
         tl.store(buf.clock, first + steps)
 

@@ -43,10 +43,6 @@ as in eager mode. Each sum has a flag of its own, because programs that are ahea
 the logits: so a flag is set and read on different sides of a wait, and the outcome does not depend on who is ahead. A
 dwte that does not fit makes wte NaN, and so the logits of the next step, not those of its own.
 
-Every phase adds a zero to its ranges, s >> 62, which no compiler can tell from other numbers. It ties them to the step:
-else the persistent kernel's compiler computes the addresses of all phases before its loop over steps, and they fill
-the registers.
-
 Versions: 1, one group of rows, R = 1. 2, this one. No time has been measured on a GPU yet; docs/kernels.md counts
 what both execute.
 """
@@ -189,31 +185,31 @@ class StepConfig:
         share = max(1, self.B // self.PROGRAMS).bit_length() - 1
         return min(self.BLOCK_D, 2**share) if self.rows else min(self.BLOCK_D, triton.next_power_of_2(self.GROUP))
 
-    # Offsets of W1, b1, W2 and b2 in a plane of `state`, and the plane's length, in floats; rounded up for alignment.
+    # Where W1, b1, W2 and b2 begin in a plane of `state`, and its length, in floats; rounded up for alignment.
     @property
-    def W1(self) -> int:
+    def W1_OFFSET(self) -> int:
         """Offset of W1, (H, T*E)."""
         return 0
 
     @property
-    def B1(self) -> int:
+    def B1_OFFSET(self) -> int:
         """Offset of b1, (H,)."""
         return _aligned(self.H * self.T * self.E)
 
     @property
-    def W2(self) -> int:
+    def W2_OFFSET(self) -> int:
         """Offset of W2, (V, H)."""
-        return self.B1 + _aligned(self.H)
+        return self.B1_OFFSET + _aligned(self.H)
 
     @property
-    def B2(self) -> int:
+    def B2_OFFSET(self) -> int:
         """Offset of b2, (V,)."""
-        return self.W2 + _aligned(self.V * self.H)
+        return self.W2_OFFSET + _aligned(self.V * self.H)
 
     @property
     def PLANE(self) -> int:
         """Length of a plane."""
-        return self.B2 + _aligned(self.V)
+        return self.B2_OFFSET + _aligned(self.V)
 
 
 def _aligned(count: int) -> int:
@@ -247,6 +243,16 @@ class Buffers(NamedTuple):
 
 
 @triton.jit
+def zero_of_step(s):
+    """0, int32, of step s; every phase adds it to its ranges.
+
+    s >> 62 is always 0, but it makes addresses depend on the step. So the compiler of the persistent kernel cannot
+    compute the addresses of all phases before the loop over steps, where they would fill the registers and spill.
+    """
+    return tl.multiple_of((s >> 62).to(tl.int32), 16)
+
+
+@triton.jit
 def adamw_at(ptr, PLANE: tl.constexpr, offsets, mask, grad, scalars_ptr, REPLICATED: tl.constexpr = False):
     """AdamW of the parameters at ptr + offsets, whose moments lie one and two planes further.
 
@@ -271,6 +277,7 @@ def add_to_sum(sum_ptr, offsets, mask, value, fault_ptr, SCALE: tl.constexpr, LI
     if C.deterministic:
         fits = tl.abs(value) < LIMIT  # false for NaN as well
         tl.store(fault_ptr + tl.zeros_like(offsets), 1, mask=mask & (fits == 0))
+        # sum += int64(value * SCALE)
         fixed = (tl.where(fits, value, 0.0) * SCALE).to(tl.int64)
         tl.atomic_add(sum_ptr + offsets, fixed, mask=mask, sem="relaxed")
     else:
@@ -282,6 +289,7 @@ def read_sum(sum_ptr, offsets, mask, fault_ptr, SCALE: tl.constexpr, C: tl.const
     """The value of a finished sum, fp32."""
     value = tl.load(sum_ptr + offsets, mask=mask, other=0)
     if C.deterministic:
+        # value = sum / SCALE
         value = value.to(tl.float32) * (1.0 / SCALE)
         value = tl.where(tl.load(fault_ptr) != 0, float("nan"), value)
     return value
@@ -298,6 +306,7 @@ def clear_sum(p, sum_ptr, SIZE: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def window_starts(s, rows, num_windows, C: tl.constexpr):
     """Where on the tape the windows of these batch rows begin at step s, int32."""
+    # start = (s B + b) mod num_windows
     first = ((s * C.B) % num_windows).to(tl.int32)
     return (first + rows) % num_windows
 
@@ -322,10 +331,12 @@ def dot_one_hot(ones, x, acc, C: tl.constexpr):
 @triton.jit
 def cross_entropy(logits, is_target, C: tl.constexpr):
     """Row losses and the gradient of their mean over the batch, (softmax(logits) - onehot(y)) / B."""
+    # loss = log(sum_v exp(z_v)) - z_y,  z = logits - max_v logits   (rows,)
     shifted = logits - tl.max(logits, axis=1)[:, None]
     exponential = tl.exp(shifted)
     total = tl.sum(exponential, axis=1)
     losses = tl.log(total) - tl.sum(tl.where(is_target, shifted, 0.0), axis=1)
+    # dlogits = (exp(z) / sum_v exp(z_v) - onehot(y)) / B   (rows, VP)
     dlogits = (exponential / total[:, None] - tl.where(is_target, 1.0, 0.0)) * (1.0 / C.B)
     return losses, dlogits
 
@@ -336,7 +347,7 @@ def cross_entropy(logits, is_target, C: tl.constexpr):
 @triton.jit
 def embedding_phase(p, s, buf, C: tl.constexpr):
     """AdamW of program p's replica of wte with the finished gradient of step s."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     replica = buf.replicas + p * (3 * C.V * C.E)
     sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
     for first in range(0, C.V * C.E, 1024):
@@ -350,7 +361,7 @@ def embedding_phase(p, s, buf, C: tl.constexpr):
 @triton.jit
 def table_phase(p, s, buf, C: tl.constexpr):
     """table[t, v] = wte[v] @ W1[:, t]^T for program p's units."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     wte = buf.replicas + p * (3 * C.V * C.E)
     table = buf.table + p % C.R * (C.T * C.V * C.H)
     for tile in range(p // C.R, C.TILES, C.G):
@@ -369,6 +380,7 @@ def table_phase(p, s, buf, C: tl.constexpr):
                         mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
                         other=0.0,
                     )
+                    # table[t, v] += wte[v, e] @ W1[:, t, e]^T   (BLOCK_V, BLOCK_H)
                     acc = dot(rows, weight, acc, C)
                 tl.store(
                     table + (t * C.V + v[:, None]) * C.H + unit[None, :],
@@ -384,7 +396,7 @@ def gathered_sum(acc, unit, start, first, p, s, buf, C: tl.constexpr, T: tl.cons
 
     All loads come before all products, so that their latencies overlap.
     """
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     wte = buf.replicas + p * (3 * C.V * C.E)
     tokens = ()
     for t in tl.static_range(T):
@@ -402,6 +414,7 @@ def gathered_sum(acc, unit, start, first, p, s, buf, C: tl.constexpr, T: tl.cons
                 ),
             )
     for i in tl.static_range(T * BLOCKS):
+        # pre += wte[x_t, e] @ W1[:, t, e]^T   (BLOCK_B, BLOCK_H)
         acc = dot(rows[i], weights[i], acc, C)
     return acc
 
@@ -409,15 +422,16 @@ def gathered_sum(acc, unit, start, first, p, s, buf, C: tl.constexpr, T: tl.cons
 @triton.jit
 def hidden_phase(p, s, buf, num_windows, C: tl.constexpr):
     """h = tanh(b1 + sum_t table[t, x_t]) for program p's units and rows."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     table = buf.table + p % C.R * (C.T * C.V * C.H)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
-        bias = tl.load(buf.state + C.B1 + unit, mask=unit < C.H, other=0.0)
+        bias = tl.load(buf.state + C.B1_OFFSET + unit, mask=unit < C.H, other=0.0)
         for b0 in range(0, C.GROUP, C.BLOCK_B):
             b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
             mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
             start = window_starts(s, b, num_windows, C)
+            # h = tanh(b1 + sum_t wte[x_t] @ W1[:, t]^T)   (BLOCK_B, BLOCK_H)
             pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
             if C.gather and C.ahead:
                 pre = gathered_sum(pre, unit, start, 0, p, s, buf, C, C.T, C.E_BLOCKS)
@@ -438,13 +452,13 @@ def logits_phase(p, s, buf, C: tl.constexpr):
 
     Clears the other sum.
     """
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     sum_ptr = buf.logits + (s % 2) * (C.B * C.V)
     for b0 in range(0, C.GROUP, C.BLOCK_B):
         b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
         for v0 in range(0, C.V, C.BLOCK_V):
             v = v0 + (zero + tl.arange(0, C.BLOCK_V))
-            bias = tl.load(buf.state + C.B2 + v, mask=(v < C.V) & (p < C.R), other=0.0)
+            bias = tl.load(buf.state + C.B2_OFFSET + v, mask=(v < C.V) & (p < C.R), other=0.0)
             acc = tl.full((C.BLOCK_B, C.BLOCK_V), 0.0, tl.float32) + bias[None, :]
             for tile in range(p // C.R, C.TILES, C.G):
                 unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
@@ -458,6 +472,7 @@ def logits_phase(p, s, buf, C: tl.constexpr):
                     mask=(v[None, :] < C.V) & (unit[:, None] < C.H),
                     other=0.0,
                 )
+                # logits += h @ W2^T over the tile   (BLOCK_B, BLOCK_V)
                 acc = dot(h, weight, acc, C)
             mask = (b[:, None] < C.B) & (v[None, :] < C.V)
             add_to_sum(sum_ptr, b[:, None] * C.V + v[None, :], mask, acc, buf.fault, LOGITS_SCALE, LOGITS_LIMIT, C)
@@ -476,7 +491,7 @@ def dlogits_for(p, buf, C: tl.constexpr):
 @triton.jit
 def softmax_block(b, dlogits_ptr, first, s, buf, num_windows, C: tl.constexpr):
     """Losses and dlogits of these rows; with `first` the losses are stored, else another program stores the same."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     v = zero + tl.arange(0, C.VP)
     offsets = b[:, None] * C.V + v[None, :]
     mask = (b[:, None] < C.B) & (v[None, :] < C.V)
@@ -497,7 +512,7 @@ def softmax_phase(p, s, buf, num_windows, C: tl.constexpr):
 
     Without `rows`: of all rows of p's group, into a copy for p's tiles.
     """
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     dlogits_ptr = dlogits_for(p, buf, C)
     if C.rows:
         for b0 in range(p * C.BLOCK_R, C.B, C.PROGRAMS * C.BLOCK_R):
@@ -513,10 +528,11 @@ def softmax_phase(p, s, buf, num_windows, C: tl.constexpr):
 @triton.jit
 def output_bias_phase(s, buf, C: tl.constexpr):
     """The batch loss of step s, added in the order of the rows, and db2 with the update of b2; one program's share."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     losses = tl.zeros((256,), tl.float32)
     for b0 in range(0, C.B, 256):
         b = b0 + (zero + tl.arange(0, 256))
+        # loss = sum_b row_loss[b] / B
         losses += tl.load(buf.row_losses + b, mask=b < C.B, other=0.0)
     tl.store(buf.losses + s, tl.sum(losses, axis=0) / C.B)
 
@@ -525,14 +541,15 @@ def output_bias_phase(s, buf, C: tl.constexpr):
     for b0 in range(0, C.B, C.BLOCK_D):
         b = b0 + (zero + tl.arange(0, C.BLOCK_D))
         mask = (b[:, None] < C.B) & (v[None, :] < C.V)
+        # db2 = sum_b dlogits[b]   (VP,)
         db2 += tl.sum(tl.load(buf.dlogits + b[:, None] * C.V + v[None, :], mask=mask, other=0.0), axis=0)
-    adamw_at(buf.state + C.B2, C.PLANE, v, v < C.V, db2, buf.scalars + 3 * s, REPLICATED=True)
+    adamw_at(buf.state + C.B2_OFFSET, C.PLANE, v, v < C.V, db2, buf.scalars + 3 * s, REPLICATED=True)
 
 
 @triton.jit
 def output_phase(p, s, buf, C: tl.constexpr):
     """dpre = (dlogits @ W2) (1 - h^2) for program p's units and rows; their sums over the rows are db1's part."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     dlogits_ptr = dlogits_for(p, buf, C)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
@@ -548,14 +565,16 @@ def output_phase(p, s, buf, C: tl.constexpr):
                     other=0.0,
                 )
                 weight = tl.load(
-                    buf.state + C.W2 + v[:, None] * C.H + unit[None, :],
+                    buf.state + C.W2_OFFSET + v[:, None] * C.H + unit[None, :],
                     mask=(v[:, None] < C.V) & (unit[None, :] < C.H),
                     other=0.0,
                 )
+                # dh += dlogits @ W2   (BLOCK_B, BLOCK_H)
                 dh = dot(dlogits, weight, dh, C)
             mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
             offsets = b[:, None] * C.H + unit[None, :]
             h = tl.load(buf.hidden + offsets, mask=mask, other=0.0)
+            # dpre = dh (1 - h^2),  db1 = sum_b dpre[b]
             dpre = dh * (1.0 - h * h)
             tl.store(buf.dpre + offsets, dpre, mask=mask)
             db1 += tl.sum(dpre, axis=0)
@@ -565,7 +584,7 @@ def output_phase(p, s, buf, C: tl.constexpr):
 @triton.jit
 def output_gradient_phase(p, s, buf, C: tl.constexpr):
     """dW2 = dlogits^T @ h of program p's units, summed over its rows."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     dlogits_ptr = dlogits_for(p, buf, C)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
@@ -584,6 +603,7 @@ def output_gradient_phase(p, s, buf, C: tl.constexpr):
                     mask=(b[:, None] < C.B) & (unit[None, :] < C.H),
                     other=0.0,
                 )
+                # dW2 += dlogits^T @ h   (BLOCK_V, BLOCK_H)
                 dw2 = dot(dlogits, h, dw2, C)
             mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
             tl.store(buf.dw2 + (p % C.R * C.V + v[:, None]) * C.H + unit[None, :], dw2, mask=mask)
@@ -592,7 +612,7 @@ def output_gradient_phase(p, s, buf, C: tl.constexpr):
 @triton.jit
 def table_gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
     """dtable[t, v] = sum of dpre[b] over program p's rows with x_bt = v, as one-hot products; in the table's place."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         for v0 in range(0, C.V, C.BLOCK_V):
@@ -605,6 +625,7 @@ def table_gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
                     for b0 in range(0, C.GROUP, C.BLOCK_B):
                         b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
                         token = tl.load(buf.tape + window_starts(s, b, num_windows, C) + t).to(tl.int32)
+                        # dtable[t] += onehot(x_t)^T @ dpre   (BLOCK_V, BLOCK_H)
                         acc = dot_one_hot(one_hot(v, token), gradient_rows(b, unit, buf, C), acc, C)
                     store_table_gradient(t, v, unit, acc, p, buf, C)
     tl.debug_barrier()
@@ -613,7 +634,7 @@ def table_gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
 @triton.jit
 def table_gradients(v, unit, p, s, buf, num_windows, C: tl.constexpr, T: tl.constexpr):
     """dtable of these tokens and units at all positions; dpre is loaded once for all of them."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     sums = ()
     for _ in tl.static_range(T):
         sums += (tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32),)
@@ -624,6 +645,7 @@ def table_gradients(v, unit, p, s, buf, num_windows, C: tl.constexpr, T: tl.cons
         added = ()
         for t in tl.static_range(T):
             token = tl.load(buf.tape + start + t).to(tl.int32)
+            # dtable[t] += onehot(x_t)^T @ dpre   (BLOCK_V, BLOCK_H)
             added += (dot_one_hot(one_hot(v, token), dpre, sums[t], C),)
         sums = added
     for t in tl.static_range(T):
@@ -676,12 +698,12 @@ def output_weight_gradient(v, unit, buf, C: tl.constexpr):
 @triton.jit
 def output_weight_phase(p, s, buf, C: tl.constexpr):
     """The update of b1, and of program p's share of the rows of W2."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         if p % C.R == 0:
             db1 = hidden_bias_gradient(unit, buf, C)
-            adamw_at(buf.state + C.B1, C.PLANE, unit, unit < C.H, db1, buf.scalars + 3 * s, REPLICATED=True)
+            adamw_at(buf.state + C.B1_OFFSET, C.PLANE, unit, unit < C.H, db1, buf.scalars + 3 * s, REPLICATED=True)
         for v0 in range(0, C.SHARE_V, C.BLOCK_W):
             share = v0 + (zero + tl.arange(0, C.BLOCK_W))
             v = p % C.R * C.SHARE_V + share
@@ -689,7 +711,7 @@ def output_weight_phase(p, s, buf, C: tl.constexpr):
             dw2 = output_weight_gradient(v, unit, buf, C)
             offsets = v[:, None] * C.H + unit[None, :]
             w2 = adamw_at(
-                buf.state + C.W2, C.PLANE, offsets, mask, dw2, buf.scalars + 3 * s,
+                buf.state + C.W2_OFFSET, C.PLANE, offsets, mask, dw2, buf.scalars + 3 * s,
                 REPLICATED=32 * C.num_warps > C.BLOCK_W * C.BLOCK_H,
             )  # fmt: skip
             tl.store(buf.w2t + unit[None, :] * C.V + v[:, None], w2, mask=mask)
@@ -714,7 +736,7 @@ def embedding_gradient_phase(p, s, buf, C: tl.constexpr):
 @triton.jit
 def add_embedding_gradient(p, s, buf, C: tl.constexpr):
     """Adds sum_t dtable[t] @ W1[:, t] over program p's units, in its columns, to the sum of dwte of step s."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
     for v0 in range(0, C.V, C.BLOCK_V):
         v = v0 + (zero + tl.arange(0, C.BLOCK_V))
@@ -726,10 +748,11 @@ def add_embedding_gradient(p, s, buf, C: tl.constexpr):
                 for t in range(C.T):
                     dtable = table_gradient(t, v[:, None], unit[None, :], buf, C)
                     weight = tl.load(
-                        buf.state + C.W1 + unit[:, None] * (C.T * C.E) + t * C.E + e[None, :],
+                        buf.state + C.W1_OFFSET + unit[:, None] * (C.T * C.E) + t * C.E + e[None, :],
                         mask=(unit[:, None] < C.H) & (e[None, :] < C.E),
                         other=0.0,
                     )
+                    # dwte += dtable[t] @ W1[:, t]   (BLOCK_V, BLOCK_S)
                     acc = dot(dtable, weight, acc, C)
             mask = (v[:, None] < C.V) & (e[None, :] < C.E)
             add_to_sum(sum_ptr, v[:, None] * C.E + e[None, :], mask, acc, buf.fault + 1, DWTE_SCALE, DWTE_LIMIT, C)
@@ -738,12 +761,13 @@ def add_embedding_gradient(p, s, buf, C: tl.constexpr):
 @triton.jit
 def hidden_weight_gradient(t, unit, e, s, wte, buf, C: tl.constexpr):
     """dW1[:, t] = dtable[t]^T @ wte of these units and columns."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     dw1 = tl.full((unit.shape[0], e.shape[0]), 0.0, tl.float32)
     for v0 in range(0, C.V, C.BLOCK_V):
         v = v0 + (zero + tl.arange(0, C.BLOCK_V))
         dtable = table_gradient(t, v[None, :], unit[:, None], buf, C)
         rows = tl.load(wte + v[:, None] * C.E + e[None, :], mask=(v[:, None] < C.V) & (e[None, :] < C.E), other=0.0)
+        # dW1[:, t] += dtable[t]^T @ wte   (units, columns)
         dw1 = dot(dtable, rows, dw1, C)
     return dw1
 
@@ -751,7 +775,7 @@ def hidden_weight_gradient(t, unit, e, s, wte, buf, C: tl.constexpr):
 @triton.jit
 def hidden_weight_phase(p, s, buf, C: tl.constexpr):
     """The gradient and update of W1's rows, in program p's share of their columns."""
-    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = zero_of_step(s)
     wte = buf.replicas + p * (3 * C.V * C.E)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
@@ -761,7 +785,7 @@ def hidden_weight_phase(p, s, buf, C: tl.constexpr):
                 dw1 = hidden_weight_gradient(t, unit, e, s, wte, buf, C)
                 offsets = unit[:, None] * (C.T * C.E) + t * C.E + e[None, :]
                 mask = (unit[:, None] < C.H) & (e[None, :] < C.E)
-                w1 = adamw_at(buf.state + C.W1, C.PLANE, offsets, mask, dw1, buf.scalars + 3 * s)
+                w1 = adamw_at(buf.state + C.W1_OFFSET, C.PLANE, offsets, mask, dw1, buf.scalars + 3 * s)
                 tl.store(buf.w1t + (t * C.E + e[None, :]) * C.H + unit[:, None], w1, mask=mask)
 
 
@@ -963,9 +987,10 @@ class TrainStep:
         planes = []
         for k in range(3):
             plane = buf.state[k]
-            w1 = plane[C.W1 : C.W1 + C.H * C.T * C.E].view(C.H, C.T * C.E)
-            w2 = plane[C.W2 : C.W2 + C.V * C.H].view(C.V, C.H)
-            planes.append([buf.replicas[0, k], w1, plane[C.B1 : C.B1 + C.H], w2, plane[C.B2 : C.B2 + C.V]])
+            w1 = plane[C.W1_OFFSET : C.W1_OFFSET + C.H * C.T * C.E].view(C.H, C.T * C.E)
+            w2 = plane[C.W2_OFFSET : C.W2_OFFSET + C.V * C.H].view(C.V, C.H)
+            b1, b2 = plane[C.B1_OFFSET : C.B1_OFFSET + C.H], plane[C.B2_OFFSET : C.B2_OFFSET + C.V]
+            planes.append([buf.replicas[0, k], w1, b1, w2, b2])
         return planes
 
     def load(self, planes: Sequence[Sequence[Tensor]], step: int) -> None:
