@@ -1,6 +1,6 @@
 """What a benchmark is: a case that prepares itself, is timed in rounds by whoever runs it, and makes an entry."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,6 +70,33 @@ def plain_timer(work: Callable[[], object], before: Callable[[], None], rounds: 
         rest()
         times.append(seconds(work))
     return times
+
+
+def timed_beside(
+    timer: Timer, work: Callable[[], object], others: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1
+) -> Entry:
+    """Times some work, and before each of its rounds everything else that it is compared with, each after a rest.
+
+    Args:
+        others: by name; they do the same as `work`, in another way.
+        calls: how often `work`, and each of the others, does what is measured.
+
+    Returns:
+        `ms`, the Spread of a call; and `rivals`, by name `ms` and `ratio`, how many times as long as `work` it takes.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in others}
+
+    def before() -> None:
+        for name, other in others.items():
+            rest()
+            samples[name].append(seconds(other) / calls)
+
+    spread = Spread.of([1e3 * t / calls for t in timer(work, before, rounds)])
+    beside = {name: Spread.of([1e3 * t for t in times]) for name, times in samples.items()}
+    return {
+        "ms": asdict(spread),
+        "rivals": {name: {"ms": asdict(s), "ratio": s.median / spread.median} for name, s in beside.items()},
+    }
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from bench import floor
-from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer
+from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, timed_beside
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
 from mlp_fast.corpus.load import Corpus, load
 from mlp_fast.corpus.prompt import default_prompt
 from mlp_fast.measure.equivalence import BASELINE, Verifier, require
-from mlp_fast.measure.timing import Spread, seconds
 from mlp_fast.model.mlp import MLP, Shape
 from mlp_fast.model.rng import RNG
 from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED
@@ -53,17 +52,8 @@ def _backend_case(group: str, name: str, per: str, plan: Plan, task_of: Callable
 
             return waited
 
-        work, eager = made(name), made(BASELINE)
-        eager_times: list[float] = []
-        times = timer(work, lambda: eager_times.append(1e3 * seconds(eager)), plan.rounds)
-        spread, other = Spread.of([1e3 * t for t in times]), Spread.of(eager_times)
-        rival = {"ms": dataclasses.asdict(other), "ratio": other.median / spread.median}
-        return {
-            "backend": name,
-            "per": per,
-            "ms": dataclasses.asdict(spread),
-            "rivals": {} if name == BASELINE else {BASELINE: rival},
-        }
+        others = {} if name == BASELINE else {BASELINE: made(BASELINE)}
+        return {"backend": name, "per": per, **timed_beside(timer, made(name), others, plan.rounds)}
 
     return Case(group, name, run)
 

@@ -5,7 +5,7 @@ So what is timed is the device's time for kernels back to back, and not how fast
 compared with float64 first: error(fused) <= 2 * error(torch) + 1e-6, relative to the largest number, in every result.
 """
 
-import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import floor
-from bench.case import Case, Entry, Plan, Timer
+from bench.case import Case, Entry, Plan, Timer, timed_beside
 from mlp_fast import ops
 from mlp_fast.config import Config
 from mlp_fast.measure.equivalence import NotEquivalent
-from mlp_fast.measure.timing import Spread, seconds
+from mlp_fast.measure.timing import seconds
 from mlp_fast.model.mlp import B1, B2, W1, W2, WTE, Shape, initial_parameters
 from mlp_fast.model.schedule import BETA1, BETA2, EPS
 
 CALLS = 100  # in a captured graph
+WARM = 3  # calls before any that counts
 TORCH, COMPILE, COPY, EMPTY = "torch", "torch.compile", "copy of as many bytes", "an empty kernel"
 NAIVE = "naive kernel"
 CHUNKED = "F.linear_cross_entropy"  # in chunks of rows, without all logits in memory
@@ -154,19 +155,32 @@ def check(name: str, make: Maker, config: Config, device: torch.device) -> None:
             raise NotEquivalent(f"{name} is not equivalent: off by {mine:.1e}, torch by {theirs:.1e}")
 
 
-def repeated(work: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
-    """Something that does the work often enough to be timed and waits for it, and how often it does."""
+def calls_of(work: Callable[[], object], plan: Plan) -> int:
+    """How many calls of the work make a round: a single one of a millisecond would time how the threads wake up."""
+    if plan.device != "cpu":
+        return CALLS
+    return max(1, math.ceil(plan.round_seconds / min(seconds(work) for _ in range(WARM))))
+
+
+def repeated(work: Callable[[], object], device: torch.device, calls: int) -> Callable[[], object]:
+    """Something that does the work so many times and waits for it."""
     if device.type == "cpu":
-        return work, 1
+
+        def repeat() -> None:
+            for _ in range(calls):
+                work()
+
+        work()
+        return repeat
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # autograd must have run where it is captured
-        for _ in range(3):
+        for _ in range(WARM):
             work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS):
+        for _ in range(calls):
             work()
 
     def replay() -> None:
@@ -174,14 +188,14 @@ def repeated(work: Callable[[], object], device: torch.device) -> tuple[Callable
         torch.cuda.synchronize()
 
     replay()
-    return replay, CALLS
+    return replay
 
 
 # What is timed beside an operator: (config, device) -> work.
-Rival = Callable[[Config, torch.device], Callable[[], object]]
+Other = Callable[[Config, torch.device], Callable[[], object]]
 
 
-def operator_case(name: str, make: Maker, config: Config, plan: Plan, more: dict[str, Rival] | None = None) -> Case:
+def operator_case(name: str, make: Maker, config: Config, plan: Plan, more: dict[str, Other] | None = None) -> Case:
     """An operator beside plain torch, and beside what else is given."""
     device, precision = torch.device(plan.device), config.precision
 
@@ -191,35 +205,17 @@ def operator_case(name: str, make: Maker, config: Config, plan: Plan, more: dict
         try:
             check(name, make, config, device)
             works: dict[str, Callable[[], object]] = {TORCH: make(config, device, torch.float32, False)}
-            works |= {rival: of(config, device) for rival, of in (more or {}).items()}
+            works |= {other: of(config, device) for other, of in (more or {}).items()}
             fused = make(config, device, torch.float32, True)
-            peaks = {rival: _peak_bytes(work, device) for rival, work in ((name, fused), (TORCH, works[TORCH]))}
-            mine, calls = repeated(fused, device)
-            rivals = {rival: repeated(work, device)[0] for rival, work in works.items()}
-            other: dict[str, list[float]] = {rival: [] for rival in rivals}
-
-            def before() -> None:
-                for rival, work in rivals.items():
-                    other[rival].append(1e3 * seconds(work) / calls)
-
-            times = timer(mine, before, plan.rounds)
+            peak, torch_peak = _peak_bytes(fused, device), _peak_bytes(works[TORCH], device)
+            calls = calls_of(fused, plan)
+            others = {other: repeated(work, device, calls) for other, work in works.items()}
+            times = timed_beside(timer, repeated(fused, device, calls), others, plan.rounds, calls)
         finally:
             torch.set_float32_matmul_precision(before_precision)
-        spread = Spread.of([1e3 * t / calls for t in times])
-        beside: dict[str, Entry] = {}
-        for rival, milliseconds in other.items():
-            theirs = Spread.of(milliseconds)
-            beside[rival] = {"ms": dataclasses.asdict(theirs), "ratio": theirs.median / spread.median}
-        if peaks[name] is not None:
-            beside[TORCH]["peak_bytes"] = peaks[TORCH]
-        return {
-            "B": config.batch_size,
-            "precision": precision,
-            "per": "call",
-            "ms": dataclasses.asdict(spread),
-            "peak_bytes": peaks[name],
-            "rivals": beside,
-        }
+        if torch_peak is not None:
+            times["rivals"][TORCH]["peak_bytes"] = torch_peak
+        return {"B": config.batch_size, "precision": precision, "per": "call", "peak_bytes": peak, **times}
 
     return Case("kernels", f"{name}-{config.batch_size}-{precision}", run)
 
@@ -237,11 +233,11 @@ def _peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - held
 
 
-def _compiled(make: Maker) -> Rival:
+def _compiled(make: Maker) -> Other:
     return lambda config, device: torch.compile(make(config, device, torch.float32, False), fullgraph=True)
 
 
-def _chunked(backward: bool) -> dict[str, Rival]:
+def _chunked(backward: bool) -> dict[str, Other]:
     """torch's own operator, where this torch has it."""
     if not hasattr(F, "linear_cross_entropy"):
         return {}
@@ -309,7 +305,7 @@ def ceiling_cases(plan: Plan) -> Iterator[Case]:
     """The forward pass beside the ceilings of a large and of a small batch, and the memory of both passes."""
     forward, both = OPERATORS["embed_linear_tanh-table"], OPERATORS["embed_linear_tanh-table-and-backward"]
     large = plan.config() if plan.dry else plan.config(batch_size=LARGE_BATCH)
-    ceilings: dict[str, Rival] = {COMPILE: _compiled(forward), COPY: _copy}
+    ceilings: dict[str, Other] = {COMPILE: _compiled(forward), COPY: _copy}
     yield operator_case("large-embed_linear_tanh-table", forward, large, plan, ceilings)
     yield operator_case("large-embed_linear_tanh-table-and-backward", both, large, plan)
     auto = _embed_linear_tanh("auto", backward=False)

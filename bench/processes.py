@@ -1,6 +1,5 @@
 """Whole processes as cases: imports, a help text, one step, and training runs from start to end."""
 
-import dataclasses
 import math
 import re
 import subprocess
@@ -11,10 +10,9 @@ from functools import partial
 import torch
 
 from bench import floor
-from bench.case import Case, Entry, Plan, Skipped, Timer
+from bench.case import Case, Entry, Plan, Skipped, Timer, timed_beside
 from bench.steps import REFERENCE
 from mlp_fast.measure.equivalence import require
-from mlp_fast.measure.timing import Spread, seconds
 
 # The test loss after so many steps at the default settings on the embedded corpus, as bench.reference_loop prints it.
 TEST_LOSS = {20: 2.921876, 40: 2.766121, 5000: 2.425677, 50000: 2.388702}
@@ -42,24 +40,13 @@ def _process_case(
 
     def run(timer: Timer, probes: floor.Probes) -> Entry:
         name, *others = commands
-        samples: dict[str, list[float]] = {other: [] for other in others}
-
-        def before() -> None:
-            for other in others:
-                samples[other].append(1e3 * seconds(partial(process, other)))
-
-        times = timer(lambda: process(name), before, rounds)
-        spread = Spread.of([1e3 * t for t in times])
-        rivals = {other: Spread.of(samples[other]) for other in others if samples[other]}
+        beside = {other: partial(process, other) for other in others}
         return {
             **({} if steps is None else {"steps": steps}),
             "command": "python " + " ".join(commands[name]),
             "threads": torch.get_num_threads(),
             "per": per,
-            "ms": dataclasses.asdict(spread),
-            "rivals": {
-                other: {"ms": dataclasses.asdict(s), "ratio": s.median / spread.median} for other, s in rivals.items()
-            },
+            **timed_beside(timer, partial(process, name), beside, rounds),
         }
 
     return Case(group, id, run)

@@ -1,18 +1,16 @@
 """Reading a corpus, beside the plain way of Python: a list of a dictionary's answers, character by character."""
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from bench.case import Case, Entry, Plan, Timer
+from bench.case import Case, Entry, Plan, Timer, timed_beside
 from bench.floor import Probes
 from mlp_fast.corpus import load as corpus
 from mlp_fast.data import synthesize
 from mlp_fast.measure.equivalence import NotEquivalent
-from mlp_fast.measure.timing import Spread, seconds
 
 ENGLISH, CHINESE = synthesize.EMBEDDED / "train.txt", "天地玄黄宇宙洪荒日月盈昃辰宿列张\n"
 
@@ -39,15 +37,8 @@ def reading_cases(plan: Plan) -> Iterator[Case]:
                 expected, loaded = plain(folder), work()
                 if any((loaded.tapes[split].numpy() != expected[split]).any() for split in corpus.SPLITS):
                     raise NotEquivalent("the tokens are not those of plain Python")
-                others: list[float] = []
-                times = timer(work, lambda: others.append(1e3 * seconds(lambda: plain(folder))), min(plan.rounds, 5))
-            ms, other = Spread.of([1e3 * t for t in times]), Spread.of(others)
-            return {
-                "per": f"{size:,} bytes",
-                "ms": dataclasses.asdict(ms),
-                "bytes_per_second": size / min(times),
-                "rivals": {"python": {"ms": dataclasses.asdict(other), "ratio": other.median / ms.median}},
-            }
+                times = timed_beside(timer, work, {"python": lambda: plain(folder)}, min(plan.rounds, 5))
+            return {"per": f"{size:,} bytes", "bytes_per_second": 1e3 * size / times["ms"]["min"], **times}
 
         return Case("reading", name, run)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from bench import (
     suite,
     tables,
 )
-from bench.case import Case, Entry, Plan, Skipped, plain_timer
+from bench.case import Case, Entry, Plan, Skipped, plain_timer, timed_beside
 from bench.recording import Recording
 from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
@@ -219,6 +220,16 @@ def test_rivals_take_turns_with_the_case(monkeypatch: pytest.MonkeyPatch) -> Non
     case = step_case("slow", "eager")
     case.entry(plain_timer, PROBES)
     assert calls[-12:] == ["Eager", "Slow"] * 6
+
+
+def test_the_work_and_all_it_is_compared_with_are_timed_after_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs first after a rest waits for sleeping threads: it must do so to all or to none."""
+    done: list[str] = []
+    monkeypatch.setattr("bench.case.rest", lambda: done.append("rest"))
+    others = {name: partial(done.append, name) for name in ("first", "second")}
+    entry = timed_beside(plain_timer, partial(done.append, "work"), others, rounds=3)
+    assert done == ["rest", "first", "rest", "second", "rest", "work"] * 3
+    assert list(entry["rivals"]) == ["first", "second"]
 
 
 @pytest.mark.parametrize("group", suite.GROUPS)

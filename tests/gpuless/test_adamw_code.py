@@ -52,8 +52,9 @@ def launches() -> list[Any]:
     for module, names in UPDATING.items():
         seen = set()
         for i, shipped in enumerate(importlib.import_module(f"mlp_fast.kernels.{module}").shipped()):
-            name = shipped.kernel.__name__
-            if name in names and shipped.arguments.get("UPDATE", True):
+            name, C = shipped.kernel.__name__, shipped.arguments.get("C")
+            updates = name != "backward_kernel" or C.R == 1  # else update_kernel does
+            if name in names and updates and shipped.arguments.get("UPDATE", True):
                 marks = [pytest.mark.long] if name in seen else []
                 parameters.append(pytest.param(shipped, marks=marks, id=f"{name}-{shipped.precision}-{i}"))
                 seen.add(name)
