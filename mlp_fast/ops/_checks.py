@@ -18,6 +18,16 @@ def one_of(what: str, name: str, names: Iterable[str]) -> str:
     return name
 
 
+def plain_floats(first: Tensor, second: Tensor, third: Tensor | None) -> bool:
+    """Whether these are float32 in the CPU's memory, as most are: check_dtype() and check_device() take longer."""
+    return (
+        first.dtype is second.dtype is torch.float32
+        and first.is_cpu
+        and second.is_cpu
+        and (third is None or (third.dtype is torch.float32 and third.is_cpu))
+    )
+
+
 def check_dtype(names: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
     """All tensors have the same dtype, one of `dtypes`."""
     dtype = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.ops._checks import FLOATS
@@ -34,8 +34,10 @@ def kernels(name: str) -> ModuleType:
 
 def transformed(tensors: Sequence[Tensor | None]) -> bool:
     """Whether forward-mode AD or a transform of torch.func is at work, which opaque operators cannot follow."""
-    return torch._C._are_functorch_transforms_active() or any(
-        t is not None and unpack_dual(t).tangent is not None for t in tensors
+    # Only within a level of forward-mode AD have tensors tangents; to ask each of them takes microseconds.
+    return torch._C._are_functorch_transforms_active() or (
+        forward_ad._current_level >= 0
+        and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     )
 
 

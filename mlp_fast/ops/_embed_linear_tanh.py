@@ -17,6 +17,7 @@ from mlp_fast.ops._checks import (
     check_dtype,
     check_in_range,
     one_of,
+    plain_floats,
     shapes,
 )
 from mlp_fast.ops._dispatch import (
@@ -70,10 +71,11 @@ def embed_linear_tanh(
 def _check(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None, form: str, precision: str) -> None:
     one_of("form", form, FORMS)
     one_of("precision", precision, INPUT_PRECISION)
-    parameters = [wte, weight] if bias is None else [wte, weight, bias]
     check_dtype("idx", [idx], INTEGERS)
-    check_dtype("wte, weight and bias", parameters, FLOATS)
-    check_device("idx, wte, weight and bias", [idx, *parameters])
+    if not (idx.is_cpu and plain_floats(wte, weight, bias)):
+        parameters = [wte, weight] if bias is None else [wte, weight, bias]
+        check_dtype("wte, weight and bias", parameters, FLOATS)
+        check_device("idx, wte, weight and bias", [idx, *parameters])
     if (
         (idx.dim(), wte.dim(), weight.dim()) != (2, 2, 2)
         or weight.shape[1] != idx.shape[1] * wte.shape[1]

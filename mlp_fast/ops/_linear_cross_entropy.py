@@ -17,6 +17,7 @@ from mlp_fast.ops._checks import (
     check_dtype,
     check_in_range,
     one_of,
+    plain_floats,
     shapes,
 )
 from mlp_fast.ops._dispatch import (
@@ -90,10 +91,11 @@ def _check(
 ) -> None:  # fmt: skip
     one_of("precision", precision, INPUT_PRECISION)
     one_of("reduction", reduction, REDUCTIONS)
-    operands = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
     check_dtype("target", [target], INTEGERS)
-    check_dtype("input, linear_weight and linear_bias", operands, FLOATS)
-    check_device("input, linear_weight, linear_bias and target", [*operands, target])
+    if not (target.is_cpu and plain_floats(input, linear_weight, linear_bias)):
+        operands = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
+        check_dtype("input, linear_weight and linear_bias", operands, FLOATS)
+        check_device("input, linear_weight, linear_bias and target", [*operands, target])
     if (
         (input.dim(), linear_weight.dim(), target.dim()) != (2, 2, 1)
         or linear_weight.shape[1] != input.shape[1]
