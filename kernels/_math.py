@@ -37,6 +37,18 @@ def tanh(x):
 
 
 @triton.jit
+def load_dpre(dh_ptr, h_ptr, rows, cols, mask, H, stride_db, stride_dh):
+    """The gradient through h = tanh(pre), fp32, at rows x cols, which broadcast; 0 where masked.
+
+    dh has any strides, h is (any, H) contiguous.
+    """
+    dh = tl.load(dh_ptr + rows * stride_db + cols.to(tl.int64) * stride_dh, mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + rows * H + cols, mask=mask, other=0.0).to(tl.float32)
+    # dpre = dh (1 - h^2)
+    return dh * (1.0 - h * h)
+
+
+@triton.jit
 def mul_rn(x, y):
     """x * y of fp32, rounded to fp32 by itself; the compiler may not fuse it into an addition, as it may `x * y + z`.
 

@@ -12,7 +12,8 @@ operator uses the last two as its forms:
    tile. It removes most loads; the operations stay.
 3. `table`: only V*T different rows ever enter the layer, so P[t, v] = weight[:, tE:(t+1)E] wte[v] is computed once
    (2 V T E H operations) and a second kernel adds T rows of P a sample. It removes the product over samples.
-   Backward, dP[t, v] = sum of dpre[b] over the b with idx[b, t] = v, and two products of V rows give the rest.
+   Backward, dP[t, v] = sum of dpre[b] over the b with idx[b, t] = v (_sum_by_token.py), and two products of V rows
+   give the rest.
 
 Every sum has a fixed order: no atomics, the same bits on every run. A sum over B is cut into parts that different
 programs add up; a last kernel adds the parts (_sum.py). With 16-bit inputs dpre is rounded to 16 bits once, as in
@@ -23,29 +24,24 @@ No time has been measured on a GPU yet.
 """
 
 import itertools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._math import dot, load_transposed, tanh
+from ._math import dot, load_dpre, load_transposed, tanh
 from ._model import choose_form
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision
-from ._sum import MAX_PART_NUMBERS, MAX_PARTS, parts_of, sum_parts
+from ._sum import parts_of, sum_parts
+from ._sum_by_token import dtable_sums, segment_sums, valid_tokens
 
 NAIVE_H = 128  # hidden units of a program of the naive kernel: one a thread
 # One tile shape for every matrix product here: M rows, N columns, K a step. Larger fp32 FMA tiles spill registers.
 BLOCK_M, BLOCK_N, BLOCK_K = 32, 64, 16
-# The one-hot product also holds its tokens: it spills at 64 columns.
-ONE_HOT_N = 32
-# Tiles of the kernels without a product, which only move memory: rows, columns.
+# The lookup kernel's tile; it has no product and only moves memory: rows, columns.
 LOOKUP_ROWS, LOOKUP_COLUMNS = 8, 256
-SEGMENT_ROWS, SEGMENT_COLUMNS = 8, 256
-# Up to this vocabulary segment sums are a product with a one-hot matrix; beyond it sorting is cheaper.
-ONE_HOT_V = 64
-# One token may hold nearly all occurrences, so its rows are summed in parts: one for this many occurrences in all.
-SEGMENT_PART = 4096
 
 
 # --- 1: naive, forward ------------------------------------------------------------------------------------------------
@@ -73,7 +69,7 @@ def embed_linear_tanh_1_kernel(
     tl.store(h_ptr + b * H + i, tanh(pre), mask=in_h)
 
 
-# --- 2 and 3: tiles, and the table ------------------------------------------------------------------------------------
+# --- 2: gather --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -84,15 +80,6 @@ def _load_tokens(idx_ptr, rows, in_rows, V):
     return tl.where(valid, tokens, 0), valid
 
 
-@triton.jit
-def _load_dpre(dh_ptr, h_ptr, rows, cols, mask, H, stride_db, stride_dh):
-    """dh (1 - h^2) in fp32 at rows x cols, which broadcast; 0 where masked."""
-    dh = tl.load(dh_ptr + rows * stride_db + cols.to(tl.int64) * stride_dh, mask=mask, other=0.0).to(tl.float32)
-    h = tl.load(h_ptr + rows * H + cols, mask=mask, other=0.0).to(tl.float32)
-    # dpre = dh (1 - h^2)
-    return dh * (1.0 - h * h)
-
-
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["idx_ptr"])
 def embed_linear_tanh_fwd_gather_kernel(
     idx_ptr, wte_ptr, weight_ptr, bias_ptr, h_ptr, B, V, H, stride_wh, stride_wk,
@@ -101,7 +88,8 @@ def embed_linear_tanh_fwd_gather_kernel(
 ):  # fmt: skip
     """2, forward: h tile (BLOCK_M samples, BLOCK_N hidden units)."""
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols0 = tl.program_id(1) * BLOCK_N
+    cols = cols0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     in_rows, in_cols = rows < B, cols < H
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -115,21 +103,77 @@ def embed_linear_tanh_fwd_gather_kernel(
             # acc += wte[tokens, e] weight[cols, t E + e]^T
             emb = tl.load(wte_ptr + tokens[:, None] * E + e[None, :], mask=valid[:, None] & in_e[None, :], other=0.0)
             weight = load_transposed(
-                weight_ptr,
-                tl.program_id(1) * BLOCK_N,
-                t * E + e,
-                in_e,
-                H,
-                stride_wh,
-                stride_wk,
-                INPUT_PRECISION,
-                BLOCK_N,
+                weight_ptr, cols0, t * E + e, in_e, H, stride_wh, stride_wk, INPUT_PRECISION, BLOCK_N
             )
             acc = dot(emb, weight, acc, INPUT_PRECISION)
     # h = tanh(acc + bias), NaN in rows with an invalid token
     bias = tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
     h = tl.where(invalid[:, None] > 0, float("nan"), tanh(acc + bias[None, :]))
     tl.store(h_ptr + rows[:, None] * H + cols[None, :], h, mask=in_rows[:, None] & in_cols[None, :])
+
+
+@triton.jit
+def dweight_gather_kernel(
+    idx_ptr, wte_ptr, h_ptr, dh_ptr, parts_ptr, bias_parts_ptr, B, V, H, stride_db, stride_dh, rows_per_part,
+    T: tl.constexpr, E: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """2, backward: one part of a dweight tile (BLOCK_M hidden units, BLOCK_N of E at one t) and of dbias."""
+    blocks_e = tl.cdiv(E, BLOCK_N)
+    t = tl.program_id(1) // blocks_e
+    part = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (tl.program_id(1) % blocks_e) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_rows, in_cols = rows < H, cols < E
+    begin = part * rows_per_part
+    end = tl.minimum(begin + rows_per_part, B)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for b0 in range(begin, end, BLOCK_K):
+        b = b0 + k
+        in_b = b < end
+        tokens, valid = _load_tokens(idx_ptr, b * T + t, in_b, V)
+        dpre = load_dpre(
+            dh_ptr, h_ptr, b[None, :], rows[:, None], in_rows[:, None] & in_b[None, :], H, stride_db, stride_dh
+        )
+        emb = tl.load(wte_ptr + tokens[:, None] * E + cols[None, :], mask=valid[:, None] & in_cols[None, :], other=0.0)
+        # dweight[:, tE:] += dpre[b]^T wte[idx[b, t]];   dbias += dpre[b]
+        acc = dot(dpre.to(emb.dtype), emb, acc, INPUT_PRECISION)
+        total += tl.sum(dpre, axis=1)
+    offsets = (part * H + rows[:, None]) * (T * E) + t * E + cols[None, :]
+    tl.store(parts_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
+    tl.store(bias_parts_ptr + part * H + rows, total, mask=in_rows & (tl.program_id(1) == 0))
+
+
+@triton.jit
+def demb_kernel(
+    h_ptr, dh_ptr, weight_ptr, demb_ptr, B, H, K, stride_db, stride_dh, stride_wh, stride_wk,
+    INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """2, backward: demb = dpre weight, the gradient of gathered embeddings; (BLOCK_M samples, BLOCK_N of K = T E)."""
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_rows, in_cols = rows < B, cols < K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for h0 in range(0, H, BLOCK_K):
+        h = h0 + k
+        in_h = h < H
+        dpre = load_dpre(
+            dh_ptr, h_ptr, rows[:, None], h[None, :], in_rows[:, None] & in_h[None, :], H, stride_db, stride_dh
+        )
+        weight = tl.load(
+            weight_ptr + h[:, None].to(tl.int64) * stride_wh + cols[None, :].to(tl.int64) * stride_wk,
+            mask=in_h[:, None] & in_cols[None, :],
+            other=0.0,
+        )
+        # demb += dpre[:, h] weight[h]
+        acc = dot(dpre.to(weight.dtype), weight, acc, INPUT_PRECISION)
+    tl.store(demb_ptr + rows[:, None] * K + cols[None, :], acc, mask=in_rows[:, None] & in_cols[None, :])
+
+
+# --- 3: table ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -141,7 +185,8 @@ def embed_table_kernel(
     """3, forward: P tile (BLOCK_M tokens, BLOCK_N hidden units) of one position t; P is (T, V, H) fp32."""
     t = tl.program_id(2)
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols0 = tl.program_id(1) * BLOCK_N
+    cols = cols0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     in_rows, in_cols = rows < V, cols < H
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -150,9 +195,7 @@ def embed_table_kernel(
         in_e = e < E
         # P[t] += wte[rows, e] weight[cols, t E + e]^T
         wte = tl.load(wte_ptr + rows[:, None] * E + e[None, :], mask=in_rows[:, None] & in_e[None, :], other=0.0)
-        weight = load_transposed(
-            weight_ptr, tl.program_id(1) * BLOCK_N, t * E + e, in_e, H, stride_wh, stride_wk, INPUT_PRECISION, BLOCK_N
-        )
+        weight = load_transposed(weight_ptr, cols0, t * E + e, in_e, H, stride_wh, stride_wk, INPUT_PRECISION, BLOCK_N)
         acc = dot(wte, weight, acc, INPUT_PRECISION)
     offsets = (t.to(tl.int64) * V + rows[:, None]) * H + cols[None, :]
     tl.store(table_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
@@ -181,76 +224,6 @@ def embed_lookup_tanh_kernel(
     # h = tanh(pre), NaN in rows with an invalid token
     h = tl.where(invalid[:, None] > 0, float("nan"), tanh(pre))
     tl.store(h_ptr + rows[:, None] * H + cols[None, :], h, mask=in_rows[:, None] & in_cols[None, :])
-
-
-@triton.jit
-def dtable_one_hot_kernel(
-    idx_ptr, h_ptr, dh_ptr, parts_ptr, B, V, H, stride_db, stride_dh, rows_per_part,
-    T: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """3, backward: one part of a dP tile (BLOCK_M rows r = t V + v, BLOCK_N hidden units), summed over its samples.
-
-    dP = one_hot^T dpre, where one_hot[b, r] = 1 if idx[b, t] = v.
-    """
-    part = tl.program_id(2)
-    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    in_r, in_cols = r < T * V, cols < H
-    t, v = r // V, r % V
-    begin = part.to(tl.int64) * rows_per_part
-    end = tl.minimum(begin + rows_per_part, B)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for b0 in range(begin, end, BLOCK_K):
-        b = b0 + k
-        in_b = b < end
-        # one_hot^T: 1 where idx[b, t] = v
-        mask = in_r[:, None] & in_b[None, :]
-        tokens = tl.load(idx_ptr + b[None, :] * T + t[:, None], mask=mask, other=0).to(tl.int64)
-        one_hot = tl.where(mask & (tokens == v[:, None]), 1.0, 0.0)
-        dpre = _load_dpre(
-            dh_ptr, h_ptr, b[:, None], cols[None, :], in_b[:, None] & in_cols[None, :], H, stride_db, stride_dh
-        )
-        # dP[r] += one_hot[:, r]^T dpre
-        operand = h_ptr.dtype.element_ty
-        acc = dot(one_hot.to(operand), dpre.to(operand), acc, INPUT_PRECISION)
-    offsets = (part.to(tl.int64) * (T * V) + r[:, None]) * H + cols[None, :]
-    tl.store(parts_ptr + offsets, acc, mask=in_r[:, None] & in_cols[None, :])
-
-
-@triton.jit
-def segment_sum_kernel(
-    order_ptr, starts_ptr, x_ptr, h_ptr, parts_ptr, R, D, stride_xr, stride_xd, num_parts,
-    T: tl.constexpr, OF_DPRE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One part of a sum of rows that sorting has brought together, (R, D).
-
-    out[r] = sum of x[order[i]] over starts[r] <= i < starts[r + 1].
-    With OF_DPRE, order holds occurrences b T + t and the rows are dpre[b], made of x = dh and h.
-    """
-    r = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    part = tl.program_id(2)
-    in_cols = cols < D
-    first, last = tl.load(starts_ptr + r), tl.load(starts_ptr + r + 1)
-    length = tl.cdiv(last - first, num_parts)
-    begin = first + part * length
-    end = tl.minimum(begin + length, last)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for i0 in range(begin, end, BLOCK_ROWS):
-        i = i0 + tl.arange(0, BLOCK_ROWS)
-        in_i = i < end
-        row = tl.load(order_ptr + i, mask=in_i, other=0)
-        mask = in_i[:, None] & in_cols[None, :]
-        # out[r] += the rows x[order[i]], or dpre[order[i] / T]
-        if OF_DPRE:
-            b = (row // T)[:, None]
-            x = _load_dpre(x_ptr, h_ptr, b, cols[None, :], mask, D, stride_xr, stride_xd)
-        else:
-            x = tl.load(x_ptr + row[:, None] * stride_xr + cols[None, :].to(tl.int64) * stride_xd, mask=mask, other=0.0)
-        acc += tl.sum(x, axis=0)
-    tl.store(parts_ptr + (part.to(tl.int64) * R + r) * D + cols, acc, mask=in_cols)
 
 
 @triton.jit
@@ -314,67 +287,6 @@ def dwte_table_kernel(
     tl.store(parts_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
 
 
-@triton.jit
-def dweight_gather_kernel(
-    idx_ptr, wte_ptr, h_ptr, dh_ptr, parts_ptr, bias_parts_ptr, B, V, H, stride_db, stride_dh, rows_per_part,
-    T: tl.constexpr, E: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """2, backward: one part of a dweight tile (BLOCK_M hidden units, BLOCK_N of E at one t) and of dbias."""
-    blocks_e = tl.cdiv(E, BLOCK_N)
-    t = tl.program_id(1) // blocks_e
-    part = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = (tl.program_id(1) % blocks_e) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    in_rows, in_cols = rows < H, cols < E
-    begin = part * rows_per_part
-    end = tl.minimum(begin + rows_per_part, B)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for b0 in range(begin, end, BLOCK_K):
-        b = b0 + k
-        in_b = b < end
-        tokens, valid = _load_tokens(idx_ptr, b * T + t, in_b, V)
-        dpre = _load_dpre(
-            dh_ptr, h_ptr, b[None, :], rows[:, None], in_rows[:, None] & in_b[None, :], H, stride_db, stride_dh
-        )
-        emb = tl.load(wte_ptr + tokens[:, None] * E + cols[None, :], mask=valid[:, None] & in_cols[None, :], other=0.0)
-        # dweight[:, tE:] += dpre[b]^T wte[idx[b, t]];   dbias += dpre[b]
-        acc = dot(dpre.to(emb.dtype), emb, acc, INPUT_PRECISION)
-        total += tl.sum(dpre, axis=1)
-    offsets = (part * H + rows[:, None]) * (T * E) + t * E + cols[None, :]
-    tl.store(parts_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
-    tl.store(bias_parts_ptr + part * H + rows, total, mask=in_rows & (tl.program_id(1) == 0))
-
-
-@triton.jit
-def demb_kernel(
-    h_ptr, dh_ptr, weight_ptr, demb_ptr, B, H, K, stride_db, stride_dh, stride_wh, stride_wk,
-    INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """2, backward: demb = dpre weight, the gradient of gathered embeddings; (BLOCK_M samples, BLOCK_N of K = T E)."""
-    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    in_rows, in_cols = rows < B, cols < K
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for h0 in range(0, H, BLOCK_K):
-        h = h0 + k
-        in_h = h < H
-        dpre = _load_dpre(
-            dh_ptr, h_ptr, rows[:, None], h[None, :], in_rows[:, None] & in_h[None, :], H, stride_db, stride_dh
-        )
-        weight = tl.load(
-            weight_ptr + h[:, None].to(tl.int64) * stride_wh + cols[None, :].to(tl.int64) * stride_wk,
-            mask=in_h[:, None] & in_cols[None, :],
-            other=0.0,
-        )
-        # demb += dpre[:, h] weight[h]
-        acc = dot(dpre.to(weight.dtype), weight, acc, INPUT_PRECISION)
-    tl.store(demb_ptr + rows[:, None] * K + cols[None, :], acc, mask=in_rows[:, None] & in_cols[None, :])
-
-
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -390,11 +302,11 @@ def embed_linear_tanh_1(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor) 
     return h
 
 
-def _tiles(precision: str, columns: int) -> dict[str, object]:
+def _tiles(precision: str) -> dict[str, Any]:
     return {
         "INPUT_PRECISION": input_precision(precision),
         "BLOCK_M": BLOCK_M,
-        "BLOCK_N": columns,
+        "BLOCK_N": BLOCK_N,
         "BLOCK_K": BLOCK_K,
         "num_warps": 4,
         "num_stages": 2,
@@ -412,12 +324,12 @@ def embed_linear_tanh_fwd(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor
     blocks_h = triton.cdiv(H, BLOCK_N)
     if choose_form(form, B, V) == "gather":
         embed_linear_tanh_fwd_gather_kernel[(triton.cdiv(B, BLOCK_M), blocks_h)](
-            idx, wte, weight, bias, h, B, V, H, *weight.stride(), T=T, E=E, **_tiles(precision, BLOCK_N)
+            idx, wte, weight, bias, h, B, V, H, *weight.stride(), T=T, E=E, **_tiles(precision)
         )
         return h
     table = torch.empty((T, V, H), dtype=torch.float32, device=weight.device)
     embed_table_kernel[(triton.cdiv(V, BLOCK_M), blocks_h, T)](
-        wte, weight, table, V, H, *weight.stride(), E=E, **_tiles(precision, BLOCK_N)
+        wte, weight, table, V, H, *weight.stride(), E=E, **_tiles(precision)
     )
     embed_lookup_tanh_kernel[(triton.cdiv(B, LOOKUP_ROWS), triton.cdiv(H, LOOKUP_COLUMNS))](
         idx, table, bias, h, B, V, H, T=T, BLOCK_B=LOOKUP_ROWS, BLOCK_H=LOOKUP_COLUMNS,
@@ -442,47 +354,6 @@ def embed_linear_tanh_bwd(
     return backward(dh, h, idx.contiguous(), wte.contiguous(), weight, precision, need_wte, need_weight)
 
 
-def _bwd_table(
-    dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, precision: str, need_wte: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    (B, T), (V, E), H = idx.shape, wte.shape, weight.shape[0]
-    if V <= ONE_HOT_V:
-        parts, rows_per_part = parts_of(B, T * V * H, BLOCK_K)
-        partial = torch.empty((parts, T * V, H), dtype=torch.float32, device=h.device)
-        dtable_one_hot_kernel[(triton.cdiv(T * V, BLOCK_M), triton.cdiv(H, ONE_HOT_N), parts)](
-            idx, h, dh, partial, B, V, H, *dh.stride(), rows_per_part, T=T, **_tiles(precision, ONE_HOT_N)
-        )
-        dtable = sum_parts(partial)
-    else:
-        keys = _valid_tokens(idx, V) + torch.arange(T, device=idx.device) * V
-        dtable = _segment_sums(keys, dh, h, T * V, T)
-    dwte = dweight = dbias = None
-    if need_weight:
-        dweight = torch.empty((H, T * E), dtype=weight.dtype, device=h.device)
-        dbias = torch.empty((H,), dtype=weight.dtype, device=h.device)
-        dweight_table_kernel[(triton.cdiv(H, BLOCK_M), triton.cdiv(E, BLOCK_N), T)](
-            dtable, wte, dweight, dbias, V, H, T=T, E=E, **_tiles(precision, BLOCK_N)
-        )
-    if need_wte:
-        chunks = T * triton.cdiv(H, BLOCK_K)
-        parts, rows_per_part = parts_of(chunks * BLOCK_K, V * E, BLOCK_K)
-        partial = torch.empty((parts, V, E), dtype=torch.float32, device=h.device)
-        dwte_table_kernel[(triton.cdiv(V, BLOCK_M), triton.cdiv(E, BLOCK_N), parts)](
-            dtable,
-            weight,
-            partial,
-            V,
-            H,
-            *weight.stride(),
-            rows_per_part // BLOCK_K,
-            T=T,
-            E=E,
-            **_tiles(precision, BLOCK_N),
-        )
-        dwte = sum_parts(partial, wte.dtype)
-    return dwte, dweight, dbias
-
-
 def _bwd_gather(
     dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, precision: str, need_wte: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -494,39 +365,41 @@ def _bwd_gather(
         bias_partial = torch.empty((parts, H), dtype=torch.float32, device=h.device)
         dweight_gather_kernel[(triton.cdiv(H, BLOCK_M), T * triton.cdiv(E, BLOCK_N), parts)](
             idx, wte, h, dh, partial, bias_partial, B, V, H, *dh.stride(), rows_per_part,
-            T=T, E=E, **_tiles(precision, BLOCK_N),
+            T=T, E=E, **_tiles(precision),
         )  # fmt: skip
         dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, weight.dtype)
     if need_wte:
         demb = torch.empty((B * T, E), dtype=torch.float32, device=h.device)
         demb_kernel[(triton.cdiv(B, BLOCK_M), triton.cdiv(T * E, BLOCK_N))](
-            h, dh, weight, demb, B, H, T * E, *dh.stride(), *weight.stride(), **_tiles(precision, BLOCK_N)
+            h, dh, weight, demb, B, H, T * E, *dh.stride(), *weight.stride(), **_tiles(precision)
         )
-        dwte = _segment_sums(_valid_tokens(idx, V), demb, None, V, T).to(wte.dtype)
+        dwte = segment_sums(valid_tokens(idx, V), demb, None, V, T).to(wte.dtype)
     return dwte, dweight, dbias
 
 
-def _valid_tokens(idx: Tensor, V: int) -> Tensor:
-    """Tokens as int64, 0 where invalid, as in _load_tokens: the NaN of such a row must end up in some sum."""
-    tokens = idx.long()  # before the comparison, in which a V of 256 would wrap around to an uint8 0
-    return torch.where((tokens >= 0) & (tokens < V), tokens, 0)
-
-
-def _segment_sums(keys: Tensor, x: Tensor, h: Tensor | None, R: int, T: int) -> Tensor:
-    """out[r] = sum over the occurrences b T + t with keys[b, t] = r of x's row, or of dpre's row b where h is given.
-
-    keys are in [0, R). Sorting (stable, so in a fixed order) brings the rows of one sum together. Returns (R, D) fp32.
-    """
-    keys, order = keys.flatten().sort(stable=True)
-    starts = torch.searchsorted(keys, torch.arange(R + 1, device=keys.device))
-    D = x.shape[1]
-    parts = max(1, min(keys.numel() // SEGMENT_PART, MAX_PARTS, MAX_PART_NUMBERS // (R * D)))
-    partial = torch.empty((parts, R, D), dtype=torch.float32, device=x.device)
-    segment_sum_kernel[(R, triton.cdiv(D, SEGMENT_COLUMNS), parts)](
-        order, starts, x, x if h is None else h, partial, R, D, *x.stride(), parts,
-        T=T, OF_DPRE=h is not None, BLOCK_ROWS=SEGMENT_ROWS, BLOCK_D=SEGMENT_COLUMNS, num_warps=4,
-    )  # fmt: skip
-    return sum_parts(partial)
+def _bwd_table(
+    dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, precision: str, need_wte: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    T, (V, E), H = idx.shape[1], wte.shape, weight.shape[0]
+    tiles = _tiles(precision)
+    dtable = dtable_sums(dh, h, idx, V, tiles)
+    dwte = dweight = dbias = None
+    if need_weight:
+        dweight = torch.empty((H, T * E), dtype=weight.dtype, device=h.device)
+        dbias = torch.empty((H,), dtype=weight.dtype, device=h.device)
+        dweight_table_kernel[(triton.cdiv(H, BLOCK_M), triton.cdiv(E, BLOCK_N), T)](
+            dtable, wte, dweight, dbias, V, H, T=T, E=E, **tiles
+        )
+    if need_wte:
+        chunks = T * triton.cdiv(H, BLOCK_K)
+        parts, rows_per_part = parts_of(chunks * BLOCK_K, V * E, BLOCK_K)
+        partial = torch.empty((parts, V, E), dtype=torch.float32, device=h.device)
+        dwte_table_kernel[(triton.cdiv(V, BLOCK_M), triton.cdiv(E, BLOCK_N), parts)](
+            dtable, weight, partial, V, H, *weight.stride(), rows_per_part // BLOCK_K,
+            T=T, E=E, **tiles,
+        )  # fmt: skip
+        dwte = sum_parts(partial, wte.dtype)
+    return dwte, dweight, dbias
 
 
 def shipped():

@@ -169,6 +169,7 @@ INLINE void F(gemm_tile)(const int R, const int N, const int COLS, const float *
             const float *ak = COLS ? A + rows[k] : NULL;
             vec b[WIDEST];
             UNROLL for (int j = 0; j < N; j++) b[j] = F(load)(B + k * ldb + j * W);
+            /* C[r, :] += A[rows[r] + k] B[k, :], or A[rows[k] + r] B[k, :] */
             UNROLL for (int r = 0; r < R; r++) {
                 vec x = F(broadcast)(COLS ? ak[r] : a[r][k]);
                 UNROLL for (int j = 0; j < N; j++) c[r][j] += x * b[j];
@@ -185,6 +186,7 @@ INLINE void F(gemm_tile)(const int R, const int N, const int COLS, const float *
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int j = 0; j < N; j++) {
                 vec x = F(load)(h + r * ldc + j * W);
+                /* C = C (1 - h^2) */
                 c[r][j] *= 1.0f - x * x;
             }
     UNROLL for (int r = 0; r < R; r++)
@@ -315,8 +317,10 @@ INLINE vec F(rounded)(vec x) {
  * decay p by less (docs/numerics.md). */
 INLINE void F(adamw_vector)(const adamw_rates rates, float *p, float *exp_avg, float *exp_avg_sq, vec g) {
     vec p0 = F(load)(p), m = F(load)(exp_avg), v = F(load)(exp_avg_sq);
+    /* m = m + (g - m) (1 - beta1);  v = v beta2 + (1 - beta2) g^2 */
     m += (g - m) * (float)(1 - BETA1);
     v = F(rounded)(v * (float)BETA2) + (float)(1 - BETA2) * g * g;
+    /* p = p decay - step_size m / (sqrt(v) / sqrt(1 - beta2^s) + eps) */
     vec sqrt_v = F(sqrt)(v);
     F(store)(exp_avg, m);
     F(store)(exp_avg_sq, v);
@@ -365,6 +369,7 @@ static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch
         const float *w1 = ws->p.w1 + block * T * E * UNITS, *b1 = ws->p.b1 + block * UNITS;
         float *h = ws->h + block * ws->max_rows * UNITS;
         if (b->table) {
+            /* P[t] = wte W1[:, t]^T   (U, UNITS);   h = tanh(b1 + sum_t P[t, index[t]]) */
             for (int64_t t0 = 0; t0 < T; t0 += held) {
                 int64_t positions = min(held, T - t0);
                 for (int64_t t = 0; t < positions; t++)
@@ -375,6 +380,7 @@ static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch
                           t0 + held >= T)
             }
         } else {
+            /* h = tanh(b1 + sum_t wte[x_t] W1[:, t]^T)   (n, UNITS) */
             for (int64_t r = 0; r < n; r++) memcpy(h + r * UNITS, b1, UNITS * sizeof(float));
             for (int64_t t = 0; t < T; t++)
                 F(gemm_rows)((product){.n = n, .width = UNITS, .A = ws->p.wte, .rows = b->gathered + t * n,
@@ -426,6 +432,7 @@ static int F(partial_logits)(workspace *ws, const scratch *s, int64_t thread, in
                 for (int64_t i = 0; i < blocks; i++)
                     F(transpose)(ws->p.w2 + ((block + i) * V + v) * UNITS, max(0, min(UNITS, V - v)),
                                  s->w2t + i * UNITS * UNITS, UNITS);
+                /* logits[:, v:] += h[:, block] W2[v:, block]^T   (n, width) */
                 product p = {.width = width, .A = ws->h + (block * ws->max_rows + first) * UNITS,
                              .rows = ws->row_units, .parts = blocks, .a_step = ws->max_rows * UNITS, .K = UNITS,
                              .B = s->w2t, .ldb = UNITS, .C = ws->logits + group * stride + v, .ldc = Vp,
@@ -486,8 +493,9 @@ static void F(softmax_rows)(const workspace *ws, const batch *b, const pairs *ac
                 __builtin_prefetch(ws->logits + (across->from[i] * ws->chunk + r + AHEAD) * ws->Vp + v);
         vec max_logit = F(reduce_row)(ws, row, across);
         float at_target = row[target], others = F(exp_row)(row, ws->Vp, max_logit, target)[0];
+        /* softmax = exp(logits - max) / sum;  dlogits = (softmax - onehot) / B */
         double sum = (double)others + (double)row[target];
-        float factor = (float)(1 / (sum * (double)b->rows)); /* dlogits = (softmax - onehot) / B */
+        float factor = (float)(1 / (sum * (double)b->rows));
         for (int64_t v = 0; v < ws->Vp; v += W) F(store)(row + v, F(load)(row + v) * factor);
         row[target] = -others * factor;
         /* The logarithm of a product in place of a sum of logarithms; 1 <= sum <= 2^31, so 32 factors fit a double. */
@@ -562,10 +570,12 @@ static void F(backward_input)(const workspace *ws, const scratch *s, const batch
         if (b->table && t % held == 0) FOR_POSITIONS(min(held, T - t), F(sum_by_token), dpre, n, U, index, s->table)
         if (t == 0) UNROLL for (int j = 0; j < UNITS; j += W) {
             int64_t at = block * UNITS + j;
+            /* db1 = sum_r dpre[r] = sum_u dP[0, u], for every window has one token at t = 0 */
             vec db1 = b->table ? F(sum_rows)(dtable + j, U, UNITS) : F(sum_rows)(dpre + j, n, UNITS);
             F(adamw_vector)(b->rates, ws->p.b1 + at, ws->exp_avg.b1 + at, ws->exp_avg_sq.b1 + at, db1);
         }
         F(transpose)(ws->p.w1 + w1, E, s->w1t, Ep);
+        /* dwte[u] += dP[t, u] W1[:, t], or dwte[index[t, r]] += dpre[r] W1[:, t]   (U, Ep) */
         if (b->table) {
             F(gemm_rows)((product){.n = U, .width = Ep, .A = dtable, .rows = ws->row_units, .K = UNITS,
                                    .B = s->w1t, .ldb = Ep, .C = dwte, .ldc = Ep, .accumulate = 1});
@@ -585,6 +595,7 @@ static void F(backward_input)(const workspace *ws, const scratch *s, const batch
         }
         for (int64_t i = 0; i < tiles; i++) {
             int64_t e = i * E / tiles, R = (i + 1) * E / tiles - e, at = w1 + e * UNITS;
+            /* dW1[:, t] = dP[t]^T wte, or dpre^T wte[x_t]; kept transposed, (E, UNITS) */
             if (b->table) F(gemm_cols)(R, ws->p.wte + e, b->wte_row, U, dtable, s->tile);
             else F(gemm_cols)(R, ws->p.wte + e, b->gathered + t * n, n, dpre, s->tile);
             F(adamw)(b->rates, ws->p.w1 + at, ws->exp_avg.w1 + at, ws->exp_avg_sq.w1 + at, s->tile, R * UNITS);
@@ -643,6 +654,7 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
                 else F(backward_input)(ws, &s, b, s.dpre, block);
             }
             for (int64_t v = 0; thread == threads - 1 && v < Vp; v += W) {
+                /* db2 = sum_b dlogits[b] */
                 vec db2 = F(sum_rows)(ws->logits + v, n, Vp);
                 F(store)(ws->db2 + v, first > 0 ? F(load)(ws->db2 + v) + db2 : db2);
             }

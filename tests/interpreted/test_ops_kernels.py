@@ -140,7 +140,7 @@ def test_embed_one_repeated_token(V: int, form: str) -> None:
 
 
 def test_embed_long_segments_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels("embed_linear_tanh"), "SEGMENT_PART", 64)
+    monkeypatch.setattr(kernels("_sum_by_token"), "SEGMENT_PART", 64)
     idx = torch.where(randint(10, 150, 2) > 0, 3, randint(70, 150, 2))
     for form in ("table", "gather"):
         check_embed(idx, *model(2, 70, 2, 3), form)

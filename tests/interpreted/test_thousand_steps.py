@@ -10,7 +10,7 @@ from steps import DEVICE
 from mlp_fast import backends
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus
-from mlp_fast.kernels import adamw, embed_linear_tanh, linear_cross_entropy
+from mlp_fast.kernels import _sum_by_token, adamw, embed_linear_tanh, linear_cross_entropy
 from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.state import TrainState
@@ -19,7 +19,8 @@ from mlp_fast.model.windows import Tape, evaluated_windows
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "upstream_embedded_50000.json").read_text())
 LARGE_TILES: list[tuple[Any, dict[str, int]]] = [
     (embed_linear_tanh, dict.fromkeys(("BLOCK_M", "BLOCK_K", "LOOKUP_ROWS"), 128)),
-    (embed_linear_tanh, dict.fromkeys(("BLOCK_N", "ONE_HOT_N", "LOOKUP_COLUMNS"), 512)),
+    (embed_linear_tanh, dict.fromkeys(("BLOCK_N", "LOOKUP_COLUMNS"), 512)),
+    (_sum_by_token, {"ONE_HOT_N": 512}),
     (linear_cross_entropy, {"BLOCK_B": 128, "BLOCK_K": 512, "BLOCK_H": 512}),
     (adamw, {"BLOCK": 65536}),
 ]

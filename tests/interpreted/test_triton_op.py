@@ -24,9 +24,9 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRET:
         tiles = {
             "embed_linear_tanh": {
-                "BLOCK_M": 128, "BLOCK_N": 512, "BLOCK_K": 128, "ONE_HOT_N": 512, "LOOKUP_ROWS": 128,
-                "LOOKUP_COLUMNS": 512,
+                "BLOCK_M": 128, "BLOCK_N": 512, "BLOCK_K": 128, "LOOKUP_ROWS": 128, "LOOKUP_COLUMNS": 512,
             },
+            "_sum_by_token": {"ONE_HOT_N": 512},
             "linear_cross_entropy": {"BLOCK_B": 128, "BLOCK_K": 512, "BLOCK_H": 512},
             "adamw": {"BLOCK": 65536},
         }  # fmt: skip
