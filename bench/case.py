@@ -1,8 +1,10 @@
-"""What a benchmark is: a case that prepares itself, is timed in rounds by whoever runs it, and makes an entry."""
+"""A benchmark: a case prepares its work, has it timed in rounds by a Timer, and returns an entry of a recording."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from bench import floor
 from mlp_fast.config import Config
@@ -41,6 +43,11 @@ class Plan:
     dry: bool = False
     device: str = "cpu"
 
+    @classmethod
+    def here(cls, *, full: bool, dry: bool, device: str | None = None) -> "Plan":
+        """On a device, or else on the GPU where there is one."""
+        return cls(full, dry, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
     @property
     def rounds(self) -> int:
         """How often a case is timed."""
@@ -72,33 +79,6 @@ def plain_timer(work: Callable[[], object], before: Callable[[], None], rounds: 
     return times
 
 
-def timed_beside(
-    timer: Timer, work: Callable[[], object], others: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1
-) -> Entry:
-    """Times some work, and before each of its rounds everything else that it is compared with, each after a rest.
-
-    Args:
-        others: by name; they do the same as `work`, in another way.
-        calls: how often `work`, and each of the others, does what is measured.
-
-    Returns:
-        `ms`, the Spread of a call; and `rivals`, by name `ms` and `ratio`, how many times as long as `work` it takes.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in others}
-
-    def before() -> None:
-        for name, other in others.items():
-            rest()
-            samples[name].append(seconds(other) / calls)
-
-    spread = Spread.of([1e3 * t / calls for t in timer(work, before, rounds)])
-    beside = {name: Spread.of([1e3 * t for t in times]) for name, times in samples.items()}
-    return {
-        "ms": asdict(spread),
-        "rivals": {name: {"ms": asdict(s), "ratio": s.median / spread.median} for name, s in beside.items()},
-    }
-
-
 @dataclass(frozen=True)
 class Case:
     """One benchmark.
@@ -120,9 +100,42 @@ class Case:
         return {"group": self.group, "id": self.id, **self.run(timer, probes)}
 
 
-def spread_ms(times: Sequence[float]) -> Entry:
-    """Seconds of rounds as a Spread of milliseconds, for an entry."""
-    return asdict(Spread.of([1e3 * t for t in times]))
+def timed_beside(
+    timer: Timer,
+    work: Callable[[], object],
+    others: Mapping[str, Callable[[], object]],
+    rounds: int,
+    calls: int = 1,
+    calls_of: Mapping[str, int] | None = None,
+) -> Entry:
+    """Times some work, and before each of its rounds everything else that it is compared with, each after a rest.
+
+    Args:
+        others: by name; they do the same as `work`, in another way.
+        calls: how often `work`, and each of the others, does what is measured.
+        calls_of: of others that do it more or less often, by name.
+
+    Returns:
+        compared(), of the milliseconds of a call.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in others}
+
+    def before() -> None:
+        for name, other in others.items():
+            rest()
+            samples[name].append(1e3 * seconds(other) / (calls_of or {}).get(name, calls))
+
+    return compared([1e3 * t / calls for t in timer(work, before, rounds)], samples)
+
+
+def compared(times: Sequence[float], others: Mapping[str, Sequence[float]]) -> Entry:
+    """Of milliseconds: `ms`, their Spread; and `rivals`, by name `ms` and `ratio`, how many times as long they take."""
+    spread = Spread.of(times)
+    rivals = {name: Spread.of(theirs) for name, theirs in others.items() if theirs}
+    return {
+        "ms": asdict(spread),
+        "rivals": {name: {"ms": asdict(its), "ratio": its.median / spread.median} for name, its in rivals.items()},
+    }
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:

@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,63 +34,70 @@ COMPARED_STEPS = 500
 ARITHMETIC_STEPS = 1000
 
 
-def record(plan: Plan, groups: Sequence[str], path: Path, *, budget: float | None = None) -> Recording:
-    """Measures groups of cases, printing how it goes, and writes the recording after each.
+@dataclass(frozen=True)
+class Budget:
+    """Seconds that a recording may take; None: as long as it needs."""
+
+    seconds: float | None = None
+    start: float = field(default_factory=time.perf_counter)
+
+    def spent(self, share: float = 1) -> str | None:
+        """Why nothing more is begun, or None: a share of the seconds is over."""
+        over = self.seconds is not None and time.perf_counter() - self.start >= share * self.seconds
+        return f"the budget of {self.seconds:g} s was spent" if over else None
+
+
+def record(
+    plan: Plan, groups: Sequence[str], extras: Mapping[str, Callable[[], Any]], path: Path, budget: Budget
+) -> Recording:
+    """Measures cases and then further results, printing how it goes, and writes the recording after each.
+
+    What breaks off, of a compiler or a device, is noted; the others have numbers all the same.
 
     Args:
         plan: how much, and where.
-        groups: some of suite.GROUPS.
+        groups: of cases, some of suite.GROUPS.
+        extras: what makes each further result, by its name.
         path: of the recording.
-        budget: seconds, of which cases may use four fifths: none is begun after that, no slow one after half, and what
-            is left out is noted as skipped.
+        budget: of which cases may use four fifths: none is begun after that, no slow one after half, and what is left
+            out is noted as skipped.
     """
-    start = time.perf_counter()
     recording = Recording.begin(torch.device(plan.device), dry=plan.dry)
-    planned = [(group, case) for group in groups for case in cases(group, plan)]
-    for group, case in sorted(planned, key=lambda one: one[1].slow):
-        if budget is not None and time.perf_counter() - start >= (0.5 if case.slow else 0.8) * budget:
-            recording.skipped.append((group, case.id, f"the budget of {budget:g} s was spent"))
+    planned = [case for group in groups for case in cases(group, plan)]
+    for case in sorted(planned, key=lambda case: case.slow):
+        if reason := budget.spent(0.5 if case.slow else 0.8):
+            recording.skipped.append((case.group, case.id, reason))
             continue
         begun = time.perf_counter()
         try:
             entry = recording.add(case, plain_timer)
-        except Skipped as reason:
-            outcome = f"skipped: {reason}"
-        except NotEquivalent as reason:
-            outcome = f"no number: {reason}"
-        except Exception as error:  # of a compiler or a device; the other cases have numbers all the same
-            outcome = failure(error)
-            traceback.print_exc()
-        else:
             outcome = f"{entry['ms']['median']:.4f} ms per {entry['per']}"
+        except Exception as error:
+            outcome = told(error)
         recording.save(path)
-        print(f"{group:10} {case.id:36} {outcome}  [{time.perf_counter() - begun:.1f} s]", flush=True)
-    recording.save(path)
-    return recording
-
-
-def record_extras(
-    recording: Recording, extras: Mapping[str, Callable[[], Any]], path: Path, start: float, budget: float | None = None
-) -> None:
-    """Adds further results by name, and writes the recording after each; notes what is left out or fails.
-
-    Args:
-        recording: of the cases.
-        extras: what makes each result.
-        path: of the recording.
-        start: when its first case was begun, by time.perf_counter().
-        budget: seconds from then on; no result is begun after them.
-    """
+        print(f"{case.group:10} {case.id:36} {outcome}  [{time.perf_counter() - begun:.1f} s]", flush=True)
     for name, extra in extras.items():
-        if budget is not None and time.perf_counter() - start >= budget:
-            recording.skipped.append(("extra", name, f"the budget of {budget:g} s was spent"))
+        if reason := budget.spent():
+            recording.skipped.append(("extra", name, reason))
         else:
             try:
                 recording.extra[name] = extra()
             except Exception as error:
                 recording.refused.append(("extra", name, failure(error)))
-                traceback.print_exc()
+                told(error)
         recording.save(path)
+    recording.save(path)
+    return recording
+
+
+def told(error: Exception) -> str:
+    """Why a case has no number, in a line; where it broke off goes to stderr."""
+    if isinstance(error, Skipped):
+        return f"skipped: {error}"
+    if isinstance(error, NotEquivalent):
+        return f"no number: {error}"
+    traceback.print_exception(error)
+    return failure(error)
 
 
 def comparison(plan: Plan) -> dict[str, Any]:
@@ -180,25 +188,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the Chrome trace of the fastest backend")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the recording")
     arguments = parser.parse_args(argv)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    plan = Plan(arguments.full, arguments.dry_run, device)
+    plan = Plan.here(full=arguments.full, dry=arguments.dry_run, device=arguments.device)
     groups = arguments.groups.split(",") if arguments.groups else usual(plan)
     if unknown := [group for group in groups if group not in GROUPS]:
         raise UserError(f"--groups: {unknown[0]!r} is unknown; choose some of {', '.join(GROUPS)}")
     if plan.dry and arguments.out is None:
         raise UserError("--dry-run needs --out FILE: its times mean nothing and stay out of bench/results")
-    path = arguments.out or default_path(torch.device(device))
-    start = time.perf_counter()
-    recording = record(plan, groups, path, budget=arguments.budget)
-    if not arguments.groups:
-        extras: dict[str, Callable[[], Any]] = {
-            "profile": lambda: profiles(plan, arguments.trace),
-            "compare": lambda: comparison(plan),
-            "losses": lambda: losses(plan),
-        }
-        if plan.device == "cpu":
-            extras["numerics"] = lambda: arithmetic(plan)
-        record_extras(recording, extras, path, start, arguments.budget)
+    path = arguments.out or default_path(torch.device(plan.device))
+    extras: dict[str, Callable[[], Any]] = {
+        "profile": lambda: profiles(plan, arguments.trace),
+        "compare": lambda: comparison(plan),
+        "losses": lambda: losses(plan),
+    }
+    if plan.device == "cpu":  # it has nothing to do with the device
+        extras["numerics"] = lambda: arithmetic(plan)
+    recording = record(plan, groups, {} if arguments.groups else extras, path, Budget(arguments.budget))
     print(f"\n{tables.whole(recording)}\n\nrecorded in {path}")
     return 1 if recording.refused else 0
 

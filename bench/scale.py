@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench import floor, generate_words
-from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, spread_ms
+from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, compared
 from bench.steps import Setting, step_case
 from mlp_fast import backends, distributed, train
 from mlp_fast.cli import Parser, add_config_arguments, config_from, run_main
@@ -24,7 +24,6 @@ from mlp_fast.config import Config
 from mlp_fast.corpus import cache as token_cache
 from mlp_fast.measure import machine
 from mlp_fast.measure.equivalence import BASELINE, NotEquivalent, require
-from mlp_fast.measure.timing import Spread
 from mlp_fast.model.mlp import Shape
 
 TOKENS = 10_000_000
@@ -125,30 +124,19 @@ def training_case(
         peak = max(one.peak for one in runs)
         if plan.device == "cpu" and peak > MEMORY_LIMIT:
             raise NotEquivalent(f"it took {peak / 2**30:.1f} GiB, more than {MEMORY_LIMIT / 2**30:g}")
-        times = [one.milliseconds for one in runs]
-        spread = Spread.of(times)
-        rivals = {}
-        if eager:
-            other = [one.milliseconds for one in eager]
-            rivals[BASELINE] = {**spread_of(other), "ratio": Spread.of(other).median / spread.median}
+        entry = compared([one.milliseconds for one in runs], {BASELINE: [one.milliseconds for one in eager]})
         return {
             "backend": config.backend,
             "processes": processes,
             **{"B": config.batch_size, "T": shape.T, "E": shape.E, "H": shape.H, "V": shape.V},
             "threads": max(1, torch.get_num_threads() // processes),
             "per": "step",
-            "ms": spread_of(times)["ms"],
-            "samples_per_second": 1e3 * config.batch_size / spread.median,
+            "samples_per_second": 1e3 * config.batch_size / entry["ms"]["median"],
             "peak_bytes": peak,
-            "rivals": rivals,
+            **entry,
         }
 
     return Case("scale", id, run)
-
-
-def spread_of(milliseconds: Sequence[float]) -> Entry:
-    """{"ms": a Spread} of times that are milliseconds already."""
-    return {"ms": spread_ms([t / 1e3 for t in milliseconds])}
 
 
 def configured(options: Sequence[str]) -> Config:

@@ -1,18 +1,20 @@
-"""Training steps as cases: every candidate checked against float64, then timed in rounds beside the others."""
+"""Cases of training steps: every candidate is checked against float64, then timed in rounds beside others."""
 
+import contextlib
 import dataclasses
 import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import floor
-from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer
+from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, timed_beside
 from bench.reference_loop import ReferenceLoop
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
@@ -20,7 +22,7 @@ from mlp_fast.config import Config
 from mlp_fast.corpus.load import load
 from mlp_fast.measure.equivalence import BASELINE, Verifier, require
 from mlp_fast.measure.profiling import profile_steps
-from mlp_fast.measure.timing import Candidate, Spread, measure, seconds
+from mlp_fast.measure.timing import Candidate, seconds
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.windows import Tape
 
@@ -31,7 +33,7 @@ LARGEST_BATCH = 8192  # that the step kernels take
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rivals in a step case share.
+    """What all candidates of a step case share.
 
     Attributes:
         config: without its backend.
@@ -61,8 +63,8 @@ class Ready:
     facts: Entry
 
 
-class Workshop:
-    """Makes candidates for one setting at a time and keeps them while it stays: compiling is slow, memory is finite."""
+class Candidates:
+    """The candidates of one setting, compiled and checked once: compiling is slow, and memory is finite."""
 
     def __init__(self) -> None:
         self._setting: Setting | None = None
@@ -109,12 +111,7 @@ class Workshop:
         sync = None
         if backend.device.type == "cuda":
             sync = self._look_at_device(backend, steps, facts)
-        form = floor.form_of(name, config.form, self.shape, config.batch_size)
-        cost = floor.step_cost(self.shape, config.batch_size, form)
-        least = floor.step_floor(cost, probes, config.precision, setting.threads, sync)
-        facts |= {"form": form, "operations": cost.operations, "bytes": cost.bytes}
-        if least is not None:
-            facts |= {"floor_ms": least.total, "floor_parts_ms": dataclasses.asdict(least)}
+        facts |= self._lower_bound(name, setting, probes, sync)
         return Ready(candidate, lambda: backend.load(self.verifier.initial), steps, facts)
 
     def _reference(self, name: str, setting: Setting, round_seconds: float, probes: floor.Probes) -> Ready:
@@ -128,13 +125,19 @@ class Workshop:
         error = abs(loop.advance(self.verifier.steps - 1) - self.verifier.losses[-1].item())
         require(name, "a loss", error, TOLERANCE)
         candidate = Candidate(name, loop.advance)
-        cost = floor.step_cost(self.shape, config.batch_size, "gather")
-        least = floor.step_floor(cost, probes, config.precision, setting.threads)
-        facts: Entry = {"first_step_seconds": first, "loss_error": error, "form": "gather"}
-        facts |= {"operations": cost.operations, "bytes": cost.bytes}
-        if least is not None:
-            facts |= {"floor_ms": least.total, "floor_parts_ms": dataclasses.asdict(least)}
+        facts: Entry = {"first_step_seconds": first, "loss_error": error, **self._lower_bound(name, setting, probes)}
         return Ready(candidate, lambda: None, self._steps_per_round(candidate, None, round_seconds), facts)
+
+    def _lower_bound(
+        self, name: str, setting: Setting, probes: floor.Probes, sync: floor.Synchronisation | None = None
+    ) -> Entry:
+        """What a step costs at the least, and by the probes the lower bound of its time."""
+        config = setting.config
+        form = floor.form_of(name, config.form, self.shape, config.batch_size)
+        cost = floor.step_cost(self.shape, config.batch_size, form)
+        facts: Entry = {"form": form, "operations": cost.operations, "bytes": cost.bytes}
+        bound = floor.step_floor(cost, probes, config.precision, setting.threads, sync)
+        return facts | ({} if bound is None else {"floor_ms": bound.total, "floor_parts_ms": dataclasses.asdict(bound)})
 
     def _steps_per_round(self, candidate: Candidate, backend: Backend | None, round_seconds: float) -> int:
         """As many as fill a round; on CUDA whole evaluation intervals, as training asks for them."""
@@ -161,13 +164,13 @@ class Workshop:
         return floor.Synchronisation(launches=launches, captured=summary.host_launches < 0.5 * launches)
 
 
-WORKSHOP = Workshop()
+CANDIDATES = Candidates()
 
 
 def step_case(
-    group: str, id: str, name: str, setting: Setting, rivals: Sequence[str], plan: Plan, rounds: int | None = None
+    group: str, id: str, name: str, setting: Setting, others: Sequence[str], plan: Plan, rounds: int | None = None
 ) -> Case:
-    """A step of one candidate, with rounds of the others in between."""
+    """A step of one candidate, with rounds of the others beside it in between."""
 
     def run(timer: Timer, probes: floor.Probes) -> Entry:
         threads = torch.get_num_threads()
@@ -177,49 +180,36 @@ def step_case(
             torch.set_num_threads(threads)
 
     def measured(timer: Timer, probes: floor.Probes) -> Entry:
-        ready = WORKSHOP.ready(name, setting, plan.round_seconds, probes)
-        others = {}
-        for rival in rivals:
-            try:
-                others[rival] = WORKSHOP.ready(rival, setting, plan.round_seconds, probes)
-            except Skipped:
-                continue  # it has a case of its own, which says why
-        for one in (ready, *others.values()):
+        ready = CANDIDATES.ready(name, setting, plan.round_seconds, probes)
+        beside_it = {}
+        for other in others:
+            with contextlib.suppress(Skipped):  # it has a case of its own, which says why
+                beside_it[other] = CANDIDATES.ready(other, setting, plan.round_seconds, probes)
+        for one in (ready, *beside_it.values()):
             one.restart()
-        samples: dict[str, list[float]] = {rival: [] for rival in others}
-
-        def before() -> None:
-            for rival, other in others.items():
-                samples[rival] += measure([other.candidate], [other.steps])[other.candidate.name]
-
-        times = timer(lambda: ready.candidate.run(ready.steps), before, rounds or plan.rounds)
-        spread = Spread.of([1e3 * t / ready.steps for t in times])
+        works = {other: partial(one.candidate.run, one.steps) for other, one in beside_it.items()}
+        work, steps = partial(ready.candidate.run, ready.steps), {other: one.steps for other, one in beside_it.items()}
+        entry = timed_beside(timer, work, works, rounds or plan.rounds, ready.steps, steps)
         config = setting.config
-        entry: Entry = {
+        entry |= {
             "backend": name,
             **{"B": config.batch_size, "T": config.context_length, "E": config.embedding_size},
-            **{"H": config.hidden_size, "V": WORKSHOP.shape.V, "precision": config.precision},
+            **{"H": config.hidden_size, "V": CANDIDATES.shape.V, "precision": config.precision},
             "compile_mode": config.compile_mode,
             "threads": setting.threads,
             "per": "step",
-            "ms": dataclasses.asdict(spread),
             "steps_per_round": ready.steps,
-            "samples_per_second": 1e3 * config.batch_size / spread.median,
-            "rivals": {},
+            "samples_per_second": 1e3 * config.batch_size / entry["ms"]["median"],
             **ready.facts,
         }
-        for rival, rival_times in samples.items():
-            other_spread = Spread.of(rival_times)
-            ratio = other_spread.median / spread.median
-            entry["rivals"][rival] = {"ms": dataclasses.asdict(other_spread), "ratio": ratio}
         if "floor_ms" in entry:
-            entry["x_floor"] = spread.median / entry["floor_ms"]
+            entry["x_floor"] = entry["ms"]["median"] / entry["floor_ms"]
         return entry
 
     return Case(group, id, run)
 
 
-def rivals_of(name: str, plan: Plan) -> tuple[str, ...]:
+def beside(name: str, plan: Plan) -> tuple[str, ...]:
     """With whom a step is compared: eager always, and whoever the project claims a ratio over."""
     if plan.device == "cpu":
         claimed = {"native": (BASELINE, REFERENCE, "compile-step"), BASELINE: (REFERENCE,), REFERENCE: (BASELINE,)}
@@ -246,7 +236,7 @@ def step_cases(plan: Plan) -> Iterator[Case]:
         config = plan.config(**settings)
         mode = [config.compile_mode] if "compile_mode" in settings else []
         id = "-".join([name, str(config.batch_size), config.precision, *mode])
-        return step_case("step", id, name, Setting(config), rivals_of(name, plan), plan)
+        return step_case("step", id, name, Setting(config), beside(name, plan), plan)
 
     def is_slow(name: str) -> bool:
         return plan.device == "cuda" and name.startswith("compile")
@@ -270,7 +260,7 @@ def thread_cases(plan: Plan) -> Iterator[Case]:
     setting = Setting(plan.config(), threads=1)
     for name in (BASELINE, "compile-step", "native"):
         id = f"{name}-{setting.config.batch_size}-fp32-1-thread"
-        yield step_case("threads", id, name, setting, rivals_of(name, plan), plan)
+        yield step_case("threads", id, name, setting, beside(name, plan), plan)
 
 
 def sweep_cases(plan: Plan) -> Iterator[Case]:

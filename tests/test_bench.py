@@ -163,16 +163,16 @@ def test_a_probe_that_breaks_off_leaves_the_others(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def workshop(monkeypatch: pytest.MonkeyPatch) -> None:
+def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, Slow, Wrong)
-    monkeypatch.setattr(steps, "WORKSHOP", steps.Workshop())
+    monkeypatch.setattr(steps, "CANDIDATES", steps.Candidates())
 
 
-def step_case(name: str, *rivals: str) -> Case:
-    return steps.step_case("step", name, name, steps.Setting(DRY.config(), threads=1), rivals, DRY, rounds=6)
+def step_case(name: str, *others: str) -> Case:
+    return steps.step_case("step", name, name, steps.Setting(DRY.config(), threads=1), others, DRY, rounds=6)
 
 
-@pytest.mark.usefixtures("workshop")
+@pytest.mark.usefixtures("candidates")
 def test_a_backend_of_5_ms_a_step_is_recorded_at_5_ms() -> None:
     entry = step_case("slow", "eager", "reference-loop").entry(plain_timer, PROBES)
     truth = Spread.of(Slow.rounds[-6:])
@@ -186,7 +186,7 @@ def test_a_backend_of_5_ms_a_step_is_recorded_at_5_ms() -> None:
     assert entry["loss_error"] < 1e-6
 
 
-@pytest.mark.usefixtures("workshop")
+@pytest.mark.usefixtures("candidates")
 def test_a_wrong_backend_is_recorded_without_a_number() -> None:
     record_ = Recording(FACTS, probes=PROBES)
     with pytest.raises(NotEquivalent):
@@ -196,17 +196,17 @@ def test_a_wrong_backend_is_recorded_without_a_number() -> None:
     assert "no number: wrong is not equivalent" in tables.skipped(record_)
 
 
-@pytest.mark.usefixtures("workshop")
+@pytest.mark.usefixtures("candidates")
 def test_an_unavailable_backend_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Slow, "unsupported", classmethod(lambda cls, *of: "it is asleep"))
     with pytest.raises(Skipped, match="it is asleep"):
         step_case("slow").entry(plain_timer, PROBES)
-    # As a rival it is left out; it has a case of its own.
+    # Beside another it is left out; it has a case of its own.
     assert step_case("eager", "slow").entry(plain_timer, PROBES)["rivals"] == {}
 
 
-@pytest.mark.usefixtures("workshop")
-def test_rivals_take_turns_with_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("candidates")
+def test_the_others_take_turns_with_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for cls in (Slow, Eager):
         advance = cls.advance
@@ -262,7 +262,7 @@ def test_on_cuda_what_inductor_compiles_comes_after_all_else(
 
     monkeypatch.setattr(record, "cases", without_a_gpu)
     monkeypatch.setattr(recording.Recording, "begin", lambda device, dry: recording.Recording(FACTS, dry))
-    record.record(plan, ["step", "rng"], tmp_path / "recording.json")
+    record.record(plan, ["step", "rng"], {}, tmp_path / "recording.json", record.Budget())
     slow = [id.startswith("compile") for id in measured]
     assert slow == sorted(slow)
     assert any(slow)

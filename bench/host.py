@@ -1,4 +1,4 @@
-"""Reading a corpus, beside the plain way of Python: a list of a dictionary's answers, character by character."""
+"""Cases of the host's work before training: random numbers, and a corpus read into tokens."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,8 +11,35 @@ from bench.floor import Probes
 from mlp_fast.corpus import load as corpus
 from mlp_fast.data import synthesize
 from mlp_fast.measure.equivalence import NotEquivalent
+from mlp_fast.model.rng import RNG
 
 ENGLISH, CHINESE = synthesize.EMBEDDED / "train.txt", "天地玄黄宇宙洪荒日月盈昃辰宿列张\n"
+
+
+def rng_cases(plan: Plan) -> Iterator[Case]:
+    """Filling an array with random numbers, beside drawing them one by one."""
+    many, few = (10_000, 100) if plan.dry else (10_000_000, 100_000)
+
+    def fill() -> object:
+        return RNG(1337).fill_uniform(many)
+
+    def draw() -> None:
+        rng = RNG(1337)
+        for _ in range(few):
+            rng.random()
+
+    def case(id: str, work: Callable[[], object], count: int) -> Case:
+        def run(timer: Timer, probes: Probes) -> Entry:
+            first = RNG(1337)
+            if not (RNG(1337).fill_uniform(1000) == [first.random() for _ in range(1000)]).all():
+                raise NotEquivalent("the fill's numbers are not those of the scalar generator")
+            entry = timed_beside(timer, work, {}, min(plan.rounds, 5))
+            return {"per": f"{count:,} uniforms", **entry, "uniforms_per_second": 1e3 * count / entry["ms"]["min"]}
+
+        return Case("rng", f"{id} {count:,}", run)
+
+    yield case("fill", fill, many)
+    yield case("scalar", draw, few)
 
 
 def plain(folder: Path) -> dict[str, np.ndarray]:
@@ -23,7 +50,7 @@ def plain(folder: Path) -> dict[str, np.ndarray]:
 
 
 def reading_cases(plan: Plan) -> Iterator[Case]:
-    """A folder of megabytes of text, in an alphabet of one byte a character and in one of three."""
+    """A folder of megabytes of text, one byte a character and three, beside plain Python and its dictionary."""
     size = 20_000 if plan.dry else 5_000_000
 
     def case(name: str, line: str) -> Case:
@@ -37,8 +64,8 @@ def reading_cases(plan: Plan) -> Iterator[Case]:
                 expected, loaded = plain(folder), work()
                 if any((loaded.tapes[split].numpy() != expected[split]).any() for split in corpus.SPLITS):
                     raise NotEquivalent("the tokens are not those of plain Python")
-                times = timed_beside(timer, work, {"python": lambda: plain(folder)}, min(plan.rounds, 5))
-            return {"per": f"{size:,} bytes", "bytes_per_second": 1e3 * size / times["ms"]["min"], **times}
+                entry = timed_beside(timer, work, {"python": lambda: plain(folder)}, min(plan.rounds, 5))
+            return {"per": f"{size:,} bytes", **entry, "bytes_per_second": 1e3 * size / entry["ms"]["min"]}
 
         return Case("reading", name, run)
 
