@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bench import floor
+from bench import lower_bound
 from mlp_fast.config import Config
 from mlp_fast.measure.timing import Spread, rest, seconds
 
@@ -92,10 +92,10 @@ class Case:
 
     group: str
     id: str
-    run: Callable[[Timer, floor.Probes], Entry] = field(repr=False, compare=False)
+    run: Callable[[Timer, lower_bound.Probes], Entry] = field(repr=False, compare=False)
     slow: bool = False
 
-    def entry(self, timer: Timer, probes: floor.Probes) -> Entry:
+    def entry(self, timer: Timer, probes: lower_bound.Probes) -> Entry:
         """The result: group and id; `per`, the unit; `ms`, its Spread; and what else the group has to say."""
         return {"group": self.group, "id": self.id, **self.run(timer, probes)}
 
@@ -131,14 +131,8 @@ def timed_beside(
 def compared(times: Sequence[float], others: Mapping[str, Sequence[float]]) -> Entry:
     """Of milliseconds: `ms`, their Spread; and `rivals`, by name `ms` and `ratio`, how many times as long they take."""
     spread = Spread.of(times)
-    rivals = {name: Spread.of(theirs) for name, theirs in others.items() if theirs}
+    beside = {name: Spread.of(theirs) for name, theirs in others.items() if theirs}
     return {
         "ms": asdict(spread),
-        "rivals": {name: {"ms": asdict(its), "ratio": its.median / spread.median} for name, its in rivals.items()},
+        "rivals": {name: {"ms": asdict(its), "ratio": its.median / spread.median} for name, its in beside.items()},
     }
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table whose first columns are text and the others numbers, to the right."""
-    rule = ["---"] * text_columns + ["--:"] * (len(header) - text_columns)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))

@@ -33,12 +33,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpus, recording
-from bench.case import table
 from bench.execution import KINDS, Launch, Row, rows_of
 from bench.gpus import GPUS, Gpu
 from mlp_fast.cli import run_main
 from mlp_fast.errors import UserError
 from mlp_fast.kernels._runtime import LEAST_CAPABILITY, interpreting
+from mlp_fast.measure.table import table
 
 BUDGETS = Path(__file__).resolve().parent.parent / "tests" / "gpuless" / "budgets.json"
 FIGURES = ("instructions", "issue", "wavefronts", "sectors", "exposed", "barriers", "grid_barriers", "atomics")

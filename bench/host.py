@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.case import Case, Entry, Plan, Timer, timed_beside
-from bench.floor import Probes
+from bench.lower_bound import Probes
 from mlp_fast.corpus import load as corpus
 from mlp_fast.data import synthesize
 from mlp_fast.measure.equivalence import NotEquivalent

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench import floor
+from bench import lower_bound
 from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, timed_beside
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
@@ -27,7 +27,7 @@ Task = tuple[Callable[[], Any], Callable[[Any], float]]
 def _backend_case(group: str, name: str, per: str, plan: Plan, task_of: Callable[[Backend, Corpus, MLP], Task]) -> Case:
     """Some work of a backend other than steps, beside eager's."""
 
-    def run(timer: Timer, probes: floor.Probes) -> Entry:
+    def run(timer: Timer, probes: lower_bound.Probes) -> Entry:
         corpus = load("embedded")
         config = plan.config()
         shape = Shape.of(config, len(corpus.vocabulary))

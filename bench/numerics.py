@@ -32,6 +32,7 @@ from mlp_fast.cli import run_main
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus, load
 from mlp_fast.measure import machine
+from mlp_fast.measure import table as markdown
 from mlp_fast.model.manual_step import adamw_, loss_and_gradients
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.schedule import update_scalars
@@ -181,15 +182,12 @@ def measure(config: Config, corpus: Corpus, arithmetics: Iterable[Arithmetic] = 
 
 def table(results: Sequence[Result]) -> str:
     """The results as a Markdown table."""
-    lines = [
-        "| arithmetic | val loss | its difference | largest of a batch loss | parameters | one product |",
-        "| --- | --: | --: | --: | --: | --: |",
-    ]
+    rows = []
     for r in results:
         differences = (r.val_difference, r.loss_difference, r.parameter_difference, r.product_difference)
-        cells = [r.arithmetic, f"{r.val_loss:.6f}", *("-" if d == 0 else f"{d:.1e}" for d in differences)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append((r.arithmetic, f"{r.val_loss:.6f}", *("-" if d == 0 else f"{d:.1e}" for d in differences)))
+    header = ("arithmetic", "val loss", "its difference", "largest of a batch loss", "parameters", "one product")
+    return markdown.table(header, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

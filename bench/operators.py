@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import floor
+from bench import lower_bound
 from bench.case import Case, Entry, Plan, Timer, timed_beside
 from mlp_fast import ops
 from mlp_fast.config import Config
@@ -199,7 +199,7 @@ def operator_case(name: str, make: Maker, config: Config, plan: Plan, more: dict
     """An operator beside plain torch, and beside what else is given."""
     device, precision = torch.device(plan.device), config.precision
 
-    def run(timer: Timer, probes: floor.Probes) -> Entry:
+    def run(timer: Timer, probes: lower_bound.Probes) -> Entry:
         before_precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         try:

@@ -1,4 +1,4 @@
-"""`python -m bench.probes`: what the machine can do at best; the floors of floor.py stand on it.
+"""`python -m bench.probes`: what the machine can do at best; lower_bound.py rests on it.
 
     CPU    peak of fp32 multiply-adds by threads (csrc/fma_peak.c), rate of a matrix product, copy bandwidth by
            working set
@@ -25,6 +25,7 @@ import torch
 from bench.case import failure
 from mlp_fast.cli import run_main
 from mlp_fast.measure import machine
+from mlp_fast.measure import table as markdown
 from mlp_fast.measure.timing import seconds
 
 FMA_SOURCE = Path(__file__).parent / "csrc" / "fma_peak.c"
@@ -219,15 +220,14 @@ UNITS = {
 
 def table(probes: Probes) -> str:
     """The probes as a Markdown table."""
-    lines = ["| probe | measured |", "| --- | --: |"]
+    rows = []
     for name, value in probes.items():
         factor, unit, label = UNITS[name]
         for key, number in value.items() if isinstance(value, dict) else [("", value)]:
             measured = f"not measured: {number}" if isinstance(number, str) else f"{number * factor:.4g} {unit}"
-            shown = f"{int(key):,}" if key else ""
-            words = label.format(key=shown).replace(" 1 threads", " 1 thread")
-            lines.append(f"| {words} | {measured} |")
-    return "\n".join(lines)
+            words = label.format(key=f"{int(key):,}" if key else "").replace(" 1 threads", " 1 thread")
+            rows.append((words, measured))
+    return markdown.table(("probe", "measured"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import floor
+from bench import lower_bound
 from bench.case import Case, Entry, Plan, Skipped, Timer, compared, timed_beside
 from bench.steps import REFERENCE
 from mlp_fast.measure.equivalence import require
@@ -30,7 +30,7 @@ def require_loss(name: str, steps: int, loss: float) -> None:
 def _process_case(
     group: str, id: str, commands: Mapping[str, Sequence[str]], per: str, rounds: int, steps: int | None = None
 ) -> Case:
-    """A Python process from its start to its end; the first of `commands` is the case, the others are its rivals.
+    """A Python process from its start to its end; the first of `commands` is the case, the others are timed beside it.
 
     With `steps` all of them train so many, and end with the test loss that they must.
     """
@@ -41,7 +41,7 @@ def _process_case(
             losses = re.findall(r"^test_loss (\S+)", printed, re.MULTILINE)
             require_loss(name, steps, float(losses[-1]) if losses else math.nan)
 
-    def run(timer: Timer, probes: floor.Probes) -> Entry:
+    def run(timer: Timer, probes: lower_bound.Probes) -> Entry:
         name, *others = commands
         beside = {other: partial(process, other) for other in others}
         return {
@@ -76,8 +76,8 @@ def start_up_cases(plan: Plan) -> Iterator[Case]:
         "mlp_fast.train --help": (*train, "--help"),
         "mlp_fast.train, one step": (*train, "--num-steps", "1", "--quiet"),
     }.items():
-        rivals = {} if command is torch_alone else {"import torch": torch_alone}
-        yield _process_case("start-up", id, {id: command, **rivals}, "process", rounds)
+        others = {} if command is torch_alone else {"import torch": torch_alone}
+        yield _process_case("start-up", id, {id: command, **others}, "process", rounds)
 
 
 def run_cases(plan: Plan) -> Iterator[Case]:
@@ -143,7 +143,7 @@ def busy_cases(plan: Plan) -> Iterator[Case]:
     steps = 20 if plan.dry else 10_000
 
     def case(id: str, processes: int = 1, before: str | None = "pass") -> Case:
-        def run(timer: Timer, probes: floor.Probes) -> Entry:
+        def run(timer: Timer, probes: lower_bound.Probes) -> Entry:
             samples: list[float] = []
             with one_processor() if before is None else contextlib.nullcontext(before) as code:
                 timer(lambda: samples.extend(_at_once(processes, code, steps)), lambda: None, 1 if plan.dry else 3)

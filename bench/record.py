@@ -127,7 +127,7 @@ def profiles(plan: Plan, trace: Path | None) -> dict[str, Any]:
 
 
 def losses(plan: Plan) -> dict[str, Any]:
-    """A whole run of the fastest backend here: the losses of every evaluation, the test loss, and the floor of val."""
+    """A whole run of the fastest backend: the losses of every evaluation, the test loss, and the entropy of val."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "log.jsonl"
         steps = "20" if plan.dry else "50000"

@@ -23,23 +23,40 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import chinese, counts, probes, recording, tables
+import numpy as np
+
+from bench import counts, probes, recording, tables
 from bench.case import Entry
 from bench.recording import Recording
 from mlp_fast.cli import run_main
 from mlp_fast.errors import UserError
 from mlp_fast.measure import machine
 from mlp_fast.measure.equivalence import BASELINE
+from mlp_fast.measure.timing import Spread
+from mlp_fast.run import plot
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(
     r"(?P<begin><!-- bench:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- /bench:(?P=name) -->)", re.S
 )
+# What a picture shows, in both languages.
 PLOTTED = {
-    "losses": "Curves: train and validation loss over the steps of a run, and the floor of the validation loss",
-    "ladder": "Bars: milliseconds per step of every backend in float32, with the floor as a mark in each",
-    "steps": "Bars: milliseconds per step of every backend, with the floor as a mark in each",
-    "sweep": "Lines: milliseconds per step over each swept size, on logarithmic axes",
+    "losses": (
+        "Curves: train and validation loss over the steps of a run, and the entropy of the validation text's source",
+        "折线图：一次运行中训练损失和验证损失随步数的变化，以及验证损失来源的熵",
+    ),
+    "ladder": (
+        "Bars: milliseconds per step of every backend in float32, with the lower bound as a mark in each",
+        "条形图：每个后端在 float32 下每步的毫秒数，下界标在各条之中",
+    ),
+    "steps": (
+        "Bars: milliseconds per step of every backend, with the lower bound as a mark in each",
+        "条形图：每个后端每步的毫秒数，下界标在各条之中",
+    ),
+    "sweep": (
+        "Lines: milliseconds per step over each swept size, on logarithmic axes",
+        "折线图：每步的毫秒数随各个尺寸的变化，对数坐标",
+    ),
 }
 
 
@@ -57,37 +74,39 @@ def _profiled(record: Recording) -> str:
 
 
 TRAINED = (
-    "{num_steps:,} steps by {backend} on the embedded corpus: validation loss {val_loss:.6f} (floor {floor:.6f}), "
-    "test loss {test_loss:.6f} nats per character."
+    "{num_steps:,} steps by {backend} on the embedded corpus: validation loss {val_loss:.6f} (entropy of its source "
+    "{floor:.6f}), test loss {test_loss:.6f} nats per character.",
+    "{backend} 在 embedded 语料上训练 {num_steps:,} 步：验证损失 {val_loss:.6f}（其来源的熵 {floor:.6f}），"
+    "测试损失 {test_loss:.6f}，单位是每字符奈特。",
 )
 
 
-def _trained(record: Recording, sentence: str = TRAINED) -> str:
+def _trained(record: Recording, chinese: bool = False) -> str:
     """The end of the whole run in words."""
     if "losses" not in record.extra:
         return ""
     run = record.extra["losses"]
-    return sentence.format_map({**run, **run["evaluations"][-1]})
-
-
-def _promised(record: Recording) -> str:
-    """The table, of a recording that has what most promises are about."""
-    return tables.claims(record) if record.group("step") and record.group("run") else ""
+    return TRAINED[chinese].format_map({**run, **run["evaluations"][-1]})
 
 
 BLOCKS: dict[str, Callable[[Recording], str]] = {
     "losses": _trained,
     "steps": tables.steps,
     "ladder": tables.ladder,
-    "ratios": tables.rivals,
+    "ratios": tables.ratios,
     "others": tables.others,
     "sweep": tables.sweep,
     "scale": tables.scale,
-    "promises": _promised,
     "probes": lambda record: probes.table(record.probes) if record.probes else "",
     "compare": _compared,
     "profile": _profiled,
     "numerics": lambda record: record.extra["numerics"]["output"] if "numerics" in record.extra else "",
+}
+
+# Over all recordings: (recordings, in Chinese) -> text.
+OVERALL: dict[str, Callable[[Sequence[Recording], bool], str]] = {
+    "result": tables.result,
+    "promises": lambda records, chinese: tables.claims([r for r in records if r.group("step") and r.group("run")]),
 }
 
 COUNTED: dict[str, Callable[[], str]] = {
@@ -106,28 +125,43 @@ def documents(root: Path) -> list[Path]:
 
 def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a document") -> str:
     """A document's text with every block brought up to date, from the recordings of each device, the latest first."""
+    chinese = name.endswith(".zh-CN.md")
+    every = [record for recordings in devices for record in recordings]
+    blocks = [match["name"] for match in MARKED.finditer(text)]
+    shown = {block: _shown(block, devices) for block in blocks if block in BLOCKS}
+    used = [record for record in every if any(record in records for records in shown.values())]
+    first = next((block for block in blocks if shown.get(block)), None)
 
     def body(match: re.Match[str]) -> str:
         block = match["name"]
         if block in COUNTED:
-            return f"{match['begin']}\n{tables.narrow(COUNTED[block]()).strip()}\n\n{match['end']}"
-        if block not in BLOCKS:
-            raise UserError(f"{name}: no block is called {block!r}; there are {', '.join([*BLOCKS, *COUNTED])}")
-        parts = []
-        for recordings in devices:
-            record = next((record for record in recordings if BLOCKS[block](record)), None)
-            if record is None:
-                continue
-            part, where, words = BLOCKS[block](record), tables.machine_line(record), PLOTTED.get(block)
-            if name.endswith(".zh-CN.md"):
-                part = _trained(record, chinese.TRAINED) if block == "losses" else chinese.translated(part)
-                where, words = chinese.machine_line(record), chinese.PICTURES.get(block)
-            picture = f"\n\n![{words}]({_picture_link(record, block, name)})" if words else ""
-            parts.append(f"{where}\n\n{tables.narrow(part).strip()}{picture}\n")
-        body = "\n" + "\n".join(parts) + "\n" if parts else ""
-        return match["begin"] + body + match["end"]
+            parts = [COUNTED[block]()]
+        elif block in OVERALL:
+            parts = [OVERALL[block](every, chinese)]
+        elif block in BLOCKS:
+            parts = [tables.measured_on(used, chinese)] if block == first else []
+            for record in shown[block]:
+                if len(used) > 1:
+                    device, day = record.facts["device"], record.facts["date"][:10]
+                    parts.append(f"{device}，{day} 测得：" if chinese else f"On {device}, {day}:")
+                parts.append(_trained(record, chinese) if block == "losses" else BLOCKS[block](record))
+                if block in PLOTTED:
+                    parts.append(f"![{PLOTTED[block][chinese]}]({_picture_link(record, block, name)})")
+        else:
+            known = ", ".join([*BLOCKS, *OVERALL, *COUNTED])
+            raise UserError(f"{name}: no block is called {block!r}; there are {known}")
+        text = "\n\n".join(tables.narrow(part).strip() for part in parts if part)
+        if chinese:
+            text = tables.translated(text)
+        return f"{match['begin']}\n{text}\n\n{match['end']}" if text else match["begin"] + match["end"]
 
     return MARKED.sub(body, text)
+
+
+def _shown(block: str, devices: Sequence[Sequence[Recording]]) -> list[Recording]:
+    """Of every device the latest recording that has figures for a block."""
+    found = (next((record for record in recordings if BLOCKS[block](record)), None) for recordings in devices)
+    return [record for record in found if record is not None]
 
 
 def _picture_link(record: Recording, block: str, document: str) -> str:
@@ -149,7 +183,7 @@ def update(root: Path, results: Path, *, check: bool) -> list[str]:
                 path.write_text(new, encoding="utf-8")
     for recordings in devices:
         folder = results / machine.folder_name(recordings[0].facts["device"])
-        for block, draw in PLOTS.items():
+        for block in PLOTTED:
             record = next((record for record in recordings if _plot_data(record, block)), None)
             if record is None:
                 continue
@@ -159,15 +193,13 @@ def update(root: Path, results: Path, *, check: bool) -> list[str]:
                 continue
             stale.append(str(path))
             if not check:
-                _draw(draw, path, record, _digest(data))
+                draw(path, record, block)
     return stale
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
 
-WIDTH = 6.4  # inches
-
-Drawing = Callable[[Path, Recording, str], None]  # of a file, from a recording, with the digest of what is drawn
+WIDTH = 6.4  # inches: as narrow as its letters are readable on a phone
 
 
 def _plot_data(record: Recording, block: str) -> list[Entry]:
@@ -184,54 +216,47 @@ def _digest(data: list[Entry]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def draw_losses(path: Path, record: Recording, digest: str) -> None:
+def draw(path: Path, record: Recording, block: str) -> None:
+    """Draws one of PLOTTED into a file."""
+    from matplotlib import rc_context
+
+    data = _plot_data(record, block)
+    panels = len(tables.swept(record)) if block == "sweep" else 1
+    rows, across = -(-panels // 2), min(2, panels)
+    height = {"losses": 4.5, "sweep": 1.4 + 3 * rows}.get(block, 1.6 + 0.36 * len(data))
+    metadata = {"Description": f"drawn from recorded data {_digest(data)}", "Software": None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"font.size": 11}), plot.figure(path, WIDTH, height, rows, across, metadata) as axes:
+        if block == "losses":
+            draw_losses(axes, record)
+        elif block == "sweep":
+            draw_sweep(axes, record)
+        else:
+            draw_steps(axes, record, data)
+
+
+def draw_losses(axes: Any, record: Recording) -> None:
     """Train and validation loss over the steps of the whole run."""
     run = record.extra["losses"]
     steps = [evaluation["step"] for evaluation in run["evaluations"]]
-    figure, [[axes]] = _figure(4.5)
-    for split in ("train", "val"):
-        axes.plot(steps, [evaluation[f"{split}_loss"] for evaluation in run["evaluations"]], label=split)
-    axes.axhline(run["floor"], color="grey", linestyle="--", label="floor of val: the entropy of its source")
-    axes.set(xlabel="step", ylabel="mean cross-entropy (nats per character)")
+    losses = {split: [e[f"{split}_loss"] for e in run["evaluations"]] for split in ("train", "val")}
+    plot.draw_losses(axes, steps, losses, run["floor"])
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title(f"{run['num_steps']:,} steps by {run['backend']} on the embedded corpus")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    _save(figure, path, digest)
 
 
-def draw_ladder(path: Path, record: Recording, digest: str) -> None:
-    """draw_steps, of the ladder's entries only."""
-    draw_steps(path, record, digest, "ladder")
+def draw_steps(axes: Any, record: Recording, entries: Sequence[Entry]) -> None:
+    """Bars of ms/step, the lower bound as a tick in each."""
+    bounds = {tables.label(entry): entry["floor_ms"] for entry in entries if "floor_ms" in entry}
+    plot.draw_times(axes, {tables.label(entry): Spread(**entry["ms"]) for entry in entries}, bounds)
+    axes.figure.suptitle(f"Time of a training step by backend\n{record.facts['device']}")
+    axes.figure.legend(loc="outside lower right")
 
 
-def draw_steps(path: Path, record: Recording, digest: str, block: str = "steps") -> None:
-    """Bars of ms/step, the floor as a tick in each."""
-    entries = list(reversed(_plot_data(record, block)))
-    names = [tables.label(entry) for entry in entries]
-    figure, [[axes]] = _figure(1.6 + 0.36 * len(entries))
-    medians = [entry["ms"]["median"] for entry in entries]
-    low = [entry["ms"]["median"] - entry["ms"]["min"] for entry in entries]
-    high = [entry["ms"]["max"] - entry["ms"]["median"] for entry in entries]
-    bars = axes.barh(names, medians, xerr=[low, high], capsize=2, color="lightsteelblue")
-    axes.bar_label(bars, [f" {median:.3g}" for median in medians])
-    floors = [(name, entry["floor_ms"]) for name, entry in zip(names, entries, strict=True) if "floor_ms" in entry]
-    axes.plot([ms for _, ms in floors], [name for name, _ in floors], "k|", markersize=14, mew=2, label="floor")
-    axes.set(xscale="log", xlabel="ms per step (median of rounds; whiskers: fastest, slowest)")
-    axes.set_xlim(right=2 * max(entry["ms"]["max"] for entry in entries))  # room for the labels
-    axes.xaxis.set_major_formatter("{x:g}")
-    figure.suptitle(f"Time of a training step by backend\n{record.facts['device']}")
-    figure.legend(loc="outside lower right")
-    _save(figure, path, digest)
-
-
-def draw_sweep(path: Path, record: Recording, digest: str) -> None:
+def draw_sweep(panels: Any, record: Recording) -> None:
     """ms/step over each swept size, on logarithmic axes: a slope of one is linear growth."""
+    panels = list(np.ravel(panels))
     swept = tables.swept(record)
-    columns = min(2, len(swept))
-    rows = -(-len(swept) // columns)
-    figure, grid = _figure(1.4 + 3 * rows, rows, columns)
-    panels = [axes for row in grid for axes in row]
     for axes in panels[len(swept) :]:
         axes.axis("off")
     shown: dict[str, Any] = {}
@@ -254,45 +279,13 @@ def draw_sweep(path: Path, record: Recording, digest: str) -> None:
         axes.minorticks_off()
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3)
-    figure.suptitle(f"Time of a training step by size\n{record.facts['device']}")
-    _save(figure, path, digest)
+    panels[0].figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3)
+    panels[0].figure.suptitle(f"Time of a training step by size\n{record.facts['device']}")
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
     """A colour of matplotlib's cycle for every name, the baseline first: the same in all panels."""
     return {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys([BASELINE, *names]))}
-
-
-def _draw(draw: Drawing, path: Path, record: Recording, digest: str) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    with matplotlib.rc_context({"font.size": 11}):
-        draw(path, record, digest)
-
-
-def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """A figure, and its axes in rows; as narrow as its letters are readable on a phone."""
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", squeeze=False)
-
-
-def _save(figure: Any, path: Path, digest: str) -> None:
-    from matplotlib import pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Description": f"drawn from recorded data {digest}", "Software": None})
-    plt.close(figure)
-
-
-PLOTS: dict[str, Drawing] = {
-    "losses": draw_losses,
-    "ladder": draw_ladder,
-    "steps": draw_steps,
-    "sweep": draw_sweep,
-}
 
 
 # --- two recordings ---------------------------------------------------------------------------------------------------

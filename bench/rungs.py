@@ -1,7 +1,7 @@
 """`python -m bench.rungs NAME...`: what a training step of a backend asks for, counted, and its time on this machine.
 
     launches     kernels, operators of torch that compute, or calls into C, that a step begins
-    operations   of the function in the form that the rung computes (floor.step_cost)
+    operations   of the function in the form that the rung computes (lower_bound.step_cost)
 
 Counted at the default sizes, and without a GPU: torch's operators on the CPU by a dispatch mode; what torch.compile
 makes, by the counters of its compiler; launches of Triton kernels as kernels/_aot.py records them.
@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from bench.case import table
-from bench.floor import form_of, step_cost
+from bench.lower_bound import form_of, step_cost
 from mlp_fast import backends
 from mlp_fast.cli import run_main
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.measure.comparison import compare
+from mlp_fast.measure.table import table
 from mlp_fast.measure.timing import subject
 from mlp_fast.model.state import TrainState
 

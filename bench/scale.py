@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench import floor, generate_words
+from bench import generate_words, lower_bound
 from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, compared
 from bench.steps import Setting, step_case
 from mlp_fast import backends, distributed, train
@@ -102,7 +102,7 @@ def training_case(
     Both must end with the same test loss.
     """
 
-    def run(timer: Timer, probes: floor.Probes) -> Entry:
+    def run(timer: Timer, probes: lower_bound.Probes) -> Entry:
         shape = Shape.of(config, vocab_size)
         reason = backends.unsupported(config.backend, config, shape)
         if reason is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import floor
+from bench import lower_bound
 from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, timed_beside
 from bench.reference_loop import ReferenceLoop
 from mlp_fast import backends
@@ -70,7 +70,7 @@ class Candidates:
         self._setting: Setting | None = None
         self._ready: dict[str, Ready] = {}
 
-    def ready(self, name: str, setting: Setting, round_seconds: float, probes: floor.Probes) -> Ready:
+    def ready(self, name: str, setting: Setting, round_seconds: float, probes: lower_bound.Probes) -> Ready:
         """The candidate of that name; Skipped or NotEquivalent where there is none."""
         if setting != self._setting:
             self._enter(setting)
@@ -97,7 +97,7 @@ class Candidates:
         self.verifier = Verifier(config, self.shape, self.tape)
         self._setting = setting
 
-    def _backend(self, name: str, setting: Setting, round_seconds: float, probes: floor.Probes) -> Ready:
+    def _backend(self, name: str, setting: Setting, round_seconds: float, probes: lower_bound.Probes) -> Ready:
         config = dataclasses.replace(setting.config, backend=name)
         reason = backends.unsupported(name, config, self.shape)
         if reason is not None:
@@ -114,7 +114,7 @@ class Candidates:
         facts |= self._lower_bound(name, setting, probes, sync)
         return Ready(candidate, lambda: backend.load(self.verifier.initial), steps, facts)
 
-    def _reference(self, name: str, setting: Setting, round_seconds: float, probes: floor.Probes) -> Ready:
+    def _reference(self, name: str, setting: Setting, round_seconds: float, probes: lower_bound.Probes) -> Ready:
         config = setting.config
         if config.device != "cpu" or config.precision != "fp32":
             raise Skipped("it is the reference on the CPU")
@@ -129,14 +129,14 @@ class Candidates:
         return Ready(candidate, lambda: None, self._steps_per_round(candidate, None, round_seconds), facts)
 
     def _lower_bound(
-        self, name: str, setting: Setting, probes: floor.Probes, sync: floor.Synchronisation | None = None
+        self, name: str, setting: Setting, probes: lower_bound.Probes, sync: lower_bound.Synchronisation | None = None
     ) -> Entry:
         """What a step costs at the least, and by the probes the lower bound of its time."""
         config = setting.config
-        form = floor.form_of(name, config.form, self.shape, config.batch_size)
-        cost = floor.step_cost(self.shape, config.batch_size, form)
+        form = lower_bound.form_of(name, config.form, self.shape, config.batch_size)
+        cost = lower_bound.step_cost(self.shape, config.batch_size, form)
         facts: Entry = {"form": form, "operations": cost.operations, "bytes": cost.bytes}
-        bound = floor.step_floor(cost, probes, config.precision, setting.threads, sync)
+        bound = lower_bound.step_bound(cost, probes, config.precision, setting.threads, sync)
         return facts | ({} if bound is None else {"floor_ms": bound.total, "floor_parts_ms": dataclasses.asdict(bound)})
 
     def _steps_per_round(self, candidate: Candidate, backend: Backend | None, round_seconds: float) -> int:
@@ -148,10 +148,10 @@ class Candidates:
             steps = 200 * round(steps / 200)
         return min(max(steps, trial), 4000)
 
-    def _look_at_device(self, backend: Backend, steps: int, facts: Entry) -> floor.Synchronisation:
+    def _look_at_device(self, backend: Backend, steps: int, facts: Entry) -> lower_bound.Synchronisation:
         """Device time and launches of a step by torch.profiler, off every clock."""
         # Enough for a whole captured graph; of autograd's hundreds of operators a step, fewer.
-        looked_at = min(steps, 20 if backend.name in floor.GATHER_BACKENDS else 200)
+        looked_at = min(steps, 20 if backend.name in lower_bound.GATHER_BACKENDS else 200)
         with tempfile.TemporaryDirectory() as folder:
             summary = profile_steps(backend, looked_at, Path(folder) / "trace.json")
         if summary.device:
@@ -160,8 +160,8 @@ class Candidates:
         kernels = getattr(getattr(backend, "kernels", None), "config", None)
         if backend.name == "triton-persistent" and kernels is not None:
             facts["programs"] = kernels.PROGRAMS
-            return floor.Synchronisation(barriers=kernels.exchanges, programs=kernels.PROGRAMS)
-        return floor.Synchronisation(launches=launches, captured=summary.host_launches < 0.5 * launches)
+            return lower_bound.Synchronisation(barriers=kernels.exchanges, programs=kernels.PROGRAMS)
+        return lower_bound.Synchronisation(launches=launches, captured=summary.host_launches < 0.5 * launches)
 
 
 CANDIDATES = Candidates()
@@ -172,14 +172,14 @@ def step_case(
 ) -> Case:
     """A step of one candidate, with rounds of the others beside it in between."""
 
-    def run(timer: Timer, probes: floor.Probes) -> Entry:
+    def run(timer: Timer, probes: lower_bound.Probes) -> Entry:
         threads = torch.get_num_threads()
         try:
             return measured(timer, probes)
         finally:
             torch.set_num_threads(threads)
 
-    def measured(timer: Timer, probes: floor.Probes) -> Entry:
+    def measured(timer: Timer, probes: lower_bound.Probes) -> Entry:
         ready = CANDIDATES.ready(name, setting, plan.round_seconds, probes)
         beside_it = {}
         for other in others:

@@ -1,4 +1,4 @@
-"""The benchmarks' own rules: floors, probes, cases, recordings; and that a wrong backend stays without a number."""
+"""The benchmarks' own rules: bounds, probes, cases, recordings; and that a wrong backend stays without a number."""
 
 import dataclasses
 import json
@@ -15,8 +15,8 @@ from fake_backends import Slow, Wrong, register
 from torch import Tensor
 
 from bench import (
-    floor,
     inference,
+    lower_bound,
     operators,
     probes,
     processes,
@@ -63,12 +63,12 @@ PROBES = {
 }
 
 
-# --- floors -----------------------------------------------------------------------------------------------------------
+# --- lower bounds -----------------------------------------------------------------------------------------------------
 
 
 def test_a_step_costs_what_the_design_says() -> None:
-    table = floor.step_cost(DEFAULT, 128, "table")
-    gather = floor.step_cost(DEFAULT, 128, "gather")
+    table = lower_bound.step_cost(DEFAULT, 128, "table")
+    gather = lower_bound.step_cost(DEFAULT, 128, "gather")
     assert table.operations / 1e6 == pytest.approx(24, abs=0.5)
     assert gather.operations / 1e6 == pytest.approx(68, abs=1)
     assert table.bytes == gather.bytes == 24 * 89_387
@@ -81,15 +81,17 @@ def test_the_gather_forms_products_are_what_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         _, loss = model(torch.zeros(128, 3, dtype=torch.int64), torch.zeros(128, dtype=torch.int64))
         loss.backward()
-    products = floor.step_cost(DEFAULT, 128, "gather").operations - floor.ADAMW_OPERATIONS * DEFAULT.num_parameters
+    products = (
+        lower_bound.step_cost(DEFAULT, 128, "gather").operations - lower_bound.ADAMW_OPERATIONS * DEFAULT.num_parameters
+    )
     assert counter.get_total_flops() == products
 
 
-def test_the_floor_takes_the_slower_of_compute_and_memory_and_adds_the_waiting() -> None:
-    cost = floor.Cost(operations=4e8, bytes=1e6)
-    assert floor.step_floor(cost, PROBES, "fp32", threads=2).total == pytest.approx(2.0)  # type: ignore[union-attr]
-    assert floor.step_floor(cost, PROBES, "fp32", threads=1).total == pytest.approx(4.0)  # type: ignore[union-attr]
-    heavy = floor.step_floor(floor.Cost(operations=1, bytes=2**27), PROBES, "fp32", 2)
+def test_the_lower_bound_takes_the_slower_of_compute_and_memory_and_adds_the_waiting() -> None:
+    cost = lower_bound.Cost(operations=4e8, bytes=1e6)
+    assert lower_bound.step_bound(cost, PROBES, "fp32", threads=2).total == pytest.approx(2.0)  # type: ignore[union-attr]
+    assert lower_bound.step_bound(cost, PROBES, "fp32", threads=1).total == pytest.approx(4.0)  # type: ignore[union-attr]
+    heavy = lower_bound.step_bound(lower_bound.Cost(operations=1, bytes=2**27), PROBES, "fp32", 2)
     assert heavy is not None
     assert heavy.total == heavy.memory == pytest.approx(1e3 * 2**27 / 1e10)
     cuda = {
@@ -100,29 +102,32 @@ def test_the_floor_takes_the_slower_of_compute_and_memory_and_adds_the_waiting()
         "empty_launch": 3e-6,
         "grid_barrier": {"8": 1e-6, "64": 1.5e-6, "132": 2e-6},
     }
-    small = floor.Cost(operations=3e8, bytes=0)
-    totals = {p: floor.step_floor(small, cuda, p, 1).total for p in ("fp32", "tf32x3", "tf32")}  # type: ignore[union-attr]
+    small = lower_bound.Cost(operations=3e8, bytes=0)
+    totals = {p: lower_bound.step_bound(small, cuda, p, 1).total for p in ("fp32", "tf32x3", "tf32")}  # type: ignore[union-attr]
     assert totals == pytest.approx({"fp32": 6e-3, "tf32x3": 3e-3, "tf32": 1e-3})
     waits = {
-        "launched": (floor.Synchronisation(launches=2), 6e-3),
-        "captured": (floor.Synchronisation(launches=2, captured=True), 2e-3),
-        "barriers": (floor.Synchronisation(barriers=2, programs=60), 3e-3),
+        "launched": (lower_bound.Synchronisation(launches=2), 6e-3),
+        "captured": (lower_bound.Synchronisation(launches=2, captured=True), 2e-3),
+        "barriers": (lower_bound.Synchronisation(barriers=2, programs=60), 3e-3),
     }
     for sync, expected in waits.values():
-        parts = floor.step_floor(small, cuda, "tf32", 1, sync)
+        parts = lower_bound.step_bound(small, cuda, "tf32", 1, sync)
         assert parts is not None
         assert parts.synchronisation == pytest.approx(expected)
         assert parts.total == pytest.approx(1e-3 + expected)
 
 
-def test_without_a_measured_rate_there_is_no_floor() -> None:
-    assert floor.step_floor(floor.Cost(1, 1), {**PROBES, "fma_rate": "no C compiler was found"}, "fp32", 1) is None
+def test_without_a_measured_rate_there_is_no_lower_bound() -> None:
+    assert (
+        lower_bound.step_bound(lower_bound.Cost(1, 1), {**PROBES, "fma_rate": "no C compiler was found"}, "fp32", 1)
+        is None
+    )
 
 
 def test_the_form_that_counts_is_the_backends() -> None:
-    assert floor.form_of("eager", "auto", DEFAULT, 128) == "gather"
-    assert floor.form_of("native", "auto", DEFAULT, 128) == "table"
-    assert floor.form_of("native", "auto", DEFAULT, 16) == "gather"
+    assert lower_bound.form_of("eager", "auto", DEFAULT, 128) == "gather"
+    assert lower_bound.form_of("native", "auto", DEFAULT, 128) == "table"
+    assert lower_bound.form_of("native", "auto", DEFAULT, 16) == "gather"
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------
@@ -576,12 +581,23 @@ def test_promises_are_kept_broken_or_not_measured() -> None:
     native = entry_of("step", "native-128-fp32", 0.2)
     native["rivals"] = {"reference-loop": {"ms": {}, "ratio": 7.0}, "compile-step": {"ms": {}, "ratio": 2.0}}
     record_.entries = [native, entry_of("rng", "fill 10,000,000", 400.0)]
-    lines = tables.claims(record_).splitlines()
+    lines = tables.claims([record_]).splitlines()
     assert "| native over the loop on Python lists, all threads | 6 | 7.00 | yes |" in lines
     assert "| native over compile-step, all threads | 2.5 | 2.00 | **no** |" in lines
     assert "| 10,000,000 uniforms over one second | 1 | 2.50 | yes |" in lines
     assert "| compile-step over eager | 1 | - | not measured |" in lines
     assert not any("triton" in line for line in lines)
+
+
+def test_a_promise_over_several_recordings_shows_the_least_and_the_most() -> None:
+    records = []
+    for ratio in (5.0, 7.0, 9.0):
+        native = entry_of("step", "native-128-fp32", 0.2)
+        native["rivals"] = {"reference-loop": {"ms": {}, "ratio": ratio}, "compile-step": {"ms": {}, "ratio": 3.0}}
+        records.append(Recording(FACTS, entries=[native]))
+    lines = tables.claims([*records, Recording(FACTS), Recording({**FACTS, "device_type": "tpu"})]).splitlines()
+    assert "| native over the loop on Python lists, all threads | 6 | 5.00..9.00 | **in 2 of 3** |" in lines
+    assert "| native over compile-step, all threads | 2.5 | 3.00 | yes |" in lines
 
 
 def test_a_long_run_of_the_reference_is_scaled_from_the_short_one() -> None:
@@ -595,7 +611,7 @@ def test_a_long_run_of_the_reference_is_scaled_from_the_short_one() -> None:
     assert scaled
     assert ratio == pytest.approx((2000 + 15_000 * 10) / 15_200)
     assert tables.run_ratio(record_, 5000) == (4.25, False)
-    assert "scaled from 5,000 steps" in tables.claims(record_)
+    assert "scaled from 5,000 steps" in tables.claims([record_])
 
 
 def test_the_case_objects_tell_settings_apart() -> None:

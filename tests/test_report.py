@@ -79,7 +79,7 @@ def test_documents_and_plots_are_made_from_the_recording(project: Path) -> None:
     assert "Absolute times are that machine's" in text
     assert (
         "| native | 0.2500 | 0.2250..0.2750 | 4.00 | 512,000 |\n\n"
-        "| backend | floor, ms | x floor | first step, s | loss error |\n"
+        "| backend | lower bound, ms | x lower bound | first step, s | loss error |\n"
         "| --- | --: | --: | --: | --: |\n"
         "| eager | 0.1000 | 10.0 | 0.50 | 1.0e-07 |\n"
         "| native | 0.1000 | 2.5 | 0.50 | 1.0e-07 |\n\n" in text
@@ -99,7 +99,7 @@ def test_a_whole_run_is_told_and_drawn(project: Path) -> None:
     assert "losses.png" in update(project)
     text = (project / "README.md").read_text()
     assert "401 steps by native" in text
-    assert "validation loss 1.500000 (floor 1.250000), test loss 1.500000 nats" in text
+    assert "validation loss 1.500000 (entropy of its source 1.250000), test loss 1.500000 nats" in text
     assert "](bench/results/test-cpu-2-threads/losses.png)" in text
 
 
@@ -108,7 +108,7 @@ def test_every_swept_size_has_a_table_of_its_own(project: Path) -> None:
     for letter, size in (("B", 128), ("B", 256), ("V", 27)):
         record.entries.append(step("native", size / 512, "sweep", f"native-{letter}{size}", **{letter: size}))
     first, second = tables.sweep(record).split("\n\n")
-    header = "| backend | ms/step | eager, ms/step | x eager | x floor |"
+    header = "| backend | ms/step | eager, ms/step | x eager | x lower bound |"
     assert first.splitlines()[0] == f"| B, windows a batch {header}"
     assert first.splitlines()[2:] == [
         "| 128 | native | 0.2500 | 1 | 4.00 | 2.5 |",
@@ -141,6 +141,56 @@ def test_chinese_pages_are_filled_in_chinese(project: Path) -> None:
     assert "![条形图：" in page
     assert english.splitlines()[5:8] == page.splitlines()[5:8]
     assert "| native | 0.2500 | 4.00 |" in page.splitlines()[7]
+
+
+def test_a_page_says_once_what_its_figures_were_measured_on(project: Path) -> None:
+    blocks = "<!-- bench:ladder -->\n<!-- /bench:ladder -->\n<!-- bench:sweep -->\n<!-- /bench:sweep -->\n"
+    for name in ("README.md", "README.zh-CN.md"):
+        (project / name).write_text(blocks, encoding="utf-8")
+    update(project)
+    assert (project / "README.md").read_text().count("Test CPU") == 1
+    newer = Recording({**FACTS, "date": "2030-01-03T03:04:05+00:00"}, entries=[step("native", 0.125)])
+    newer.save(project / "results" / "test-cpu-2-threads" / "another.json")
+    update(project)
+    english, page = ((project / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md"))
+    assert [english.count(words) for words in ("Measured on:", "Absolute times", "\n- Test CPU, 2 threads; ")] == [
+        1,
+        1,
+        2,
+    ]
+    assert [page.count(words) for words in ("测量环境：", "绝对时间", "\n- Test CPU, 2 threads；")] == [1, 1, 2]
+    ladder, sweep = english.split("<!-- /bench:ladder -->")
+    assert "On Test CPU, 2 threads, 2030-01-03:\n\n| backend |" in ladder
+    assert "On Test CPU, 2 threads, 2030-01-02:\n\n| B, windows a batch |" in sweep
+
+
+def test_the_result_is_a_range_over_recordings_to_the_digits_that_agree(project: Path) -> None:
+    def result() -> tuple[str, str]:
+        update(project)
+        return tuple((project / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md"))  # type: ignore[return-value]
+
+    def recorded(device: str, ratio: float, test_loss: float, **facts: Any) -> None:
+        others = {"eager": {"ratio": ratio}, "reference-loop": {"ratio": 2 * ratio}}
+        record = Recording({**FACTS, "device": device, **facts}, entries=[step("native", 0.1, rivals=others)])
+        record.extra["losses"] = {"num_steps": 50_000, "test_loss": test_loss, "evaluations": []}
+        record.save(project / "results" / device.lower() / "new.json")
+
+    for name in ("README.md", "README.zh-CN.md"):
+        (project / name).write_text("<!-- bench:result -->\n<!-- /bench:result -->\n", encoding="utf-8")
+    assert "times as fast" not in result()[0]  # nothing is said where nothing was measured
+    recorded("A", 4.0, 2.3887021)
+    assert "MLP of LLM101n 4.00 times as fast as eager" in result()[0]
+    recorded("B", 9.0, 2.3887024)
+    english, page = result()
+    assert "4.00..9.00 times as fast as eager PyTorch and 8.00..18.00 times" in english
+    assert "recordings: 2, machines: 2" in english
+    assert "2.388702, equal in 6 decimals. No GPU has been recorded" in english
+    assert "4.00..9.00 倍" in page
+    assert "2.388702，6 位小数全部相同。还没有录制任何 GPU" in page
+    recorded("B", 9.0, 2.38873)
+    assert "equal in 4 decimals" in result()[0]
+    recorded("C", 5.0, 2.388702, device_type="cuda")
+    assert "GPU" not in result()[0]
 
 
 def test_a_second_run_changes_nothing(project: Path) -> None:

@@ -18,6 +18,7 @@ from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.measure import machine
+from mlp_fast.measure import table as markdown
 from mlp_fast.measure.equivalence import BASELINE, NotEquivalent, Verifier
 from mlp_fast.measure.timing import Candidate, Spread, measure
 from mlp_fast.model.mlp import Shape
@@ -54,7 +55,7 @@ class Result:
     refused: str | None = None
 
 
-class _Rival:
+class _Compared:
     """A backend in the comparison: its losses by pass, and its state at the end of each."""
 
     def __init__(self, name: str, config: Config, shape: Shape, tape: Tape, initial: TrainState) -> None:
@@ -79,7 +80,7 @@ class _Rival:
     def end_pass(self) -> None:
         self.states.append(self.backend.state())
 
-    def settle(self, losses: Tensor) -> None:
+    def keep(self, losses: Tensor) -> None:
         self.losses[-1].append(losses.cpu().clone())
 
     def pass_losses(self, index: int) -> Tensor:
@@ -106,24 +107,24 @@ def compare(names: Sequence[str], config: Config, shape: Shape, tape: Tape) -> l
     """
     names = list(names) if BASELINE in names else [BASELINE, *names]
     verifier = Verifier(config, shape, tape)
-    rivals = [_Rival(name, config, shape, tape, verifier.initial) for name in names]
-    for rival in rivals:
+    compared = [_Compared(name, config, shape, tape, verifier.initial) for name in names]
+    for one in compared:
         try:
-            verifier.check(rival.backend)
+            verifier.check(one.backend)
         except NotEquivalent as refusal:
-            rival.refused = str(refusal)
-    timed = [rival for rival in rivals if rival.refused is None]
-    candidates = [Candidate.of(rival.backend, rival.settle) for rival in timed]
-    samples: dict[str, list[float]] = {rival.name: [] for rival in timed}
+            one.refused = str(refusal)
+    timed = [one for one in compared if one.refused is None]
+    candidates = [Candidate.of(one.backend, one.keep) for one in timed]
+    samples: dict[str, list[float]] = {one.name: [] for one in timed}
     for _ in range(PASSES):
-        for rival in timed:
-            rival.begin_pass()
+        for one in timed:
+            one.begin_pass()
         if candidates:
             for name, times in measure(candidates, cut(config.num_steps, ROUNDS)).items():
                 samples[name] += times
-        for rival in timed:
-            rival.end_pass()
-    return [_result(rival, rivals[names.index(BASELINE)], samples) for rival in rivals]
+        for one in timed:
+            one.end_pass()
+    return [_result(one, compared[names.index(BASELINE)], samples) for one in compared]
 
 
 def cut(steps: int, rounds: int) -> list[int]:
@@ -132,47 +133,39 @@ def cut(steps: int, rounds: int) -> list[int]:
     return [steps // rounds + (i < steps % rounds) for i in range(rounds)]
 
 
-def _result(rival: _Rival, baseline: _Rival, samples: dict[str, list[float]]) -> Result:
-    result = Result(rival.name, rival.compile_seconds, rival.peak_bytes, refused=rival.refused)
-    if rival.refused is not None:
+def _result(candidate: _Compared, baseline: _Compared, samples: dict[str, list[float]]) -> Result:
+    result = Result(candidate.name, candidate.compile_seconds, candidate.peak_bytes, refused=candidate.refused)
+    if candidate.refused is not None:
         return result
-    spread = Spread.of(samples[rival.name])
-    result = dataclasses.replace(result, ms_per_step=spread, repeatable=rival.repeatable)
+    spread = Spread.of(samples[candidate.name])
+    result = dataclasses.replace(result, ms_per_step=spread, repeatable=candidate.repeatable)
     if baseline.refused is not None:
         return result
-    difference = (rival.pass_losses(0).double() - baseline.pass_losses(0).double()).abs().max().item()
+    difference = (candidate.pass_losses(0).double() - baseline.pass_losses(0).double()).abs().max().item()
     ratio = Spread.of(samples[baseline.name]).median / spread.median
     return dataclasses.replace(result, x_eager=ratio, loss_difference=difference)
 
 
 def table(results: Sequence[Result]) -> str:
     """The comparison as a Markdown table, and under it why a backend has no number."""
-    lines = [
-        "| backend | ms/step, median | fastest..slowest round | x eager | first step, s | peak memory, MB "
-        "| largest loss difference | repeatable |",
-        "| --- | --: | --: | --: | --: | --: | --: | --- |",
-    ]
+    rows = []
     for result in results:
-        cells = ["not equivalent", "-", "-"]
-        if result.ms_per_step is not None:
-            spread = result.ms_per_step
-            cells = [
-                f"{spread.median:.4f}",
-                f"{spread.min:.4f}..{spread.max:.4f}",
+        spread = result.ms_per_step
+        rows.append(
+            (
+                result.backend,
+                "not equivalent" if spread is None else f"{spread.median:.4f}",
+                "-" if spread is None else f"{spread.min:.4f}..{spread.max:.4f}",
                 "-" if result.x_eager is None else f"{result.x_eager:.2f}",
-            ]
-        difference = "-" if result.loss_difference is None else f"{result.loss_difference:.1e}"
-        repeatable = {None: "-", True: "bit for bit", False: "no"}[result.repeatable]
-        row = [
-            result.backend,
-            *cells,
-            f"{result.compile_seconds:.2f}",
-            f"{result.peak_bytes / 1e6:.1f}",
-            difference,
-            repeatable,
-        ]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, *(f"no number: {result.refused}" for result in results if result.refused)])
+                f"{result.compile_seconds:.2f}",
+                f"{result.peak_bytes / 1e6:.1f}",
+                "-" if result.loss_difference is None else f"{result.loss_difference:.1e}",
+                {None: "-", True: "bit for bit", False: "no"}[result.repeatable],
+            )
+        )
+    header = ("backend", "ms/step, median", "fastest..slowest round", "x eager", "first step, s", "peak memory, MB")
+    shown = markdown.table((*header, "largest loss difference", "repeatable"), rows)
+    return "\n".join([shown, *(f"no number: {result.refused}" for result in results if result.refused)])
 
 
 def chosen(text: str | None, config: Config, shape: Shape) -> list[str]:

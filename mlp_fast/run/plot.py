@@ -39,17 +39,27 @@ def drawable(text: str) -> str:
 
 
 @contextlib.contextmanager
-def figure(path: Path, width: float = 6.4, height: float = 4.8) -> Iterator[Any]:
-    """The axes of a picture, in inches, that is saved at the end of the block. OSError where that fails."""
+def figure(
+    path: Path,
+    width: float = 6.4,
+    height: float = 4.8,
+    rows: int = 1,
+    columns: int = 1,
+    metadata: Mapping[str, str | None] | None = None,
+) -> Iterator[Any]:
+    """The axes of a picture, in inches, that is saved at the end of the block. OSError where that fails.
+
+    Axes are one, or an array of those in rows and columns; `metadata` is written into the file.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    picture, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    picture, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
     try:
         yield axes
-        picture.savefig(path, dpi=130)
+        picture.savefig(path, dpi=130, metadata=metadata)
     finally:
         plt.close(picture)
 
@@ -65,11 +75,19 @@ def draw_losses(axes: Any, steps: Sequence[int], losses: Mapping[str, Sequence[f
     axes.grid(alpha=0.3)
 
 
-def draw_times(axes: Any, times: Mapping[str, Spread]) -> None:
-    """Draws times (name -> ms per step) as bars, the first on top, with the fastest and the slowest round."""
+def draw_times(axes: Any, times: Mapping[str, Spread], bounds: Mapping[str, float] | None = None) -> None:
+    """Draws times (name -> ms per step) as bars, the first on top, with the fastest and the slowest round.
+
+    Lower bounds, where they are given, are marks in the bars, and the axis is logarithmic.
+    """
     names, spreads = list(times)[::-1], list(times.values())[::-1]
     medians = [spread.median for spread in spreads]
     whiskers = [[s.median - s.min for s in spreads], [s.max - s.median for s in spreads]]
     bars = axes.barh(names, medians, xerr=whiskers, capsize=3)
     axes.bar_label(bars, [f" {median:.3g}" for median in medians])
     axes.set(xlabel="ms per step (median; whiskers: fastest and slowest round)")
+    if bounds:
+        axes.plot(list(bounds.values()), list(bounds), "k|", markersize=14, mew=2, label="lower bound")
+        axes.set(xscale="log")
+        axes.set_xlim(right=2 * max(spread.max for spread in spreads))  # room for the labels
+        axes.xaxis.set_major_formatter("{x:g}")

@@ -1,6 +1,6 @@
 """The least time a step can take, from what the machine was measured to do (probes.py).
 
-    floor = max(operations / rate, bytes / bandwidth) + synchronisation
+    lower bound = max(operations / rate, bytes / bandwidth) + synchronisation
 
 Operations of a step, two for every multiply-add:
 
@@ -16,7 +16,7 @@ Synchronisation: kernels and grid barriers. A launch costs what the host needs f
 graph, what an empty node takes; a barrier costs what was measured for that many programs. On the CPU it is left out.
 
 The operations are those of the function, not of an implementation: a kernel that multiplies one-hot matrices or
-computes a softmax in every program does more, and that is part of its distance from the floor.
+computes a softmax in every program does more, and that is part of its distance from the lower bound.
 """
 
 from collections.abc import Mapping
@@ -52,8 +52,8 @@ class Synchronisation:
 
 
 @dataclass(frozen=True)
-class Floor:
-    """The parts of a step's floor, in milliseconds; a part that nothing was measured for is 0."""
+class LowerBound:
+    """The parts of a step's lower bound, in milliseconds; a part that nothing was measured for is 0."""
 
     compute: float
     memory: float
@@ -79,10 +79,10 @@ def form_of(backend: str, form: str, shape: Shape, batch_size: int) -> str:
     return "gather" if backend in GATHER_BACKENDS else choose_form(form, batch_size, shape.V)
 
 
-def step_floor(
+def step_bound(
     cost: Cost, probes: Probes, precision: str, threads: int, sync: Synchronisation | None = None
-) -> Floor | None:
-    """The floor of a step, or None where the machine's rate was not measured.
+) -> LowerBound | None:
+    """The lower bound of a step, or None where the machine's rate was not measured.
 
     Args:
         probes: as probes.measure_all() returns them.
@@ -93,7 +93,7 @@ def step_floor(
     bandwidth = _bandwidth(probes, cost.bytes)
     if rate is None or bandwidth is None:
         return None
-    return Floor(1e3 * cost.operations / rate, 1e3 * cost.bytes / bandwidth, _waiting(sync, probes))
+    return LowerBound(1e3 * cost.operations / rate, 1e3 * cost.bytes / bandwidth, _waiting(sync, probes))
 
 
 def _rate(probes: Probes, precision: str, threads: int) -> float | None:
