@@ -33,6 +33,7 @@ CPU_SETS = (2**20, 2**24, 2**29)  # bytes: within a core's cache, within the las
 CUDA_SETS = (2**24, 2**31)  # within L2, memory
 BARRIER_PROGRAMS = (8, 16, 32, 64)
 BARRIERS = 2000
+CPU = torch.device("cpu")
 
 Probes = dict[str, Any]
 
@@ -62,8 +63,8 @@ def _cpu_probes(quick: bool) -> dict[str, Callable[[], Any]]:
     sets = CPU_SETS[:2] if quick else CPU_SETS
     return {
         "fma_rate": fma_rate,
-        "matmul_rate": lambda: _cpu_matmul_rate(128 if quick else 1024),
-        "copy_bandwidth": lambda: {str(size): _cpu_copy_bandwidth(size) for size in sets},
+        "matmul_rate": lambda: _matmul_rate(CPU, 128 if quick else 1024, "highest"),
+        "copy_bandwidth": lambda: {str(size): _copy_bandwidth(CPU, size) for size in sets},
     }
 
 
@@ -86,49 +87,14 @@ def fma_rate() -> dict[str, float]:
         }
 
 
-def _cpu_matmul_rate(size: int) -> float:
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    out = torch.empty(size, size)
-    return 2 * size**3 / _least(lambda: torch.mm(a, b, out=out))
+# --- both -------------------------------------------------------------------------------------------------------------
 
 
-def _cpu_copy_bandwidth(working_set: int) -> float:
-    source = torch.ones(working_set // 8)  # half of it, in floats
-    target = torch.empty_like(source)
-    repeats = max(1, 2**26 // working_set)
-
-    def copies() -> None:
-        for _ in range(repeats):
-            target.copy_(source)
-
-    return repeats * working_set / _least(copies)
-
-
-def _least(work: Callable[[], object], runs: int = 10) -> float:
-    """The shortest of some runs: a ceiling is what the machine can do undisturbed."""
+def _least(work: Callable[[], object], device: torch.device = CPU, runs: int = 10) -> float:
+    """The shortest of some runs, in seconds of the device: a ceiling is what it can do undisturbed."""
     work()
-    return min(seconds(work) for _ in range(runs))
-
-
-# --- CUDA -------------------------------------------------------------------------------------------------------------
-
-
-def _cuda_probes(device: torch.device, quick: bool) -> dict[str, Callable[[], Any]]:
-    size = 1024 if quick else 8192
-    sets = CUDA_SETS[:1] if quick else CUDA_SETS
-    return {
-        "fp32_rate": lambda: _cuda_matmul_rate(device, size, "highest"),
-        "tf32_rate": lambda: _cuda_matmul_rate(device, size, "high"),
-        "copy_bandwidth": lambda: {str(working_set): _cuda_copy_bandwidth(device, working_set) for working_set in sets},
-        "empty_launch": lambda: _empty_launch(device),
-        "graph_node": lambda: _graph_node(device),
-        "grid_barrier": lambda: _grid_barrier(device),
-    }
-
-
-def _device_least(work: Callable[[], object], device: torch.device, runs: int = 10) -> float:
-    """The shortest device time, in seconds, of work that is enqueued."""
-    work()
+    if device.type == "cpu":
+        return min(seconds(work) for _ in range(runs))
     times = []
     for _ in range(runs):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -141,23 +107,45 @@ def _device_least(work: Callable[[], object], device: torch.device, runs: int = 
     return min(times)
 
 
-def _cuda_matmul_rate(device: torch.device, size: int, precision: str) -> float:
+def _matmul_rate(device: torch.device, size: int, precision: str) -> float:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
         out = torch.empty(size, size, device=device)
-        return 2 * size**3 / _device_least(lambda: torch.mm(a, b, out=out), device)
+        return 2 * size**3 / _least(lambda: torch.mm(a, b, out=out), device)
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def _cuda_copy_bandwidth(device: torch.device, working_set: int) -> float:
-    source = torch.ones(working_set // 8, device=device)
+def _copy_bandwidth(device: torch.device, working_set: int) -> float:
+    source = torch.ones(working_set // 8, device=device)  # half of it, in floats
     target = torch.empty_like(source)
-    repeats = max(1, 2**30 // working_set)
-    graph = _captured(lambda: target.copy_(source), repeats)  # so that small copies are not timed by their launches
-    return repeats * working_set / _device_least(graph.replay, device)
+    repeats = max(1, (2**26 if device.type == "cpu" else 2**30) // working_set)
+
+    def copies() -> None:
+        for _ in range(repeats):
+            target.copy_(source)
+
+    # On CUDA as a graph, so that small copies are not timed by their launches.
+    work = copies if device.type == "cpu" else _captured(lambda: target.copy_(source), repeats).replay
+    return repeats * working_set / _least(work, device)
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+def _cuda_probes(device: torch.device, quick: bool) -> dict[str, Callable[[], Any]]:
+    size = 1024 if quick else 8192
+    sets = CUDA_SETS[:1] if quick else CUDA_SETS
+    return {
+        "fp32_rate": lambda: _matmul_rate(device, size, "highest"),
+        "tf32_rate": lambda: _matmul_rate(device, size, "high"),
+        "copy_bandwidth": lambda: {str(working_set): _copy_bandwidth(device, working_set) for working_set in sets},
+        "empty_launch": lambda: _empty_launch(device),
+        "graph_node": lambda: _graph_node(device),
+        "grid_barrier": lambda: _grid_barrier(device),
+    }
 
 
 def _empty_launch(device: torch.device) -> float:
@@ -176,7 +164,7 @@ def _graph_node(device: torch.device) -> float:
     """The device's time for a node of a captured graph whose kernel does nothing, in a row of them."""
     nodes = 1000
     graph = _captured(lambda: torch.cuda._sleep(0), nodes)
-    return _device_least(graph.replay, device) / nodes
+    return _least(graph.replay, device) / nodes
 
 
 def _captured(work: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
@@ -198,8 +186,8 @@ def _grid_barrier(device: torch.device) -> dict[str, float]:
     everywhere = torch.cuda.get_device_properties(device).multi_processor_count
     result = {}
     for programs in sorted({*(n for n in BARRIER_PROGRAMS if n < everywhere), everywhere}):
-        many = _device_least(partial(run_barriers, programs, BARRIERS, device), device)
-        few = _device_least(partial(run_barriers, programs, 1, device), device)
+        many = _least(partial(run_barriers, programs, BARRIERS, device), device)
+        few = _least(partial(run_barriers, programs, 1, device), device)
         result[str(programs)] = (many - few) / (BARRIERS - 1)  # the launch itself falls out
     return result
 

@@ -20,7 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, is_dataclass
 from multiprocessing import get_context
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from mlp_fast.cli import run_main
 from mlp_fast.errors import UserError
 from mlp_fast.kernels._runtime import interpreting
+from mlp_fast.measure import table as markdown
 
 KERNELS = ("embed_linear_tanh", "linear_cross_entropy", "adamw", "train_step", "persistent_step", "inference")
 FMA = re.compile(r"\bFFMA2?\b")
@@ -242,20 +243,15 @@ def measure_all(modules: Sequence[str], capabilities: Sequence[int]) -> list[Res
     return sorted((r for result in results for r in result), key=lambda r: (r.kernel, r.precision, r.constants, r.sm))
 
 
-def table(resources: Sequence[Resources]) -> Iterator[str]:
-    """Lines of the printed table."""
-    header = ("kernel", "precision", "sm", "regs", "spills", "shared", "ffma", "tensor", "atomic", "occ", "constants")
+def table(resources: Sequence[Resources]) -> str:
+    """The printed table."""
+    header = ("kernel", "precision", "sm", "constants", "regs", "spills", "shared", "ffma", "tensor", "atomic", "occ")
     rows = [
-        (r.kernel, r.precision, f"sm_{r.sm}", r.registers, r.spills, r.shared, r.fma, r.tensor_core,
-         r.atomics, f"{r.occupancy:.0%}", r.constants)
+        (r.kernel, r.precision, f"sm_{r.sm}", r.constants, *map(str, (r.registers, r.spills, r.shared, r.fma,
+         r.tensor_core, r.atomics)), f"{r.occupancy:.0%}")
         for r in resources
     ]  # fmt: skip
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header) - 1)]
-    for row in [header, *rows]:
-        cells = [
-            str(x).ljust(w) if i < 3 else str(x).rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=False))
-        ]
-        yield "  ".join([*cells, str(row[-1])]).rstrip()
+    return markdown.table(header, rows, text_columns=4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -272,8 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         raise UserError("Triton is not installed, so kernels cannot be compiled; pip install triton")
     resources = measure_all([module_of(name) for name in args.modules], args.sm)
-    for line in table(resources):
-        print(line)
+    print(table(resources))
     faults = [f"{r.kernel} {r.precision} sm_{r.sm} ({r.constants}): {f}" for r in resources for f in r.faults()]
     if args.json:
         Path(args.json).write_text(json.dumps({"ok": not faults, "kernels": [asdict(r) for r in resources]}, indent=1))

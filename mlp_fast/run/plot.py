@@ -83,7 +83,7 @@ def draw_times(axes: Any, times: Mapping[str, Spread], bounds: Mapping[str, floa
     names, spreads = list(times)[::-1], list(times.values())[::-1]
     medians = [spread.median for spread in spreads]
     whiskers = [[s.median - s.min for s in spreads], [s.max - s.median for s in spreads]]
-    bars = axes.barh(names, medians, xerr=whiskers, capsize=3)
+    bars = axes.barh(names, medians, xerr=whiskers, capsize=3, color="lightsteelblue")
     axes.bar_label(bars, [f" {median:.3g}" for median in medians])
     axes.set(xlabel="ms per step (median; whiskers: fastest and slowest round)")
     if bounds:
