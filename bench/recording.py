@@ -29,7 +29,8 @@ class Recording:
         facts: machine.facts() of the device.
         dry: made by a dry run: its times mean nothing, and the report refuses it.
         probes: what the machine can do; measured when first asked for.
-        entries: by group and id, as suite.Case.entry() makes them.
+        entries: by group and id, as case.Case.entry() makes them. Files keep the keys of the first recordings: what
+            tables call a lower bound is floor_ms and x_floor, what a case is compared with its rivals.
         skipped, refused: (group, id, reason): could not run here; computed something else, or broke off with an error.
             Of further results the group is "extra".
         extra: further results by name: those of EXTRA.

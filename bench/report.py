@@ -9,9 +9,10 @@ A document says where a table goes by a pair of comments; what stands between th
     <!-- bench:steps -->
     <!-- /bench:steps -->
 
-The names are those of BLOCKS. Every block has a part for each recorded device, from the latest recording that has
-figures for it, and says what it was measured on; a device without a recording is not shown. Blocks of the name COUNTED
-show what was counted without a device (`python -m bench.counts --write`).
+The names are those of BLOCKS, OVERALL and COUNTED. A block of BLOCKS has a part for each recorded device, from the
+latest recording that has figures for it; a device without a recording is not shown. The first of a page says what all
+of them were measured on. OVERALL are about all recordings together, COUNTED show what was counted without a device
+(`python -m bench.counts --write`).
 """
 
 import argparse
@@ -129,7 +130,7 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
     every = [record for recordings in devices for record in recordings]
     blocks = [match["name"] for match in MARKED.finditer(text)]
     shown = {block: _shown(block, devices) for block in blocks if block in BLOCKS}
-    used = [record for record in every if any(record in records for records in shown.values())]
+    used = [record for record in every if any(record is one for records in shown.values() for one in records)]
     first = next((block for block in blocks if shown.get(block)), None)
 
     def body(match: re.Match[str]) -> str:
