@@ -32,7 +32,7 @@ from mlp_fast.model.state import TrainState
 
 FORMAT_VERSION = 3
 _FILE = re.compile(r"step-(\d{8,})\.safetensors")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_PREFIXES = {"parameters": "", "exp_avg": "exp_avg.", "exp_avg_sq": "exp_avg_sq."}  # of the tensors' names in the file
 
 Facts = dict[str, Any]
 
@@ -95,9 +95,7 @@ def files_in(folder: Path) -> list[Path]:
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint file, whole or not at all. OSError where that fails."""
     state = checkpoint.state
-    tensors = dict(state.parameters)
-    for kind in _MOMENTS:
-        tensors |= {f"{kind}.{name}": tensor for name, tensor in getattr(state, kind).items()}
+    tensors = {_PREFIXES[kind] + name: tensor for kind, part in state.parts.items() for name, tensor in part.items()}
     config = dataclasses.asdict(checkpoint.config)
     facts = {
         "format_version": FORMAT_VERSION,
@@ -191,13 +189,11 @@ def _checkpoint(facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
     losses = dict(facts["losses"])
     if not all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in losses.values()):
         raise ValueError("the losses are not finite numbers")
-    sizes = Shape.of(config, len(vocabulary))
-    groups = {kind: {name: f"{kind}.{name}" for name in sizes.parameters} for kind in _MOMENTS}
-    groups = {"parameters": {name: name for name in sizes.parameters}} | groups
-    wanted = {key: sizes.parameters[name] for group in groups.values() for name, key in group.items()}
+    sizes = Shape.of(config, len(vocabulary)).parameters
+    wanted = {prefix + name: size for prefix in _PREFIXES.values() for name, size in sizes.items()}
     if {key: tuple(t.shape) for key, t in tensors.items() if t.dtype == torch.float32} != wanted:
         raise ValueError("the tensors do not fit the config")
-    parts = {kind: {name: tensors[key] for name, key in group.items()} for kind, group in groups.items()}
+    parts = {kind: {name: tensors[prefix + name] for name in sizes} for kind, prefix in _PREFIXES.items()}
     beginning = tuple(facts["beginning"])
     if not all(type(token) is int and 0 <= token < len(vocabulary) for token in beginning):
         raise ValueError("the beginning is not of the vocabulary")
