@@ -81,7 +81,6 @@ def test_times_are_per_step_of_their_own_round() -> None:
 
 def test_spread_is_the_median_with_its_extremes() -> None:
     assert Spread.of([4.0, 1.0, 3.0, 9.0]) == Spread(median=3.5, min=1.0, max=9.0)
-    assert Spread(3.0, 1.0, 9.0).scaled(2) == Spread(6.0, 2.0, 18.0)
 
 
 class Tampered(Eager):

@@ -1,5 +1,6 @@
 """Warm steps under a profiler, and what their trace says: times of kernels or operators, launches and gaps."""
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -241,7 +242,10 @@ def external_commands(arguments: Sequence[str], backend: str, steps: int) -> str
         backend: its name, for the names of the files.
         steps: how many warm steps nsys is to see; ncu sees one, because it replays every kernel many times.
     """
-    kept = without_options(arguments, ("--backend", "--steps", "--top", "--trace", "--json", "--proton"))
+    replaced = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--backend", "--steps", "--top", "--trace", "--json", "--proton"):
+        replaced.add_argument(option)
+    kept = replaced.parse_known_args(arguments)[1]
     command = ["python", "-m", "mlp_fast.profile", "--backend", backend, *kept, "--no-profiler", "--steps"]
     return "\n".join(
         [
@@ -253,15 +257,3 @@ def external_commands(arguments: Sequence[str], backend: str, steps: int) -> str
             f"--trace=cuda,nvtx,osrt --force-overwrite=true --output {backend} {shlex.join([*command, str(steps)])}",
         ]
     )
-
-
-def without_options(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
-    """Command-line arguments without some options and their values: `--option value` or `--option=value`."""
-    kept: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument in options:
-            next(rest, None)
-        elif not argument.startswith(tuple(f"{option}=" for option in options)):
-            kept.append(argument)
-    return kept

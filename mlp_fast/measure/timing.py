@@ -37,10 +37,6 @@ class Spread:
         """The spread of at least one sample."""
         return cls(statistics.median(samples), min(samples), max(samples))
 
-    def scaled(self, factor: float) -> "Spread":
-        """The spread in another unit, `factor` of which make one of this."""
-        return Spread(self.median * factor, self.min * factor, self.max * factor)
-
 
 def subject(config: Config) -> tuple[Shape, Tape]:
     """The model's sizes and the training tape, on the CPU, of a run with these settings; UserError as in training."""
