@@ -79,19 +79,14 @@ def _check(
         raise ValueError(f"eps and weight_decay must not be negative: {eps} and {weight_decay}")
 
 
-def _check_scalars(step: Tensor, lr: Tensor) -> None:
-    """ValueError where step or lr is out of range; on the CPU only, where reading them costs no synchronisation."""
-    if step.device.type == "cpu" and not (step.item() >= 1 and lr.item() >= 0):
-        raise ValueError(f"step counts from 1 and lr must not be negative: {step.item():g} and {lr.item():g}")
-
-
 @torch.library.custom_op("mlp_fast::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
 def _adamw_(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], step: Tensor,
     lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     _check(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay)
-    _check_scalars(step, lr)
+    if step.device.type == "cpu" and not (step.item() >= 1 and lr.item() >= 0):
+        raise ValueError(f"step counts from 1 and lr must not be negative: {step.item():g} and {lr.item():g}")
     if params and use_kernels(params[0]):
         for i, (p, m, v) in enumerate(zip(params, exp_avgs, exp_avg_sqs, strict=True)):
             if not (_is_dense(p) and _layout(p) == _layout(m) == _layout(v)):
@@ -113,12 +108,7 @@ def _adamw_(
         p.mul_(1 - rate * weight_decay).addcdiv_(m, v.sqrt().div_(sqrt_bias2).add_(eps), value=-step_size)
 
 
-@_adamw_.register_fake
-def _(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], step: Tensor,
-    lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
-) -> None:  # fmt: skip
-    _check(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay)
+_adamw_.register_fake(_check)
 
 
 def _is_dense(t: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,12 +85,26 @@ def linear_cross_entropy(
     return call("linear_cross_entropy", _public, input, linear_weight, linear_bias, target, *options)
 
 
+class _Options(NamedTuple):
+    """What the loss is beyond the mean cross-entropy; as linear_cross_entropy's arguments of these names."""
+
+    weight: Tensor | None
+    reduction: str
+    ignore_index: int | None
+    label_smoothing: float
+
+    @property
+    def are_default(self) -> bool:
+        """Whether the kernels compute the loss and its gradients alone."""
+        return self[0] is None and self[1:] == ("mean", None, 0)
+
+
 def _check(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
-    reduction: str, label_smoothing: float, precision: str,
-) -> None:  # fmt: skip
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, options: _Options, precision: str
+) -> None:
+    weight = options.weight
     one_of("precision", precision, INPUT_PRECISION)
-    one_of("reduction", reduction, REDUCTIONS)
+    one_of("reduction", options.reduction, REDUCTIONS)
     check_dtype("target", [target], INTEGERS)
     if not (target.is_cpu and plain_floats(input, linear_weight, linear_bias)):
         operands = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
@@ -114,8 +128,8 @@ def _check(
             raise ValueError(f"weight must be of the shape (V,) = {shapes(linear_weight[:, 0])}, not {shapes(weight)}")
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError("weight must not require a gradient: the loss has none with respect to it; detach it")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], not {label_smoothing}")
+    if not 0 <= options.label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], not {options.label_smoothing}")
 
 
 def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
@@ -123,9 +137,9 @@ def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) ->
 
 
 def _plain(
-    target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int | None, label_smoothing: float,
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None,
-) -> Tensor:  # fmt: skip
+    target: Tensor, options: _Options, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+) -> Tensor:
+    weight, reduction, ignore_index, label_smoothing = options
     logits = _logits(input, linear_weight, linear_bias)
     try:
         return F.cross_entropy(
@@ -150,13 +164,13 @@ def _public(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None = None,
     reduction: str = "mean", ignore_index: int | None = None, label_smoothing: float = 0.0, precision: str = "fp32",
 ) -> Tensor:  # fmt: skip
-    _check(input, linear_weight, linear_bias, target, weight, reduction, label_smoothing, precision)
-    options = weight, reduction, ignore_index, label_smoothing
+    options = _Options(weight, reduction, ignore_index, label_smoothing)
+    _check(input, linear_weight, linear_bias, target, options, precision)
     if use_opaque(input, linear_weight, linear_bias):
         return torch.ops.mlp_fast.linear_cross_entropy_forward(
             input, linear_weight, linear_bias, target, *options, precision
         )[0]
-    return _plain(target, *options, input, linear_weight, linear_bias)
+    return _plain(target, options, input, linear_weight, linear_bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -182,10 +196,8 @@ class _Rows:
         sigma, sharpness: label_smoothing / V and 1 - label_smoothing.
     """
 
-    def __init__(
-        self, target: Tensor, V: int, dtype: torch.dtype, weight: Tensor | None, ignore_index: int | None,
-        label_smoothing: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, target: Tensor, V: int, dtype: torch.dtype, options: _Options) -> None:
+        weight, self.reduction, ignore_index, label_smoothing = options
         self.target = target.long()
         self.counts = None if ignore_index is None else self.target != ignore_index
         self.class_weight = torch.ones(V, dtype=dtype, device=target.device) if weight is None else weight.to(dtype)
@@ -199,54 +211,47 @@ class _Rows:
         """The rows' values, 0 where a row is ignored."""
         return values if self.counts is None else torch.where(self.counts, values, 0)
 
-    def coefficients(self, dloss: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    def coefficients(self, dloss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(a, r, d sigma), each (B,)."""
-        d = self.counting(dloss / self.weight.sum() if reduction == "mean" else dloss).expand(self.target.shape)
+        d = self.counting(dloss / self.weight.sum() if self.reduction == "mean" else dloss).expand(self.target.shape)
         r = d * (self.sharpness * self.weight)
         return r + d * (self.sigma * self.class_weight.sum()), r, d * self.sigma
 
 
-def _is_default(weight: Tensor | None, reduction: str, ignore_index: int | None, label_smoothing: float) -> bool:
-    """Whether the kernels compute the loss and its gradients alone."""
-    return weight is None and reduction == "mean" and ignore_index is None and label_smoothing == 0
-
-
 def _kernel_forward(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor, target: Tensor, weight: Tensor | None,
-    reduction: str, ignore_index: int | None, label_smoothing: float, precision: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor, target: Tensor, options: _Options, precision: str
+) -> tuple[Tensor, Tensor]:
     forward = kernels("linear_cross_entropy").linear_cross_entropy_fwd
-    if _is_default(weight, reduction, ignore_index, label_smoothing):
+    if options.are_default:
         return forward(input, linear_weight, linear_bias, target, precision)
-    rows = _Rows(target, linear_weight.shape[0], torch.float32, weight, ignore_index, label_smoothing)
+    rows = _Rows(target, linear_weight.shape[0], torch.float32, options)
     nll, lse = forward(input, linear_weight, linear_bias, rows.target, precision, mean=False)
     loss = rows.sharpness * rows.weight * nll
-    if label_smoothing > 0:
+    if options.label_smoothing > 0:
         w = rows.class_weight
         dot = input.float() @ (w @ linear_weight.float()) + w @ linear_bias.float()
         loss += rows.sigma * (w.sum() * lse.sum(0) - dot)
     loss = rows.counting(loss)
-    if reduction == "none":
+    if options.reduction == "none":
         return loss, lse
-    return (loss.sum() / rows.weight.sum() if reduction == "mean" else loss.sum()), lse
+    return (loss.sum() / rows.weight.sum() if options.reduction == "mean" else loss.sum()), lse
 
 
 def _kernel_backward(
     dloss: Tensor, lse: Tensor, input: Tensor, linear_weight: Tensor, linear_bias: Tensor, target: Tensor,
-    weight: Tensor | None, reduction: str, ignore_index: int | None, label_smoothing: float, precision: str,
-    need_input: bool, need_weight: bool,
+    options: _Options, precision: str, need_input: bool, need_weight: bool,
 ) -> Sequence[Tensor | None]:  # fmt: skip
     backward = kernels("linear_cross_entropy").linear_cross_entropy_bwd
     needs = need_input, need_weight
-    if _is_default(weight, reduction, ignore_index, label_smoothing):
+    if options.are_default:
         return backward(dloss, lse, input, linear_weight, linear_bias, target, precision, *needs)
-    rows = _Rows(target, linear_weight.shape[0], torch.float32, weight, ignore_index, label_smoothing)
-    a, r, d_sigma = rows.coefficients(dloss, reduction)
+    rows = _Rows(target, linear_weight.shape[0], torch.float32, options)
+    a, r, d_sigma = rows.coefficients(dloss)
     # The kernels round g to 16 bits where the operands have no more: so its largest is about 1, and comes in after.
     largest = torch.cat([a.abs(), a.new_full((1,), torch.finfo(a.dtype).tiny)]).amax()
     by_row = torch.stack([a, r]) / largest
     gradients = backward(largest, lse, input, linear_weight, linear_bias, rows.target, precision, *needs, by_row)
-    if label_smoothing == 0:
+    if options.label_smoothing == 0:
         return gradients
     w = rows.class_weight
     smoothing = (
@@ -259,14 +264,13 @@ def _kernel_backward(
 
 def _plain_backward(
     dloss: Tensor, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor,
-    weight: Tensor | None, reduction: str, ignore_index: int | None, label_smoothing: float,
-    need_input: bool, need_weight: bool,
+    options: _Options, need_input: bool, need_weight: bool,
 ) -> Sequence[Tensor | None]:  # fmt: skip
     """By the functions that autograd calls in _plain: compiled code computes the bits of eager code."""
     logits = _logits(input, linear_weight, linear_bias)
-    rows = _Rows(target, linear_weight.shape[0], logits.dtype, weight, ignore_index, label_smoothing)
-    _, r, d_sigma = rows.coefficients(dloss, reduction)
-    g = torch.outer(d_sigma, -rows.class_weight) if label_smoothing > 0 else torch.zeros_like(logits)
+    rows = _Rows(target, linear_weight.shape[0], logits.dtype, options)
+    _, r, d_sigma = rows.coefficients(dloss)
+    g = torch.outer(d_sigma, -rows.class_weight) if options.label_smoothing > 0 else torch.zeros_like(logits)
     g.scatter_add_(1, rows.target[:, None], -r[:, None])
     g = torch.ops.aten._log_softmax_backward_data(g, logits.log_softmax(1), 1, logits.dtype)
     dinput = (g @ wide(linear_weight)).to(input.dtype) if need_input else None
@@ -284,20 +288,20 @@ def _forward(
     reduction: str, ignore_index: int | None, label_smoothing: float, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss; and what the kernels need of every row, the maximum of its logits and lse less that, (2, B)."""
-    options = weight, reduction, ignore_index, label_smoothing
+    options = _Options(weight, reduction, ignore_index, label_smoothing)
     if not use_kernels(input):
-        return _plain(target, *options, input, linear_weight, linear_bias), input.new_empty(0)
+        return _plain(target, options, input, linear_weight, linear_bias), input.new_empty(0)
     check_capability(input, precision)
     _check_targets(target, linear_weight, ignore_index)
     with torch.cuda.device_of(input):
         bias = linear_weight.new_zeros(linear_weight.shape[0]) if linear_bias is None else linear_bias
-        return _kernel_forward(input, linear_weight, bias, target, *options, precision)
+        return _kernel_forward(input, linear_weight, bias, target, options, precision)
 
 
 @_forward.register_fake
 def _(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
-    reduction: str, ignore_index: int | None, label_smoothing: float, precision: str,
+    reduction: str, *rest: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B = input.shape[0]
     loss = input.new_empty((B,) if reduction == "none" else (), dtype=wide(input).dtype)
@@ -311,23 +315,20 @@ def _backward(
     need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dinput, dlinear_weight, dlinear_bias), the last two together; what is not needed is empty."""
-    options, needs = (weight, reduction, ignore_index, label_smoothing), (need_input, need_weight)
+    options, needs = _Options(weight, reduction, ignore_index, label_smoothing), (need_input, need_weight)
     if use_kernels(input):
         with torch.cuda.device_of(input):
             bias = linear_weight.new_zeros(linear_weight.shape[0]) if linear_bias is None else linear_bias
-            gradients = _kernel_backward(dloss, lse, input, linear_weight, bias, target, *options, precision, *needs)
+            gradients = _kernel_backward(dloss, lse, input, linear_weight, bias, target, options, precision, *needs)
     else:
-        gradients = _plain_backward(dloss, input, linear_weight, linear_bias, target, *options, *needs)
+        gradients = _plain_backward(dloss, input, linear_weight, linear_bias, target, options, *needs)
     dinput, dweight, dbias = or_empty(gradients, linear_weight)
     return dinput, dweight, dbias
 
 
 @_backward.register_fake
-def _(
-    dloss: Tensor, lse: Tensor, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor,
-    weight: Tensor | None, reduction: str, ignore_index: int | None, label_smoothing: float, precision: str,
-    need_input: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(dloss: Tensor, lse: Tensor, input: Tensor, linear_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, need_input, need_weight = rest
     needs = need_input, need_weight, need_weight
     dinput, dweight, dbias = fake_gradients((input, linear_weight, linear_weight[:, 0]), needs, linear_weight)
     return dinput, dweight, dbias
@@ -345,22 +346,13 @@ def _autograd(ctx: Any, dloss: Tensor | None, dlse: None) -> tuple[Tensor | None
         return (None,) * 9
     lse, input, linear_weight, linear_bias, target, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
+    operands = input, linear_weight, linear_bias
     if differentiated_again(dloss):
-        operands = input, linear_weight, linear_bias
-        gradients = plain_gradients(partial(_plain, target, weight, *ctx.options), operands, needs, dloss)
+        gradients = plain_gradients(partial(_plain, target, _Options(weight, *ctx.options)), operands, needs, dloss)
     else:
+        needed = needs[0], needs[1] or needs[2]
         found = torch.ops.mlp_fast.linear_cross_entropy_backward(
-            dloss,
-            lse,
-            input,
-            linear_weight,
-            linear_bias,
-            target,
-            weight,
-            *ctx.options,
-            ctx.precision,
-            needs[0],
-            needs[1] or needs[2],
+            dloss, lse, *operands, target, weight, *ctx.options, ctx.precision, *needed
         )
         gradients = or_none(found, needs)
     return *gradients, None, None, None, None, None, None

@@ -14,13 +14,13 @@ from mlp_fast.ops._linear_cross_entropy import linear_cross_entropy
 
 
 class FusedMLP(MLP):
-    """models.MLP computed by the fused operators: same parameters, same state_dict, same function.
+    """model.mlp.MLP computed by the fused operators: same parameters, same state_dict, same function.
 
     Its layers hold the parameters and are not called, so hooks on them are refused; hooks on the model itself work.
 
     Args:
         shape: the sizes.
-        parameters: initial values as from models.initial_parameters(); without them torch's own are kept.
+        parameters: initial values as from model.mlp.initial_parameters(); without them torch's own are kept.
         form, precision: as in embed_linear_tanh.
 
     Raises:

@@ -507,10 +507,10 @@ def test_loss_options_of_nothing_and_of_ignored_rows_alone(options: dict[str, An
 
 
 def test_loss_invalid_targets_make_nan_of_weighted_losses_too() -> None:
-    from mlp_fast.ops._linear_cross_entropy import _kernel_backward, _kernel_forward
+    from mlp_fast.ops._linear_cross_entropy import _kernel_backward, _kernel_forward, _Options
 
     h, (weight, bias), targets = randn(3, 4), head(40, 4), torch.tensor([1, 40, 3], device=DEVICE)
-    arguments = h, weight, bias, targets, WEIGHTS, "none", -100, 0.1, "fp32"
+    arguments = h, weight, bias, targets, _Options(WEIGHTS, "none", -100, 0.1), "fp32"
     loss, lse = _kernel_forward(*arguments)
     assert loss.isnan().tolist() == [False, True, False]
     dh, dweight, dbias = _kernel_backward(torch.ones(3, device=DEVICE), lse, *arguments, True, True)
