@@ -29,7 +29,7 @@ def file_mode(path: Path) -> int:
         raise UserError(f"{shown(path)}: not a possible file name") from None
 
 
-def code_obstacle(folder: Path) -> str | None:
+def no_place_for_code(folder: Path) -> str | None:
     """Why compiled code cannot be kept in a folder and run from there, or None; it may be yet to be made."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -19,7 +19,7 @@ from mlp_fast.backends.eager import AutogradLoop, Eager, EagerRaw
 from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_torch
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
-from mlp_fast.files import code_obstacle, shown
+from mlp_fast.files import no_place_for_code, shown
 from mlp_fast.kernels._model import choose_form
 from mlp_fast.model.manual_step import adamw_, loss_and_gradients
 from mlp_fast.model.mlp import B1, B2, DIRECT, W1, W2, WTE, Parameters, Shape
@@ -55,7 +55,7 @@ def code_folder_unusable() -> str | None:
         folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()).absolute()
     except OSError as error:  # there is no temporary folder at all
         return f"torch.compile has no place for its code ({error.strerror}); {remedy}"
-    reason = code_obstacle(folder)
+    reason = no_place_for_code(folder)
     if reason is None and not _is_one_word(str(folder)):
         reason = f"the compiler takes {shown(folder)} for several names"
     return None if reason is None else f"torch.compile has no place for its code: {reason}; {remedy}"

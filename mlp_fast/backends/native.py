@@ -11,7 +11,8 @@ from mlp_fast.backends.base import Backend
 from mlp_fast.backends.precision import unsupported_by_torch
 from mlp_fast.config import Config
 from mlp_fast.kernels import cpu_step
-from mlp_fast.model.mlp import PARAMETER_NAMES, Parameters, Shape
+from mlp_fast.model.mlp import PARAMETER_NAMES, Shape
+from mlp_fast.model.sampling import last_context
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape, WeightedWindows
 
@@ -53,7 +54,7 @@ class Native(Backend):
         return TrainState(parameters, exp_avg, exp_avg_sq, self.model.step)
 
     def load(self, state: TrainState) -> None:
-        self.model.load(_in_order(state.parameters), _in_order(state.exp_avg), _in_order(state.exp_avg_sq), state.step)
+        self.model.load(*([part[name] for name in PARAMETER_NAMES] for part in state.parts.values()), state.step)
 
     def logits(self, contexts: Tensor) -> Tensor:
         return self.model.logits(contexts)
@@ -65,10 +66,4 @@ class Native(Backend):
         return self.model.loss_sum(pairs) / windows.weight
 
     def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
-        if len(prompt) < self.shape.T:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, the context {self.shape.T}")
-        return self.model.sample(prompt[-self.shape.T :], count, seed)
-
-
-def _in_order(tensors: Parameters) -> list[Tensor]:
-    return [tensors[name] for name in PARAMETER_NAMES]
+        return self.model.sample(last_context(prompt, self.shape.T), count, seed)

@@ -14,9 +14,10 @@ from torch import Tensor
 from mlp_fast.backends.base import Backend
 from mlp_fast.backends.precision import unsupported_by_triton
 from mlp_fast.config import Config
-from mlp_fast.files import code_obstacle
+from mlp_fast.files import no_place_for_code
 from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.model.mlp import PARAMETER_NAMES, Shape
+from mlp_fast.model.sampling import last_context
 from mlp_fast.model.schedule import update_scalars
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape, WeightedWindows
@@ -37,7 +38,7 @@ def kernels_missing(device: torch.device) -> str | None:
     if device.type == "cuda":
         from triton import knobs
 
-        if reason := code_obstacle(Path(knobs.cache.dir)):
+        if reason := no_place_for_code(Path(knobs.cache.dir)):
             return f"Triton has no place for its code: {reason}; set TRITON_CACHE_DIR to a folder to execute from"
     return None
 
@@ -113,13 +114,8 @@ class StepKernels(Backend):
 
     def state(self) -> TrainState:
         self.synchronize()
-        parameters, exp_avg, exp_avg_sq = (
-            {
-                name: tensor.to("cpu", copy=True).contiguous()
-                for name, tensor in zip(PARAMETER_NAMES, plane, strict=True)
-            }
-            for plane in self.kernels.planes()
-        )
+        planes = ([t.to("cpu", copy=True).contiguous() for t in plane] for plane in self.kernels.planes())
+        parameters, exp_avg, exp_avg_sq = (dict(zip(PARAMETER_NAMES, plane, strict=True)) for plane in planes)
         return TrainState(parameters, exp_avg, exp_avg_sq, self._step)
 
     def load(self, state: TrainState) -> None:
@@ -148,6 +144,4 @@ class StepKernels(Backend):
     def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
         from mlp_fast.kernels import inference
 
-        if len(prompt) < self.shape.T:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, the context {self.shape.T}")
-        return inference.sample(self._weights(), prompt[-self.shape.T :], count, seed).tolist()
+        return inference.sample(self._weights(), last_context(prompt, self.shape.T), count, seed).tolist()

@@ -42,6 +42,13 @@ def shaped(logits: Tensor, temperature: float = 1.0, top_k: int | None = None) -
     return logits
 
 
+def last_context(prompt: Sequence[int], context_length: int) -> Sequence[int]:
+    """The last T tokens of a prompt; ValueError where it has fewer."""
+    if len(prompt) < context_length:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the context {context_length}")
+    return prompt[-context_length:]
+
+
 def sample(
     logits_of: Callable[[Sequence[int]], Tensor],
     prompt: Sequence[int],
@@ -61,8 +68,7 @@ def sample(
     Returns:
         The drawn tokens, without the prompt and without `stop`.
     """
-    if len(prompt) < context_length:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, the context {context_length}")
+    last_context(prompt, context_length)
     tokens = list(prompt)
     for _ in range(count):
         token = draw(logits_of(tokens[-context_length:]), rng.random())
