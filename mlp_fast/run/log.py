@@ -73,10 +73,6 @@ class RunLog:
             disable=True if config.quiet or sys.stderr is None else None,  # None: shown on a terminal only
         )
 
-    def config(self, config: Config, **facts: Any) -> None:
-        """The settings of the run, and facts such as the backend chosen."""
-        self.event("config", **dataclasses.asdict(config), **facts)
-
     def message(self, text: str) -> None:
         """A line for people, on stdout."""
         if self._quiet or sys.stdout is None:

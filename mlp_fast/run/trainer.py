@@ -1,6 +1,7 @@
 """A training run: evaluate, save, advance, until the last step; then a sample and the test loss."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -107,8 +108,9 @@ class Trainer:
     def run(self) -> Result:
         """Trains to the end; then samples and measures the test loss."""
         config, log = self.config, self.log
-        log.config(
-            config,
+        log.event(
+            "config",
+            **dataclasses.asdict(config),
             chosen_backend=self.backend.name,
             chosen_device=self.backend.device.type,
             parameters=self.shape.num_parameters,
