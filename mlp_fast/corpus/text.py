@@ -24,7 +24,7 @@ class Reading:
     Attributes:
         kind: `char`, `byte` or `word`; see tokenizer.py.
         min_count: words that train has fewer times become <unk>.
-        split: how one file is split: `shuffled`, by split_lines, or `contiguous`, by split_contiguous.
+        split: how one file is split: `shuffled`, by its lines, or `contiguous`, in its order; see split.split.
         encoding: of text files, as Python's codecs name it; bytes are read as they are.
         vocabulary: of the model that is to read the text; None makes one of the text.
     """

@@ -125,11 +125,9 @@ class Characters(Vocabulary):
         return self._table[np.frombuffer(piece, np.uint8)]
 
     def knows(self, text: str) -> bool:
-        """Whether every character is in the vocabulary."""
         return set(text) <= set(self.characters)
 
     def as_json(self) -> str:
-        """The characters."""
         return self.characters
 
     def _joined(self, places: npt.NDArray[np.int64]) -> str:
@@ -162,7 +160,6 @@ class Bytes(Vocabulary):
         return np.frombuffer(piece, np.uint8)
 
     def knows(self, text: str) -> bool:
-        """Always."""
         return True
 
     def as_json(self) -> None:
@@ -209,7 +206,6 @@ class Words(Vocabulary):
         return np.fromiter(map(self._tokens.get, words, itertools.repeat(0)), self.dtype, len(words))
 
     def knows(self, text: str) -> bool:
-        """Whether every word is in the vocabulary."""
         return all(word in self._tokens for word in _WORD.findall(text))
 
     @property
@@ -219,7 +215,6 @@ class Words(Vocabulary):
         return 2 * sum(_UNSPACED.search(word) is not None for word in words) > len(words)
 
     def as_json(self) -> list[str]:
-        """The words."""
         return list(self.words)
 
     def _joined(self, places: npt.NDArray[np.int64]) -> str:
