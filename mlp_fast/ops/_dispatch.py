@@ -90,15 +90,24 @@ def fake_gradients(operands: Sequence[Tensor | None], needs: Sequence[bool], lik
     return or_empty([None if t is None else t.new_empty(t.shape) for t in needed], like)
 
 
-def call(name: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Calls a public operator, or its function alone where no compiler, autocast or torch.func has to see the operator:
-    the way through torch's dispatcher and back takes as long as a small model's forward pass."""
-    seen = (
+def unseen() -> bool:
+    """Whether no compiler, autocast or torch.func has to see a public operator."""
+    return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
     )
-    return (getattr(torch.ops.mlp_fast, name) if seen else function)(*args)
+
+
+def unwatched() -> bool:
+    """Whether, moreover, plain torch alone computes float32 on the CPU: no interpreter, no forward-mode AD."""
+    return unseen() and not interpreting() and forward_ad._current_level < 0
+
+
+def call(name: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Calls a public operator, or its function alone where no compiler, autocast or torch.func has to see the operator:
+    the way through torch's dispatcher and back takes as long as a small model's forward pass."""
+    return (function if unseen() else getattr(torch.ops.mlp_fast, name))(*args)
 
 
 def register(name: str, function: Callable[..., Tensor], operands: slice) -> None:
