@@ -101,7 +101,7 @@ def unseen() -> bool:
 
 def unwatched() -> bool:
     """Whether, moreover, plain torch alone computes float32 on the CPU: no interpreter, no forward-mode AD."""
-    return unseen() and not interpreting() and forward_ad._current_level < 0
+    return forward_ad._current_level < 0 and not interpreting() and unseen()
 
 
 def call(name: str, function: Callable[..., Tensor], *args: Any) -> Tensor:

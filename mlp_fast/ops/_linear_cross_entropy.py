@@ -1,6 +1,5 @@
 """The operator linear_cross_entropy."""
 
-import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,6 +38,7 @@ from mlp_fast.ops._dispatch import (
 REDUCTIONS = ("mean", "sum", "none")
 # What plain torch is told to ignore where nothing is ignored.
 _NO_TARGET = torch.iinfo(torch.int64).min
+_MEAN = 1  # the reduction, as F.cross_entropy passes it on; its own checks are left out with it
 
 
 def linear_cross_entropy(
@@ -97,8 +97,11 @@ def linear_cross_entropy(
         and unwatched()
         and _fit(input, linear_weight, linear_bias, target)
     ):
-        with contextlib.suppress(IndexError):  # of a target out of range
-            return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ignore_index=_NO_TARGET)
+        try:
+            logits = F.linear(input, linear_weight, linear_bias)
+            return torch._C._nn.cross_entropy_loss(logits, target, None, _MEAN, _NO_TARGET, 0.0)  # type: ignore[arg-type]
+        except IndexError:  # a target out of range
+            pass
     options = weight, reduction, ignore_index, label_smoothing, precision
     return call("linear_cross_entropy", _public, input, linear_weight, linear_bias, target, *options)
 
