@@ -68,11 +68,10 @@ def sample(
     Returns:
         The drawn tokens, without the prompt and without `stop`.
     """
-    last_context(prompt, context_length)
-    tokens = list(prompt)
+    tokens = list(last_context(prompt, context_length))
     for _ in range(count):
         token = draw(logits_of(tokens[-context_length:]), rng.random())
         if token == stop:
             break
         tokens.append(token)
-    return tokens[len(prompt) :]
+    return tokens[context_length:]

@@ -18,16 +18,6 @@ def one_of(what: str, name: str, names: Iterable[str]) -> str:
     return name
 
 
-def plain_floats(first: Tensor, second: Tensor, third: Tensor | None) -> bool:
-    """Whether these are float32 in the CPU's memory, as most are: check_dtype() and check_device() take longer."""
-    return (
-        first.dtype is second.dtype is torch.float32
-        and first.is_cpu
-        and second.is_cpu
-        and (third is None or (third.dtype is torch.float32 and third.is_cpu))
-    )
-
-
 def check_dtype(names: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
     """All tensors have the same dtype, one of `dtypes`."""
     dtype = None
@@ -68,6 +58,20 @@ def check_in_range(what: str, t: Tensor, V: int) -> None:
         low, high = (int(x) for x in t.aminmax())
         if low < 0 or high >= V:
             raise ValueError(f"{what} must be in [0, {V}), but reach from {low} to {high}")
+
+
+def check_operands(floats: str, names: str, index: Tensor, first: Tensor, second: Tensor, third: Tensor | None) -> None:
+    """The tensors `floats` (first, second, third) have one floating-point dtype; `names`, all four, one device."""
+    # float32 in the CPU's memory, as most are: the checks below take longer.
+    if (
+        first.dtype is second.dtype is torch.float32
+        and (index.is_cpu and first.is_cpu and second.is_cpu)
+        and (third is None or (third.dtype is torch.float32 and third.is_cpu))
+    ):
+        return
+    operands = [first, second] if third is None else [first, second, third]
+    check_dtype(floats, operands, FLOATS)
+    check_device(names, [index, *operands])
 
 
 def shapes(*tensors: Tensor | None) -> str:

@@ -90,24 +90,15 @@ def fake_gradients(operands: Sequence[Tensor | None], needs: Sequence[bool], lik
     return or_empty([None if t is None else t.new_empty(t.shape) for t in needed], like)
 
 
-def unseen() -> bool:
-    """Whether no compiler, autocast or torch.func has to see a public operator."""
-    return not (
+def call(name: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Calls a public operator, or its function alone where no compiler, autocast or torch.func has to see the operator:
+    the way through torch's dispatcher and back takes as long as a small model's forward pass."""
+    seen = (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
     )
-
-
-def unwatched() -> bool:
-    """Whether, moreover, plain torch alone computes float32 on the CPU: no interpreter, no forward-mode AD."""
-    return forward_ad._current_level < 0 and not interpreting() and unseen()
-
-
-def call(name: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Calls a public operator, or its function alone where no compiler, autocast or torch.func has to see the operator:
-    the way through torch's dispatcher and back takes as long as a small model's forward pass."""
-    return (function if unseen() else getattr(torch.ops.mlp_fast, name))(*args)
+    return (getattr(torch.ops.mlp_fast, name) if seen else function)(*args)
 
 
 def register(name: str, function: Callable[..., Tensor], operands: slice) -> None:

@@ -10,14 +10,12 @@ from torch import Tensor
 from mlp_fast.kernels._model import FORMS
 from mlp_fast.kernels._runtime import INPUT_PRECISION
 from mlp_fast.ops._checks import (
-    FLOATS,
     INTEGERS,
     check_capability,
-    check_device,
     check_dtype,
     check_in_range,
+    check_operands,
     one_of,
-    plain_floats,
     shapes,
 )
 from mlp_fast.ops._dispatch import (
@@ -72,10 +70,7 @@ def _check(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None, form: 
     one_of("form", form, FORMS)
     one_of("precision", precision, INPUT_PRECISION)
     check_dtype("idx", [idx], INTEGERS)
-    if not (idx.is_cpu and plain_floats(wte, weight, bias)):
-        parameters = [wte, weight] if bias is None else [wte, weight, bias]
-        check_dtype("wte, weight and bias", parameters, FLOATS)
-        check_device("idx, wte, weight and bias", [idx, *parameters])
+    check_operands("wte, weight and bias", "idx, wte, weight and bias", idx, wte, weight, bias)
     if (
         (idx.dim(), wte.dim(), weight.dim()) != (2, 2, 2)
         or weight.shape[1] != idx.shape[1] * wte.shape[1]

@@ -16,8 +16,8 @@ from mlp_fast.ops._checks import (
     check_device,
     check_dtype,
     check_in_range,
+    check_operands,
     one_of,
-    plain_floats,
     shapes,
 )
 from mlp_fast.ops._dispatch import (
@@ -29,7 +29,6 @@ from mlp_fast.ops._dispatch import (
     or_none,
     plain_gradients,
     register,
-    unwatched,
     use_kernels,
     use_opaque,
     wide,
@@ -38,7 +37,6 @@ from mlp_fast.ops._dispatch import (
 REDUCTIONS = ("mean", "sum", "none")
 # What plain torch is told to ignore where nothing is ignored.
 _NO_TARGET = torch.iinfo(torch.int64).min
-_MEAN = 1  # the reduction, as F.cross_entropy passes it on; its own checks are left out with it
 
 
 def linear_cross_entropy(
@@ -83,25 +81,6 @@ def linear_cross_entropy(
         loss = linear_cross_entropy(h, model.mlp[2].weight, model.mlp[2].bias, targets)
         loss.backward()
     """
-    # The usual call on a CPU is plain torch, and would take a tenth longer with all that follows. Whatever fails here
-    # goes that way, and there gets its message.
-    if (
-        weight is None
-        and ignore_index is None
-        and reduction == "mean"
-        and label_smoothing == 0
-        and precision in INPUT_PRECISION
-        and target.dtype is torch.int64
-        and target.is_cpu
-        and plain_floats(input, linear_weight, linear_bias)
-        and unwatched()
-        and _fit(input, linear_weight, linear_bias, target)
-    ):
-        try:
-            logits = F.linear(input, linear_weight, linear_bias)
-            return torch._C._nn.cross_entropy_loss(logits, target, None, _MEAN, _NO_TARGET, 0.0)  # type: ignore[arg-type]
-        except IndexError:  # a target out of range
-            pass
     options = weight, reduction, ignore_index, label_smoothing, precision
     return call("linear_cross_entropy", _public, input, linear_weight, linear_bias, target, *options)
 
@@ -120,17 +99,6 @@ class _Options(NamedTuple):
         return self[0] is None and self[1:] == ("mean", None, 0)
 
 
-def _fit(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> bool:
-    """Whether the shapes are as they must be."""
-    return (
-        (input.dim(), linear_weight.dim(), target.dim()) == (2, 2, 1)
-        and linear_weight.shape[1] == input.shape[1]
-        and (linear_bias is None or linear_bias.shape == linear_weight.shape[:1])
-        and target.shape[0] == input.shape[0]
-        and 0 not in linear_weight.shape
-    )
-
-
 def _check(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, options: _Options, precision: str
 ) -> None:
@@ -138,11 +106,15 @@ def _check(
     one_of("precision", precision, INPUT_PRECISION)
     one_of("reduction", options.reduction, REDUCTIONS)
     check_dtype("target", [target], INTEGERS)
-    if not (target.is_cpu and plain_floats(input, linear_weight, linear_bias)):
-        operands = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
-        check_dtype("input, linear_weight and linear_bias", operands, FLOATS)
-        check_device("input, linear_weight, linear_bias and target", [*operands, target])
-    if not _fit(input, linear_weight, linear_bias, target):
+    floats = "input, linear_weight and linear_bias"
+    check_operands(floats, "input, linear_weight, linear_bias and target", target, input, linear_weight, linear_bias)
+    if (
+        (input.dim(), linear_weight.dim(), target.dim()) != (2, 2, 1)
+        or linear_weight.shape[1] != input.shape[1]
+        or (linear_bias is not None and linear_bias.shape != linear_weight.shape[:1])
+        or target.shape[0] != input.shape[0]
+        or 0 in linear_weight.shape
+    ):
         raise ValueError(
             "shapes must be input (B, H), linear_weight (V, H), linear_bias (V,), target (B,), none but B zero, "
             f"not {shapes(input, linear_weight, linear_bias, target)}"
