@@ -60,7 +60,7 @@ class Wrong(Eager):
     name = "wrong"
 
     def advance(self, steps: int) -> Tensor:
-        bias = self._tensors()["mlp.2.bias"]
+        bias = self.tensors["mlp.2.bias"]
         handle = bias.register_hook(lambda gradient: gradient * 1.001)
         try:
             return super().advance(steps)

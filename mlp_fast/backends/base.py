@@ -40,11 +40,15 @@ class Backend(ABC):
     host_tape: ClassVar[bool] = False  # whether its batches may come from a tape that stays in the host's memory
 
     def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        self.config = config
-        self.shape = shape
-        self.device = device
+        self.config, self.shape, self.device = config, shape, device
         self.world = distributed.world()
         self.tape = tape.to(device)
+        self.build()
+        self.load(state)
+
+    @abstractmethod
+    def build(self) -> None:
+        """Makes what the steps need, but for the state, which load() brings afterwards."""
 
     @classmethod
     def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
@@ -95,6 +99,12 @@ class Backend(ABC):
                 for rows in windows.rows.split(self.evaluation_rows)
             ]
             return windows.mean(torch.cat(losses))
+
+    def evaluate_zeros(self, count: int) -> Tensor:
+        """Evaluates so many windows of token 0, to have that compiled; returns the windows, (count, T+1)."""
+        rows = torch.zeros(count, self.shape.T + 1, dtype=torch.int64, device=self.device)
+        self.mean_loss(WeightedWindows(rows, torch.ones(count, dtype=torch.float64, device=self.device)))
+        return rows
 
     def shared_mean_loss(self, windows: WeightedWindows) -> float:
         """mean_loss of all windows, of which every process of the run computes its share; the same on all."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mlp_fast.backends.base import Backend
-from mlp_fast.backends.device_loop import DeviceLoop, StepGraph
+from mlp_fast.backends.device_loop import DeviceLoop
 from mlp_fast.backends.eager import AutogradLoop, Eager, EagerRaw
-from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_torch
+from mlp_fast.backends.precision import unsupported_by_torch
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.files import no_place_for_code, shown
@@ -24,7 +24,6 @@ from mlp_fast.kernels._model import choose_form
 from mlp_fast.model.manual_step import adamw_, loss_and_gradients
 from mlp_fast.model.mlp import B1, B2, DIRECT, W1, W2, WTE, Parameters, Shape
 from mlp_fast.model.schedule import update_scalars
-from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape
 
 
@@ -101,9 +100,9 @@ class _Compiled(Backend):
 class _CompiledLoss(_Compiled, AutogradLoop):
     """The loss is compiled, and by that the backward pass; AdamW, the batch and the loop stay eager."""
 
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        super().__init__(config, shape, tape, state, device)
-        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=config.compile_mode)
+    def build(self) -> None:
+        super().build()
+        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=self.config.compile_mode)
 
 
 class CompileRaw(_CompiledLoss, EagerRaw):
@@ -131,14 +130,14 @@ class CompileStep(_Compiled, DeviceLoop):
     limits = "any sizes, with (B, V) logits in memory"
     direct = True
 
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        torch.set_float32_matmul_precision(MATMUL_PRECISION[config.precision])
-        self.form = choose_form(config.form, config.batch_size, shape.V)
+    def build(self) -> None:
+        config, device = self.config, self.device
+        self.form = choose_form(config.form, config.batch_size, self.shape.V)
         self.scalars = update_scalars(config).to(device)
         options = step_options(config.compile_mode)
         self.compiled = torch.compile(self._update, fullgraph=True, dynamic=False, options=options)
-        parameters = {name: torch.empty(size, device=device) for name, size in shape.parameters.items()}
-        super().__init__(config, shape, tape, state, device, parameters)
+        self.parameters = {name: torch.empty(size, device=device) for name, size in self.shape.parameters.items()}
+        super().build()
 
     @classmethod
     def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
@@ -158,11 +157,6 @@ class CompileStep(_Compiled, DeviceLoop):
         adamw_(self.parameters, gradients, self.exp_avg, self.exp_avg_sq, self.scalars.index_select(0, self.step)[0])
         self.losses.index_copy_(0, self.step % self.GRAPH_STEPS, loss.view(1))
         self.step += 1
-
-    def prepare(self) -> None:
-        super().prepare()
-        if self.device.type == "cuda":
-            self.graph = StepGraph(self.compiled, self.GRAPH_STEPS)
 
     def logits(self, contexts: Tensor) -> Tensor:
         return forward(self.parameters, contexts)

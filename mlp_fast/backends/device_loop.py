@@ -7,78 +7,62 @@ import torch
 from torch import Tensor
 
 from mlp_fast.backends.base import Backend
-from mlp_fast.config import Config
-from mlp_fast.model.mlp import Parameters, Shape
+from mlp_fast.backends.precision import MATMUL_PRECISION
+from mlp_fast.model.mlp import Parameters
 from mlp_fast.model.state import TrainState
-from mlp_fast.model.windows import Tape, WeightedWindows
 
 
-class StepGraph:
-    """`step`, captured `steps` times in a row in one torch.cuda.CUDAGraph.
+def captured(steps: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The steps as a CUDA graph, for replay() on the current stream.
 
-    The step must be capturable: static tensors, no synchronisation, its counter on the device, everything compiled
+    They must be capturable: static tensors, no synchronisation, the step counter on the device, everything compiled
     and warmed up on the current device before. Capturing runs nothing, so the state does not move.
-
-    Args:
-        step: does one step in place.
-        steps: how many a replay does.
     """
-
-    def __init__(self, step: Callable[[], None], steps: int) -> None:
-        self.steps = steps
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for _ in range(steps):
-                step()
-
-    def replay(self) -> None:
-        """Enqueues the captured steps on the current stream."""
-        self.graph.replay()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steps()
+    return graph
 
 
 class DeviceLoop(Backend):
     """A backend whose step needs nothing from the host.
 
     The step counter is a tensor on the device, and through it the batch's position and the learning rate are. Losses go
-    into a ring of GRAPH_STEPS; so a subclass can capture that many steps in `graph`, once it is prepared.
+    into a ring of GRAPH_STEPS, and so many steps are captured in one graph.
 
-    Args:
-        parameters: on the device; their initial values do not matter.
+    Attributes:
+        parameters: on the device; build() of a subclass makes them before that of this class.
     """
 
     GRAPH_STEPS = 50
+    parameters: Parameters
 
-    def __init__(
-        self,
-        config: Config,
-        shape: Shape,
-        tape: Tape,
-        state: TrainState,
-        device: torch.device,
-        parameters: Parameters,
-    ) -> None:
-        super().__init__(config, shape, tape, state, device)
-        self.parameters = parameters
+    def build(self) -> None:
+        torch.set_float32_matmul_precision(MATMUL_PRECISION[self.config.precision])
         self.exp_avg, self.exp_avg_sq = (
-            {name: torch.empty_like(tensor, requires_grad=False) for name, tensor in parameters.items()}
-            for _ in range(2)
+            {name: torch.empty_like(tensor) for name, tensor in self.parameters.items()} for _ in range(2)
         )
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)  # an index tensor, as scatters want it
-        self.losses = torch.empty(self.GRAPH_STEPS, device=device)
-        self.graph: StepGraph | None = None
-        self.load(state)
+        self.parts = (self.parameters, self.exp_avg, self.exp_avg_sq)
+        self.step = torch.zeros(1, dtype=torch.int64, device=self.device)  # an index tensor, as scatters want it
+        self.losses = torch.empty(self.GRAPH_STEPS, device=self.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     @abstractmethod
     def _step(self) -> None:
         """Does one step in place: losses[step % GRAPH_STEPS] is its loss, and `step` one more afterwards."""
 
+    def _run(self, steps: int) -> None:
+        for _ in range(steps):
+            self._step()
+
     def prepare(self) -> None:
-        """Compiles and warms up steps, evaluations and samples, leaving the state as it was."""
+        """Compiles, warms up and captures steps, evaluations and samples, leaving the state as it was."""
         super().prepare()
         # The first layer has a form for few windows, and one for more of them than there are tokens.
         for count in sorted({1, min(self.shape.V + 1, self.evaluation_rows)}):
-            rows = torch.zeros(count, self.shape.T + 1, dtype=torch.int64, device=self.device)
-            self.mean_loss(WeightedWindows(rows, torch.ones(count, dtype=torch.float64, device=self.device)))
+            self.evaluate_zeros(count)
+        if self.device.type == "cuda" and self.world.size == 1:  # several exchange gradients at every step
+            self.graph = captured(lambda: self._run(self.GRAPH_STEPS))
 
     def advance(self, steps: int) -> Tensor:
         losses = torch.empty(steps, device=self.device)
@@ -90,25 +74,16 @@ class DeviceLoop(Backend):
             if self.graph is not None and count == self.GRAPH_STEPS:
                 self.graph.replay()
             else:
-                for _ in range(count):
-                    self._step()
+                self._run(count)
             losses[done : done + count] = self.losses[first : first + count]
             self._host_step += count
             done += count
         return losses
 
     def state(self) -> TrainState:
-        parameters, exp_avg, exp_avg_sq = (
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            for tensors in (self.parameters, self.exp_avg, self.exp_avg_sq)
-        )
-        return TrainState(parameters, exp_avg, exp_avg_sq, self._host_step)
+        return TrainState.copied(self.parts, self._host_step)
 
     def load(self, state: TrainState) -> None:
-        with torch.no_grad():
-            for name, tensor in self.parameters.items():
-                tensor.copy_(state.parameters[name])
-                self.exp_avg[name].copy_(state.exp_avg[name])
-                self.exp_avg_sq[name].copy_(state.exp_avg_sq[name])
+        state.copy_to(self.parts)
         self.step.fill_(state.step)
         self._host_step = state.step

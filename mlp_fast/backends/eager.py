@@ -24,29 +24,34 @@ class AutogradLoop(Backend):
     host_tape = True
     transposed: ClassVar[frozenset[str]] = frozenset()  # parameters that the model holds as the transposed view
 
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        super().__init__(config, shape, tape, state, device)
-        torch.set_float32_matmul_precision(MATMUL_PRECISION[config.precision])
-        self._build(state.parameters)
+    def build(self) -> None:
+        torch.set_float32_matmul_precision(MATMUL_PRECISION[self.config.precision])
+        tensors = self._make_model()
         self.loss = self._loss  # the function that the compiled backends replace
         self.optimizer = torch.optim.AdamW(
-            self._tensors().values(),
-            lr=config.learning_rate,
+            tensors.values(),
+            lr=self.config.learning_rate,
             betas=(BETA1, BETA2),
             eps=EPS,
-            weight_decay=config.weight_decay,
+            weight_decay=self.config.weight_decay,
         )
-        self.load(state)
+        exp_avg, exp_avg_sq = ({name: torch.zeros_like(t) for name, t in tensors.items()} for _ in range(2))
+        for name, tensor in tensors.items():
+            moments = {"exp_avg": exp_avg[name], "exp_avg_sq": exp_avg_sq[name]}
+            self.optimizer.state[tensor] = {"step": torch.tensor(0.0), **moments}
+        self.tensors = tensors
+        self.parts = [  # in the shapes in which they are stored
+            {name: t.detach().t() if name in self.transposed else t.detach() for name, t in part.items()}
+            for part in (tensors, exp_avg, exp_avg_sq)
+        ]
 
     @classmethod
     def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
         return None if shape is None else unsupported_by_torch(config.precision, device)
 
-    def _build(self, parameters: Parameters) -> None:
+    def _make_model(self) -> Parameters:
+        """Makes `model`, its values of no matter; returns its parameters."""
         raise NotImplementedError
-
-    def _tensors(self) -> Parameters:
-        return dict(self.model.named_parameters())
 
     def prepare(self) -> None:
         if self.world.size > 1:
@@ -58,11 +63,10 @@ class AutogradLoop(Backend):
 
     def advance(self, steps: int) -> Tensor:
         losses = torch.empty(steps, device=self.device)
-        tensors = list(self._tensors().values())
         for i in range(steps):
             self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.config)
             losses[i] = self._gradients(self.step)
-            self.world.all_reduce_gradients([tensor.grad for tensor in tensors if tensor.grad is not None])
+            self.world.all_reduce_gradients([t.grad for t in self.tensors.values() if t.grad is not None])
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
@@ -82,37 +86,16 @@ class AutogradLoop(Backend):
         return self.model(contexts, targets)[1]
 
     def state(self) -> TrainState:
-        held = {
-            name: {"parameters": tensor, **self.optimizer.state[tensor]} for name, tensor in self._tensors().items()
-        }
-        parameters, exp_avg, exp_avg_sq = (
-            {name: self._stored(name, tensors[part]) for name, tensors in held.items()}
-            for part in ("parameters", "exp_avg", "exp_avg_sq")
-        )
-        return TrainState(parameters, exp_avg, exp_avg_sq, self.step)
+        return TrainState.copied(self.parts, self.step)
 
     def load(self, state: TrainState) -> None:
+        state.copy_to(self.parts)
         self.step = state.step
-        for name, tensor in self._tensors().items():
-            with torch.no_grad():
-                tensor.copy_(self._held(name, state.parameters[name]))
-            self.optimizer.state[tensor] = {
-                "step": torch.tensor(float(state.step)),
-                "exp_avg": torch.empty_like(tensor).copy_(self._held(name, state.exp_avg[name])),
-                "exp_avg_sq": torch.empty_like(tensor).copy_(self._held(name, state.exp_avg_sq[name])),
-            }
+        for held in self.optimizer.state.values():
+            held["step"].fill_(state.step)
 
     def logits(self, contexts: Tensor) -> Tensor:
         return self.model(contexts)[0]
-
-    def _held(self, name: str, tensor: Tensor) -> Tensor:
-        """A stored tensor as the model holds it."""
-        return tensor.t() if name in self.transposed else tensor
-
-    def _stored(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the model as the state stores it: copied, contiguous, on the CPU."""
-        view = tensor.detach().t() if name in self.transposed else tensor.detach()
-        return view.to("cpu", copy=True).contiguous()
 
 
 class EagerRaw(AutogradLoop):
@@ -122,10 +105,8 @@ class EagerRaw(AutogradLoop):
     summary = "MLPRaw, bare tensors under autograd: the first baseline"
     transposed = frozenset({W1, W2, DIRECT})
 
-    def _build(self, parameters: Parameters) -> None:
-        self.model = MLPRaw({name: tensor.to(self.device) for name, tensor in parameters.items()})
-
-    def _tensors(self) -> Parameters:
+    def _make_model(self) -> Parameters:
+        self.model = MLPRaw({name: torch.empty(s, device=self.device) for name, s in self.shape.parameters.items()})
         return self.model.parameters()
 
 
@@ -135,5 +116,6 @@ class Eager(AutogradLoop):
     name = "eager"
     summary = "MLP, an nn.Module under autograd: the second baseline"
 
-    def _build(self, parameters: Parameters) -> None:
-        self.model = MLP(self.shape, parameters).to(self.device)
+    def _make_model(self) -> Parameters:
+        self.model = MLP(self.shape).to(self.device)
+        return dict(self.model.named_parameters())

@@ -11,7 +11,7 @@ from mlp_fast.backends.base import Backend
 from mlp_fast.backends.precision import unsupported_by_torch
 from mlp_fast.config import Config
 from mlp_fast.kernels import cpu_step
-from mlp_fast.model.mlp import PARAMETER_NAMES, Shape
+from mlp_fast.model.mlp import Shape
 from mlp_fast.model.sampling import last_context
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape, WeightedWindows
@@ -28,12 +28,11 @@ class Native(Backend):
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     limits = "any sizes, its logits in chunks of the batch"
 
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        super().__init__(config, shape, tape, state, device)
-        self.model = cpu_step.NativeModel(shape.V, shape.T, shape.E, shape.H, config.form)
+    def build(self) -> None:
+        shape = self.shape
+        self.model = cpu_step.NativeModel(shape.V, shape.T, shape.E, shape.H, self.config.form)
         self.model.set_tape(self.tape.tokens, copy=False)
         self._pairs: WeakKeyDictionary[WeightedWindows, cpu_step.Pairs] = WeakKeyDictionary()
-        self.load(state)
 
     @classmethod
     def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
@@ -50,11 +49,10 @@ class Native(Backend):
         ).float()
 
     def state(self) -> TrainState:
-        parameters, exp_avg, exp_avg_sq = (dict(zip(PARAMETER_NAMES, part, strict=True)) for part in self.model.store())
-        return TrainState(parameters, exp_avg, exp_avg_sq, self.model.step)
+        return TrainState.of_planes(self.model.store(), self.model.step)
 
     def load(self, state: TrainState) -> None:
-        self.model.load(*([part[name] for name in PARAMETER_NAMES] for part in state.parts.values()), state.step)
+        self.model.load(*state.planes(), state.step)
 
     def logits(self, contexts: Tensor) -> Tensor:
         return self.model.logits(contexts)

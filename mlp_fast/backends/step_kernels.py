@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from mlp_fast.backends.precision import unsupported_by_triton
 from mlp_fast.config import Config
 from mlp_fast.files import no_place_for_code
 from mlp_fast.kernels._runtime import interpreting
-from mlp_fast.model.mlp import PARAMETER_NAMES, Shape
+from mlp_fast.model.mlp import Shape
 from mlp_fast.model.sampling import last_context
 from mlp_fast.model.schedule import update_scalars
 from mlp_fast.model.state import TrainState
@@ -47,12 +48,20 @@ class StepKernels(Backend):
     """A launcher of kernels/train_step.py or persistent_step.py holds the state; kernels/inference.py evaluates it."""
 
     limits = "V, E <= 256, T <= 16, H <= 4096, B <= 8192"
+    module: ClassVar[str]  # of kernels/, which has default_config() and the launcher
+    launcher: ClassVar[str]
+    kernels: TrainStep
 
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        super().__init__(config, shape, tape, state, device)
-        self.kernels = self._kernels()
-        self._finished = torch.zeros(1, dtype=torch.int32, device=device)
-        self.load(state)
+    def build(self) -> None:
+        """Makes the launcher, and takes over the module that evaluates; both need Triton."""
+        from mlp_fast.kernels import inference
+
+        self.inference = inference
+        launchers = importlib.import_module(f"mlp_fast.kernels.{self.module}")
+        config = launchers.default_config(**self._settings())
+        tokens = self.tape.tokens.to(torch.int32)
+        self.kernels = getattr(launchers, self.launcher)(config, tokens, update_scalars(self.config))
+        self._finished = torch.zeros(1, dtype=torch.int32, device=self.device)
 
     @classmethod
     def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
@@ -73,15 +82,8 @@ class StepKernels(Backend):
             return str(error)
         return None
 
-    def _kernels(self) -> TrainStep:
-        raise NotImplementedError
-
-    def _arguments(self) -> tuple[Tensor, Tensor]:
-        """Tape and scalars, as a launcher takes them."""
-        return self.tape.tokens.to(torch.int32), update_scalars(self.config)
-
     def _settings(self) -> dict[str, Any]:
-        """The arguments of train_step.default_config() and persistent_step.default_config()."""
+        """The arguments of default_config() of the launcher's module."""
         shape, config = self.shape, self.config
         settings: dict[str, Any] = {"B": config.batch_size, "V": shape.V, "T": shape.T, "E": shape.E, "H": shape.H}
         settings |= {"precision": config.precision, "deterministic": config.reduction == "deterministic"}
@@ -95,8 +97,7 @@ class StepKernels(Backend):
         # From step 0, as the schedule may have no step left after the state's.
         self.load(dataclasses.replace(state, step=0))
         self.advance(min(2, self.config.num_steps))
-        window = torch.zeros(1, self.shape.T + 1, dtype=torch.int64, device=self.device)
-        self.mean_loss(WeightedWindows(window, torch.ones(1, dtype=torch.float64, device=self.device)))
+        window = self.evaluate_zeros(1)
         self.logits(window[:, 1:])
         self.sample([0] * self.shape.T, 1, seed=1)
         self.load(state)
@@ -110,38 +111,29 @@ class StepKernels(Backend):
         return self.kernels.buffers.losses[first : first + steps].clone()
 
     def _run(self, steps: int) -> None:
-        raise NotImplementedError
+        self.kernels.run(steps)
 
     def state(self) -> TrainState:
         self.synchronize()
-        planes = ([t.to("cpu", copy=True).contiguous() for t in plane] for plane in self.kernels.planes())
-        parameters, exp_avg, exp_avg_sq = (dict(zip(PARAMETER_NAMES, plane, strict=True)) for plane in planes)
-        return TrainState(parameters, exp_avg, exp_avg_sq, self._step)
+        return TrainState.of_planes(self.kernels.planes(), self._step)
 
     def load(self, state: TrainState) -> None:
-        planes = [[part[name] for name in PARAMETER_NAMES] for part in state.parts.values()]
-        self.kernels.load(planes, state.step)
+        self.kernels.load(state.planes(), state.step)
         self._step = state.step
 
+    @property
     def _weights(self) -> Weights:
-        from mlp_fast.kernels.inference import Weights
-
-        return Weights(*self.kernels.planes()[0])
+        return self.inference.Weights(*self.kernels.planes()[0])
 
     def logits(self, contexts: Tensor) -> Tensor:
-        from mlp_fast.kernels import inference
-
-        return inference.logits(self._weights(), contexts, precision=self.config.precision)
+        return self.inference.logits(self._weights, contexts, precision=self.config.precision)
 
     def mean_loss(self, windows: WeightedWindows) -> float:
-        from mlp_fast.kernels import inference
-
-        mean = inference.mean_loss(
-            self._weights(), windows.rows, windows.counts, self._finished, precision=self.config.precision
+        precision = self.config.precision
+        mean = self.inference.mean_loss(
+            self._weights, windows.rows, windows.counts, self._finished, precision=precision
         )
         return mean.item()
 
     def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
-        from mlp_fast.kernels import inference
-
-        return inference.sample(self._weights(), last_context(prompt, self.shape.T), count, seed).tolist()
+        return self.inference.sample(self._weights, last_context(prompt, self.shape.T), count, seed).tolist()

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-from mlp_fast.backends.device_loop import DeviceLoop, StepGraph
-from mlp_fast.backends.precision import MATMUL_PRECISION, unsupported_by_triton
+from mlp_fast.backends.device_loop import DeviceLoop
+from mlp_fast.backends.precision import unsupported_by_triton
 from mlp_fast.backends.step_kernels import kernels_missing
 from mlp_fast.config import Config
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.schedule import BETA1, BETA2, EPS, learning_rates
-from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape
 from mlp_fast.ops import FusedMLP, adamw_
 
@@ -26,11 +25,12 @@ class TritonOp(DeviceLoop):
     direct = True
     distributed = True
 
-    def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
-        torch.set_float32_matmul_precision(MATMUL_PRECISION[config.precision])  # of logits(), which is torch's own
-        self.model = FusedMLP(shape, form=config.form, precision=config.precision).to(device)
-        self.rates = learning_rates(config, 0, config.num_steps).to(device)
-        super().__init__(config, shape, tape, state, device, dict(self.model.named_parameters()))
+    def build(self) -> None:
+        config = self.config
+        self.model = FusedMLP(self.shape, form=config.form, precision=config.precision).to(self.device)
+        self.rates = learning_rates(config, 0, config.num_steps).to(self.device)
+        self.parameters = dict(self.model.named_parameters())
+        super().build()
 
     @classmethod
     def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
@@ -68,8 +68,6 @@ class TritonOp(DeviceLoop):
             self._gradients()  # compiles without the others: their compilers may take their time
             self.world.barrier()
         super().prepare()
-        if self.device.type == "cuda" and self.world.size == 1:
-            self.graph = StepGraph(self._step, self.GRAPH_STEPS)
 
     def advance(self, steps: int) -> Tensor:
         return self.world.all_reduce_(super().advance(steps))

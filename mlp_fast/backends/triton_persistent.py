@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,19 +22,15 @@ class TritonPersistent(StepKernels):
 
     name = "triton-persistent"
     summary = "many steps in one cooperative launch"
+    module, launcher = "persistent_step", "PersistentStep"
     kernels: PersistentStep
 
-    def _kernels(self) -> PersistentStep:
-        from mlp_fast.kernels.persistent_step import PersistentStep, default_config
-
-        settings = self._settings()
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
         if self.device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(self.device)
             settings["capability"] = 10 * major + minor
-        return PersistentStep(default_config(**settings), *self._arguments())
-
-    def _run(self, steps: int) -> None:
-        self.kernels.run(steps)
+        return settings
 
     def synchronize(self) -> None:
         from mlp_fast.kernels._barrier import BarrierTimeout
