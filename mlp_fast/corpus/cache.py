@@ -37,8 +37,8 @@ def entry(key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict
 
     Args:
         key: its name; equal keys mean equal contents.
-        build: makes the entry's files in an empty folder and returns the description, which must have "bytes", the
-            size of each file by name. Called where the entry is missing or its files have other sizes.
+        build: makes the entry's files in an empty folder and returns the description. Called where the entry is
+            missing or its files have other sizes.
 
     Raises:
         UserError: where the cache cannot be written; and whatever `build` raises.
@@ -59,10 +59,11 @@ def entry(key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict
     return folder, description
 
 
-def write_tape(path: Path, pieces: Iterable[npt.NDArray[Any]]) -> int:
-    """Writes tokens of one dtype, piece by piece; returns how many bytes."""
+def write_tape(path: Path, pieces: Iterable[memoryview], dtype: npt.DTypeLike) -> torch.Tensor:
+    """Writes the tokens of a new file, piece by piece, and maps it."""
     with path.open("xb") as file:
-        return sum(file.write(piece.data) for piece in pieces)
+        file.writelines(pieces)
+    return map_tape(path, dtype)
 
 
 def map_tape(path: Path, dtype: npt.DTypeLike) -> torch.Tensor:
@@ -104,6 +105,7 @@ def _built(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         description = build(temporary)
+        description["bytes"] = {file.name: file.stat().st_size for file in temporary.iterdir()}
         (temporary / DESCRIPTION).write_text(json.dumps(description))
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ import torch
 
 from mlp_fast.config import Config
 from mlp_fast.corpus import cache, names, tokenizer
-from mlp_fast.corpus.split import SPLITS, Source, mapped, whole
+from mlp_fast.corpus.split import SPLITS, Source, Text, lines_ended, mapped, read_again, whole
 from mlp_fast.corpus.split import split as split_text
-from mlp_fast.corpus.text import Reading, pieces, read, size
-from mlp_fast.corpus.tokenizer import Bytes, Characters, Utf8, Vocabulary, Words
+from mlp_fast.corpus.text import Reading, gathered, pieces, size
+from mlp_fast.corpus.tokenizer import Bytes, Characters, Vocabulary, Words
 from mlp_fast.data import synthesize
 from mlp_fast.errors import UserError
 from mlp_fast.files import file_mode, shown
@@ -89,28 +89,26 @@ def load(
         UserError: where the corpus cannot be had as asked; one line that names the file.
     """
     how = Reading(kind, min_count, split, encoding, vocabulary)
-    if data == "embedded":
-        return _load_embedded(how)
     if data == "names":
         path, splits = names.read()
-        sources = {split: whole(text, how.kind) for split, text in splits.items()}
-        return _assemble(data, sources, dict.fromkeys(SPLITS, path), how)
+        sources = {split: whole(text, kind) for split, text in splits.items()}
+        return _assemble(data, Texts(sources, {"": (path, whole(b"".join(splits.values()), kind))}), how)
     if not data:
         raise UserError("the name of the corpus is empty; give embedded, names, a folder or a text file")
-    path = Path(data)
-    if stat.S_ISDIR(file_mode(path)):
-        paths = {split: path / f"{split}.txt" for split in SPLITS}
+    path, cost = Path(data), None
+    if data == "embedded":
+        path, how = synthesize.EMBEDDED, dataclasses.replace(how, encoding="utf-8")
+        if kind != "word":  # of text that is ASCII, a byte is a character
+            process = synthesize.embedded_process()
+            cost = {split: process.cost((path / f"{split}.txt").read_text()) for split in SPLITS}
+    files = {split: path / f"{split}.txt" for split in SPLITS} if stat.S_ISDIR(file_mode(path)) else {"": path}
+    if sum(map(size, files.values())) > STREAMED_ABOVE[kind]:
+        return _streamed(data, files, how)
+    if "" in files:
+        texts = _of_one(path, gathered(lines_ended(path, how)), how)
     else:
-        paths = dict.fromkeys(SPLITS, path)
-    if sum(map(size, dict.fromkeys(paths.values()))) > STREAMED_ABOVE[how.kind]:
-        return _streamed(data, paths, how)
-    if not _is_one(paths):
-        texts = {split: read(path, how.codec) for split, path in paths.items()}
-        return _assemble(data, {split: whole(text, how.kind) for split, text in texts.items()}, paths, how)
-    text = read(path, how.codec)
-    if how.split == "shuffled" and not text.endswith(b"\n"):
-        text += b"\n"  # the last line may land before another
-    return _assemble(data, split_text(text, path, how), paths, how, whole(text, how.kind))
+        texts = _of_several(files, lambda file: whole(gathered(pieces(file, how.codec)), kind))
+    return dataclasses.replace(_assemble(data, texts, how), cost=cost)
 
 
 def check_sizes(corpus: Corpus, context_length: int, batch_size: int) -> None:
@@ -129,76 +127,66 @@ def check_sizes(corpus: Corpus, context_length: int, batch_size: int) -> None:
             )
 
 
-def _load_embedded(how: Reading) -> Corpus:
-    paths = {split: synthesize.EMBEDDED / f"{split}.txt" for split in SPLITS}
-    texts = {split: read(path) for split, path in paths.items()}
-    cost = None
-    if how.kind != "word":  # of text that is ASCII, a byte is a character
-        process = synthesize.embedded_process()
-        cost = {split: process.cost(text.decode()) for split, text in texts.items()}
-    sources = {split: whole(text, how.kind) for split, text in texts.items()}
-    return dataclasses.replace(_assemble("embedded", sources, paths, how), cost=cost)
+@dataclass(frozen=True)
+class Texts:
+    """The texts that a corpus is made of.
+
+    Attributes:
+        splits: split -> its text.
+        files: what the characters come from: split -> its file and text, train first; or, where one file is split,
+            "" -> that file and all of its text, in its order: quicker to scan than line by line.
+    """
+
+    splits: dict[str, Source]
+    files: dict[str, tuple[Path, Source]]
 
 
-def _is_one(paths: dict[str, Path]) -> bool:
-    """Whether the splits come out of one file."""
-    return len(set(paths.values())) == 1
+def _of_one(path: Path, text: Text, how: Reading) -> Texts:
+    return Texts(split_text(text, path, how), {"": (path, whole(text, how.kind))})
 
 
-def _assemble(
-    name: str, sources: dict[str, Source], paths: dict[str, Path], how: Reading, text: Source | None = None
-) -> Corpus:
-    """The corpus of some splits, of `text` where they are of one, its tapes in memory."""
-    vocabulary = _vocabulary(sources, paths, how, text)
-
-    def tape(source: Source) -> torch.Tensor:
-        content = bytearray()  # grows by an eighth at a time; a list of pieces would be all of the tape once more
-        for piece in source():
-            content += vocabulary.encoded(piece).data
-        return torch.from_numpy(np.frombuffer(content, vocabulary.dtype))
-
-    tapes = {split: tape(sources[split]) for split in SPLITS}
-    return Corpus(name, vocabulary, tapes["train"], tapes["val"], tapes["test"], _fingerprint(vocabulary, tapes))
+def _of_several(files: dict[str, Path], source: Callable[[Path], Source]) -> Texts:
+    sources = {split: source(file) for split, file in files.items()}
+    return Texts(sources, {split: (file, sources[split]) for split, file in files.items()})
 
 
-def _vocabulary(sources: dict[str, Source], paths: dict[str, Path], how: Reading, text: Source | None) -> Vocabulary:
+def _assemble(name: str, texts: Texts, how: Reading, folder: Path | None = None) -> Corpus:
+    """The corpus of some texts, its tapes in memory, or in new files of a folder, mapped."""
     if how.kind == "char":
-        scanned = sources if text is None else {"": text}  # in its order: quicker than line by line
-        return _characters({split: tokenizer.distinct(source()) for split, source in scanned.items()}, paths, how)
-    if how.vocabulary is not None:
-        return how.vocabulary
-    return Bytes() if how.kind == "byte" else Words.of(sources["train"](), how.min_count)
+        vocabulary: Vocabulary = _characters(texts.files, how)
+    elif how.vocabulary is not None:
+        vocabulary = how.vocabulary
+    else:
+        vocabulary = Bytes() if how.kind == "byte" else Words.of(texts.splits["train"](), how.min_count)
+
+    def tape(split: str) -> torch.Tensor:
+        tokens = (vocabulary.encoded(piece).data for piece in texts.splits[split]())
+        if folder is not None:
+            return cache.write_tape(folder / split, tokens, vocabulary.dtype)
+        return torch.from_numpy(np.frombuffer(gathered(tokens), vocabulary.dtype))
+
+    train, val, test = map(tape, SPLITS)
+    return Corpus(name, vocabulary, train, val, test, _fingerprint(vocabulary, train, val, test))
 
 
-def _characters(found: dict[str, str], paths: dict[str, Path], how: Reading) -> Characters:
-    """The vocabulary of a corpus by characters, of those of each split.
+def _characters(files: dict[str, tuple[Path, Source]], how: Reading) -> Characters:
+    """The vocabulary of a corpus by characters, of those of each file.
 
     It is that of train, so that what a model could not have learned is not asked of it. Which of one file's lines go to
     train is the program's own doing: there it is that of the whole file.
 
     Raises:
-        UserError: a split has a character that the vocabulary lacks.
+        UserError: a file has a character that the vocabulary lacks.
     """
-    if _is_one(paths):
-        found = {"": "".join(sorted(set().union(*found.values())))}
+    found = {split: tokenizer.distinct(text()) for split, (_, text) in files.items()}
     known = next(iter(found.values()))
     if how.vocabulary is not None:
         assert isinstance(how.vocabulary, Characters), "the model's tokens are of another kind"
         known = how.vocabulary.characters
     for split, characters in found.items():
-        lacking = set(characters) - set(known)
-        if lacking:
-            raise UserError(_first_place(paths[split or "train"], split, lacking, how))
+        if lacking := set(characters) - set(known):
+            raise UserError(_first_place(files[split][0], split, lacking, how))
     return Characters(known)
-
-
-def _fingerprint(vocabulary: Vocabulary, tapes: dict[str, torch.Tensor]) -> str:
-    value = vocabulary.as_json()
-    digest = hashlib.sha256(f"{len(vocabulary)} {value if isinstance(value, str) else json.dumps(value)}".encode())
-    for tape in tapes.values():
-        digest.update(f" {len(tape)} ".encode())
-        digest.update(tape.numpy().data)
-    return digest.hexdigest()
 
 
 def _first_place(path: Path, split: str, lacking: set[str], how: Reading) -> str:
@@ -220,38 +208,33 @@ def _first_place(path: Path, split: str, lacking: set[str], how: Reading) -> str
     raise AssertionError(f"{shown(path)} has changed while it was read")
 
 
-def _streamed(name: str, paths: dict[str, Path], how: Reading) -> Corpus:
+def _fingerprint(vocabulary: Vocabulary, *tapes: torch.Tensor) -> str:
+    value = vocabulary.as_json()
+    digest = hashlib.sha256(f"{len(vocabulary)} {value if isinstance(value, str) else json.dumps(value)}".encode())
+    for tape in tapes:
+        digest.update(f" {len(tape)} ".encode())
+        digest.update(tape.numpy().data)
+    return digest.hexdigest()
+
+
+def _streamed(name: str, files: dict[str, Path], how: Reading) -> Corpus:
     """The corpus of `_assemble`, its tapes made a piece of text at a time and mapped from the cache."""
-    facts = [(str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns) for path in paths.values()]
+    facts = [(str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns) for path in files.values()]
     settings: list[Any] = [CACHE_VERSION, how.kind, how.min_count, how.split, how.encoding]
     if how.vocabulary is not None:
         settings.append(how.vocabulary.as_json())
     key = hashlib.sha256(json.dumps([*settings, facts]).encode()).hexdigest()[:32]
-
-    def build(folder: Path) -> dict[str, Any]:
-        if not _is_one(paths):
-            read_again: dict[str, Source] = {split: partial(_cut_file, path, how) for split, path in paths.items()}
-            return _write(folder, read_again, paths, how)
-        path = paths["train"]
-        with mapped(path, how, folder / "text") as text:
-            return _write(folder, split_text(text, path, how), paths, how, whole(text, how.kind))
-
-    folder, description = cache.entry(key, build)
+    folder, description = cache.entry(key, lambda folder: _write(folder, files, how))
     vocabulary = tokenizer.from_json(description["vocabulary"])
-    tapes = {split: cache.map_tape(folder / split, vocabulary.dtype) for split in SPLITS}
-    return Corpus(name, vocabulary, tapes["train"], tapes["val"], tapes["test"], description["fingerprint"])
+    train, val, test = (cache.map_tape(folder / split, vocabulary.dtype) for split in SPLITS)
+    return Corpus(name, vocabulary, train, val, test, description["fingerprint"])
 
 
-def _cut_file(path: Path, how: Reading) -> Iterator[Utf8]:
-    """The text of a file in pieces cut between tokens, never all of it in memory."""
-    return tokenizer.cut_at_spaces(pieces(path, how.codec)) if how.kind == "word" else pieces(path, how.codec)
-
-
-def _write(
-    folder: Path, sources: dict[str, Source], paths: dict[str, Path], how: Reading, text: Source | None = None
-) -> dict[str, Any]:
+def _write(folder: Path, files: dict[str, Path], how: Reading) -> dict[str, Any]:
     """Writes the tapes of a corpus into a folder; returns the description of a cache entry."""
-    vocabulary = _vocabulary(sources, paths, how, text)
-    sizes = {split: cache.write_tape(folder / split, map(vocabulary.encoded, sources[split]())) for split in SPLITS}
-    tapes = {split: cache.map_tape(folder / split, vocabulary.dtype) for split in SPLITS}
-    return {"vocabulary": vocabulary.as_json(), "fingerprint": _fingerprint(vocabulary, tapes), "bytes": sizes}
+    if "" in files:
+        with mapped(lines_ended(files[""], how), folder / "text") as text:
+            made = _assemble("", _of_one(files[""], text, how), how, folder)
+    else:
+        made = _assemble("", _of_several(files, partial(read_again, how=how)), how, folder)
+    return {"vocabulary": made.vocabulary.as_json(), "fingerprint": made.fingerprint}

@@ -9,8 +9,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from mlp_fast.corpus import text
 from mlp_fast.corpus.cache import cache_folder
+from mlp_fast.corpus.text import gathered, pieces
 from mlp_fast.corpus.tokenizer import Utf8
 from mlp_fast.errors import UserError
 from mlp_fast.files import shown, write_atomically
@@ -37,7 +37,7 @@ def read() -> tuple[Path, dict[str, Utf8]]:
     path = Path(given) if given else cached()
     if not given and not os.path.exists(path):  # Path.exists() raises where a folder on the way is closed
         raise UserError(f"the names corpus is not here yet; run `{FETCH}`, or set {VARIABLE} to a copy of it")
-    content = text.read(path, codec=None)
+    content = gathered(pieces(path, codec=None))
     try:
         return path, split(content)
     except ValueError as error:

@@ -6,7 +6,7 @@ Shuffled, as the names corpus is, since a file of items is often sorted; text wh
 import contextlib
 import mmap
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,34 @@ _LINES = 1 << 10  # lines gathered at a time: they and their indices stay in the
 
 
 def whole(text: Text, kind: str) -> Source:
-    """A text as the source of a split, cut between tokens of a kind."""
+    """A text as the source of a split."""
     return partial(_stretch, text, slice(0, len(text)), kind)
+
+
+def read_again(path: Path, how: Reading) -> Source:
+    """A file as the source of a split: read whenever it is asked for, and never all of it in memory."""
+    return lambda: _cut_between_tokens(pieces(path, how.codec), how.kind)
+
+
+def lines_ended(path: Path, how: Reading) -> Iterator[Utf8]:
+    """The pieces of a file to be split; where lines are shuffled, the last, which may land before another, is ended."""
+    last: Utf8 = b""
+    for last in pieces(path, how.codec):
+        yield last
+    if how.split == "shuffled" and not last.endswith(b"\n"):
+        yield b"\n"
+
+
+@contextlib.contextmanager
+def mapped(pieces: Iterable[Utf8], file: Path) -> Iterator[mmap.mmap]:
+    """A text as a file that is mapped into memory; deleted afterwards."""
+    with file.open("x+b") as copy:
+        copy.writelines(pieces)
+        copy.flush()
+        text = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)
+    yield text
+    text.close()
+    file.unlink()
 
 
 def split(text: Text, path: Path, how: Reading) -> dict[str, Source]:
@@ -54,10 +80,14 @@ def split(text: Text, path: Path, how: Reading) -> dict[str, Source]:
         UserError: a split would be empty.
     """
     if how.split == "contiguous":
-        if (parts := _cut(text, how.kind)) is None:
+        n = len(text)
+        held_out = max(1, (n * HELD_OUT_PERCENT + 50) // 100)
+        first, second = (_between_tokens(text, max(0, n - k * held_out), how.kind) for k in (2, 1))
+        if not 0 < first < second < n:
             raise UserError(f"{shown(path)} is too short for train, val and test; give a longer text")
-        return {split: partial(_stretch, text, part, how.kind) for split, part in parts.items()}
-    lines = _count_lines(text)
+        parts = (slice(0, first), slice(first, second), slice(second, n))
+        return {split: partial(_stretch, text, part, how.kind) for split, part in zip(SPLITS, parts, strict=True)}
+    lines = sum(int(np.count_nonzero(newlines)) for _, newlines in _newlines(text))
     if lines < len(SPLITS):
         raise UserError(
             f"{shown(path)} has fewer than {len(SPLITS)} lines: too few for train, val and test; "
@@ -68,32 +98,6 @@ def split(text: Text, path: Path, how: Reading) -> dict[str, Source]:
     k = max(1, (lines * HELD_OUT_PERCENT + 50) // 100)
     dealt = {"train": order[2 * k :], "val": order[k : 2 * k], "test": order[:k]}
     return {split: partial(_gathered, text, bounds, dealt[split], how.kind) for split in SPLITS}
-
-
-@contextlib.contextmanager
-def mapped(path: Path, how: Reading, copy: Path) -> Iterator[mmap.mmap]:
-    """The text of a file, to be split, as a copy that is mapped into memory; deleted afterwards."""
-    with copy.open("x+b") as file:
-        last: Utf8 = b""
-        for last in pieces(path, how.codec):
-            file.write(last)
-        if how.split == "shuffled" and not last.endswith(b"\n"):
-            file.write(b"\n")  # the last line may land before another
-        file.flush()
-        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    yield text
-    text.close()
-    copy.unlink()
-
-
-def _cut(text: Text, kind: str) -> dict[str, slice] | None:
-    """split -> its part of the text; None where one would be empty."""
-    n = len(text)
-    held_out = max(1, (n * HELD_OUT_PERCENT + 50) // 100)
-    first, second = (_between_tokens(text, max(0, n - k * held_out), kind) for k in (2, 1))
-    if not 0 < first < second < n:
-        return None
-    return {"train": slice(0, first), "val": slice(first, second), "test": slice(second, n)}
 
 
 def _between_tokens(text: Text, place: int, kind: str) -> int:
@@ -118,7 +122,12 @@ def _stretch(text: Text, part: slice, kind: str) -> Iterator[Utf8]:
             yield text[start:end]
             start = end
 
-    return tokenizer.cut_at_spaces(pieces()) if kind == "word" else pieces()
+    return _cut_between_tokens(pieces(), kind)
+
+
+def _cut_between_tokens(pieces: Iterator[Utf8], kind: str) -> Iterator[Utf8]:
+    """Pieces cut between characters, or between bytes for these, as pieces cut between tokens."""
+    return tokenizer.cut_at_spaces(pieces) if kind == "word" else pieces
 
 
 def _shuffled(n: int, rng: RNG) -> npt.NDArray[np.uint32]:
@@ -129,10 +138,6 @@ def _shuffled(n: int, rng: RNG) -> npt.NDArray[np.uint32]:
     del draws
     keyed.sort()
     return keyed.astype(np.uint32)
-
-
-def _count_lines(text: Text) -> int:
-    return sum(int(np.count_nonzero(chunk)) for _, chunk in _newlines(text))
 
 
 def _newlines(text: Text) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:

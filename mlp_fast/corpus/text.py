@@ -6,7 +6,7 @@ Text stays bytes throughout, and is decoded a piece at a time: reading never mak
 import codecs
 import itertools
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,12 +41,12 @@ class Reading:
         return None if self.kind == "byte" else self.encoding
 
 
-def read(path: Path, codec: str | None = "utf-8") -> Utf8:
-    """A whole file; see pieces(). Memory: the text, and an eighth more while it grows."""
-    text = bytearray()
-    for piece in pieces(path, codec):
-        text += piece
-    return text
+def gathered(pieces: Iterable[bytes | bytearray | memoryview]) -> bytearray:
+    """Pieces as one. It grows by an eighth at a time; a list of the pieces would be all of them once more."""
+    whole = bytearray()
+    for piece in pieces:
+        whole += piece
+    return whole
 
 
 def pieces(path: Path, codec: str | None = "utf-8") -> Iterator[Utf8]:

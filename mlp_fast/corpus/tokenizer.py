@@ -109,12 +109,10 @@ class Characters(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text; UserError names the first character the vocabulary lacks."""
-        try:
-            return [self._tokens[character] for character in text]
-        except KeyError as error:
-            raise UserError(
-                f"the character {named(error.args[0])} is not in the vocabulary of {len(self)} characters"
-            ) from None
+        for character in text:
+            if character not in self.characters:
+                raise UserError(f"the character {named(character)} is not in the vocabulary of {len(self)} characters")
+        return self._table[code_points(text)].tolist()
 
     def encoded(self, piece: Utf8) -> Tokens:
         """The tokens of a piece whose characters are all known."""
@@ -132,10 +130,6 @@ class Characters(Vocabulary):
 
     def _joined(self, places: npt.NDArray[np.int64]) -> str:
         return code_points(self.characters)[places].tobytes().decode("utf-32-le")
-
-    @cached_property
-    def _tokens(self) -> dict[str, int]:
-        return {character: token for token, character in enumerate(self.characters)}
 
     @cached_property
     def _table(self) -> Tokens:
@@ -202,8 +196,7 @@ class Words(Vocabulary):
 
     def encoded(self, piece: Utf8) -> Tokens:
         """The tokens of a piece cut at spaces."""
-        words = _WORD.findall(piece.decode())
-        return np.fromiter(map(self._tokens.get, words, itertools.repeat(0)), self.dtype, len(words))
+        return np.array(self.encode(piece.decode()), self.dtype)
 
     def knows(self, text: str) -> bool:
         return all(word in self._tokens for word in _WORD.findall(text))
