@@ -41,11 +41,11 @@ class Parser(argparse.ArgumentParser):
         return arguments, rest
 
     def given(self, args: Any = None) -> dict[str, Any]:
-        """The options that a command line itself names, or its --preset, with their values."""
+        """The settings that a command line itself names, or its --preset, with their values."""
         absent = object()
         arguments = super().parse_args(args, argparse.Namespace(**{action.dest: absent for action in self._actions}))
         named = {name: value for name, value in vars(arguments).items() if value is not absent}
-        return PRESETS.get(named.pop("preset", ""), {}) | named
+        return PRESETS.get(named.get("preset", ""), {}) | _settings(named)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help".replace("\n", " "))
@@ -76,8 +76,28 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, leave_out: Sequence
 
 def config_from(arguments: argparse.Namespace) -> Config:
     """The Config that parsed arguments describe; fields without an argument keep their default."""
+    return Config(**_settings(vars(arguments)))
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that are a Config's fields."""
     names = {field.name for field in dataclasses.fields(Config)}
-    return Config(**{name: value for name, value in vars(arguments).items() if name in names})
+    return {name: value for name, value in options.items() if name in names}
+
+
+def number(kind: type[int] | type[float], least: float, most: float = sys.float_info.max) -> Callable[[str], Any]:
+    """The type of an option whose value lies between two bounds."""
+
+    def parsed(text: str) -> Any:
+        value = kind(text)
+        if not value >= least:  # so says NaN, too
+            raise argparse.ArgumentTypeError(f"must be at least {least} (got {text})")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most} (got {text})")
+        return value
+
+    parsed.__name__ = kind.__name__  # as argparse calls it where a text is none
+    return parsed
 
 
 def unescape(text: str) -> str:

@@ -5,8 +5,8 @@ import math
 import os
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,32 +21,6 @@ TOKENS = ("char", "byte", "word")
 SPLITTING = ("shuffled", "contiguous")
 ON_NAN = ("stop", "continue")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-# What belongs to one command and not to the run: a checkpoint does not keep it.
-PER_COMMAND = ("stop_after", "out", "log_json", "plot", "quiet", "resume")
-# What --resume takes from the checkpoint but lets the command line change. All else defines the run.
-MAY_CHANGE = (
-    "backend",
-    "data",  # another name, place or form of the same corpus: its fingerprint is compared
-    "split",
-    "encoding",
-    "eval_every",
-    "device",
-    "threads",
-    "precision",
-    "form",
-    "reduction",
-    "compile_mode",
-    "interpret",
-    "on_nan",
-    "checkpoint_every",
-    "keep",
-)
-# What --init-from takes from the model, and what from its run where the command line does not name another corpus.
-OF_THE_MODEL = ("tokens", "min_count", "context_length", "embedding_size", "hidden_size", "direct")
-OF_THE_CORPUS = ("data", "split", "encoding")
-# What only a whole training run needs: commands that make a few steps do not offer it.
-RUN_ONLY = (*PER_COMMAND, "init_from", "eval_every", "on_nan", "checkpoint_every", "keep")
 
 MAX_SEED = 2**64 - 1
 # Sizes past these would need more memory than any machine has; the bound turns a typing slip into one clear line.
@@ -74,17 +48,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    metavar: str | None = None,
-) -> Any:
-    metadata = {"help": help, "choices": choices, "least": least, "most": most, "metavar": metavar}
-    return dataclasses.field(default=default, metadata=metadata)
+def _option(default: Any, help: str, *, role: str, **more: Any) -> Any:
+    nothing = dict.fromkeys(("choices", "least", "most", "metavar"))
+    return dataclasses.field(default=default, metadata={**nothing, "help": help, "role": role, **more})
+
+
+_run = partial(_option, role="run")  # defines the run
+_model = partial(_option, role="model")  # defines its model: what --init-from takes over
+_corpus = partial(_option, role="corpus")  # another name, place or form of the same corpus: fingerprints are compared
+_way = partial(_option, role="way")  # of computing the same
+_watch = partial(_option, role="watch")  # what a whole run needs, and no command of a few steps
+_command = partial(_option, role="command")  # belongs to one command and not to the run: no checkpoint keeps it
 
 
 @dataclass(frozen=True)
@@ -94,39 +68,39 @@ class Config:
     Sizes are counts, learning_rate and weight_decay are AdamW's, eval_every is in steps.
     """
 
-    backend: str = _option("auto", "who computes the steps; see --list-backends", metavar="NAME")
-    data: str = _option("embedded", "embedded, names, a folder with train/val/test.txt, or one text file")
-    split: str = _option("shuffled", "how one text file is split: its lines shuffled, or in order", choices=SPLITTING)
-    encoding: str = _option("utf-8", "of text files, by a name that Python knows (gbk, latin-1, ...)", metavar="NAME")
-    tokens: str = _option("char", "what a token is", choices=TOKENS)
-    min_count: int = _option(1, "words that train has fewer times than this become <unk>", least=1, most=MAX_STEPS)
-    context_length: int = _option(3, "tokens that predict the next one (T)", least=1, most=4096)
-    embedding_size: int = _option(48, "numbers per token embedding (E)", least=1, most=MAX_SIZE)
-    hidden_size: int = _option(512, "hidden units (H)", least=1, most=MAX_SIZE)
-    direct: bool = _option(False, "add direct connections from the embeddings to the logits")
-    batch_size: int = _option(128, "windows per step (B)", least=1, most=MAX_SIZE)
-    num_steps: int = _option(50_000, "steps of the learning-rate schedule", least=1, most=MAX_STEPS)
-    stop_after: int | None = _option(None, "stop after this many steps, the schedule unchanged", least=1)
-    learning_rate: float = _option(7e-4, "AdamW's learning rate before the cosine decay", least=0.0, most=1e6)
-    weight_decay: float = _option(1e-4, "AdamW's decoupled weight decay, on every parameter", least=0.0, most=1e6)
-    seed: int = _option(1337, "seed of the initial values", least=1, most=MAX_SEED)
-    eval_every: int = _option(200, "steps between evaluations", least=1)
-    device: str = _option("auto", "where to compute", choices=DEVICES)
-    threads: int | None = _option(None, "CPU threads; if not given, one per processor", least=1, most=MAX_THREADS)
-    precision: str = _option("fp32", "arithmetic of the matrix products", choices=PRECISIONS)
-    form: str = _option("auto", "first layer as a table per token or as gathered rows", choices=FORMS)
-    reduction: str = _option("deterministic", "sums across programs: repeatable, or fast", choices=REDUCTIONS)
-    compile_mode: str = _option("default", "torch.compile's mode, for the compile backends", choices=COMPILE_MODES)
-    interpret: bool = _option(False, "run Triton kernels in Triton's interpreter (slow, needs no GPU)")
-    on_nan: str = _option("stop", "what to do when a loss is not finite", choices=ON_NAN)
-    out: str | None = _option(None, "folder for checkpoints: at the end, and --checkpoint-every", metavar="DIR")
-    checkpoint_every: int | None = _option(None, "steps between two checkpoints in --out", least=1)
-    keep: int = _option(3, "checkpoints to keep: so many of the newest, and the best", least=1)
-    resume: str | None = _option(None, "go on with a run: its folder, or one of its checkpoint files", metavar="RUN")
-    init_from: str | None = _option(None, "start from the model of another run, with a new schedule", metavar="RUN")
-    log_json: str | None = _option(None, "write the log as JSON Lines", metavar="FILE")
-    plot: str | None = _option(None, "draw the loss curves (PNG, SVG or PDF)", metavar="FILE")
-    quiet: bool = _option(False, "print nothing but errors")
+    backend: str = _way("auto", "who computes the steps; see --list-backends", metavar="NAME")
+    data: str = _corpus("embedded", "embedded, names, a folder with train/val/test.txt, or one text file")
+    split: str = _corpus("shuffled", "how one text file is split: its lines shuffled, or in order", choices=SPLITTING)
+    encoding: str = _corpus("utf-8", "of text files, by a name that Python knows (gbk, latin-1, ...)", metavar="NAME")
+    tokens: str = _model("char", "what a token is", choices=TOKENS)
+    min_count: int = _model(1, "words that train has fewer times than this become <unk>", least=1, most=MAX_STEPS)
+    context_length: int = _model(3, "tokens that predict the next one (T)", least=1, most=4096)
+    embedding_size: int = _model(48, "numbers per token embedding (E)", least=1, most=MAX_SIZE)
+    hidden_size: int = _model(512, "hidden units (H)", least=1, most=MAX_SIZE)
+    direct: bool = _model(False, "add direct connections from the embeddings to the logits")
+    batch_size: int = _run(128, "windows per step (B)", least=1, most=MAX_SIZE)
+    num_steps: int = _run(50_000, "steps of the learning-rate schedule", least=1, most=MAX_STEPS)
+    stop_after: int | None = _command(None, "stop after this many steps, the schedule unchanged", least=1)
+    learning_rate: float = _run(7e-4, "AdamW's learning rate before the cosine decay", least=0.0, most=1e6)
+    weight_decay: float = _run(1e-4, "AdamW's decoupled weight decay, on every parameter", least=0.0, most=1e6)
+    seed: int = _run(1337, "seed of the initial values", least=1, most=MAX_SEED)
+    eval_every: int = _watch(200, "steps between evaluations", least=1)
+    device: str = _way("auto", "where to compute", choices=DEVICES)
+    threads: int | None = _way(None, "CPU threads; if not given, one per processor", least=1, most=MAX_THREADS)
+    precision: str = _way("fp32", "arithmetic of the matrix products", choices=PRECISIONS)
+    form: str = _way("auto", "first layer as a table per token or as gathered rows", choices=FORMS)
+    reduction: str = _way("deterministic", "sums across programs: repeatable, or fast", choices=REDUCTIONS)
+    compile_mode: str = _way("default", "torch.compile's mode, for the compile backends", choices=COMPILE_MODES)
+    interpret: bool = _way(False, "run Triton kernels in Triton's interpreter (slow, needs no GPU)")
+    on_nan: str = _watch("stop", "what to do when a loss is not finite", choices=ON_NAN)
+    out: str | None = _command(None, "folder for checkpoints: at the end, and --checkpoint-every", metavar="DIR")
+    checkpoint_every: int | None = _watch(None, "steps between two checkpoints in --out", least=1)
+    keep: int = _watch(3, "checkpoints to keep: so many of the newest, and the best", least=1)
+    resume: str | None = _command(None, "go on with a run: its folder, or one of its checkpoint files", metavar="RUN")
+    init_from: str | None = _run(None, "start from the model of another run, with a new schedule", metavar="RUN")
+    log_json: str | None = _command(None, "write the log as JSON Lines", metavar="FILE")
+    plot: str | None = _command(None, "draw the loss curves (PNG, SVG or PDF)", metavar="FILE")
+    quiet: bool = _command(False, "print nothing but errors")
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Config)
@@ -145,6 +119,15 @@ class Config:
     def last_step(self) -> int:
         """Steps that this run makes: num_steps, or stop_after where that is given."""
         return self.num_steps if self.stop_after is None else self.stop_after
+
+
+def _of(*roles: str) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(Config) if field.metadata["role"] in roles)
+
+
+PER_COMMAND, OF_THE_MODEL, OF_THE_CORPUS = _of("command"), _of("model"), _of("corpus")
+MAY_CHANGE = _of("command", "corpus", "way", "watch")  # from one command of a run to the next, by --resume
+RUN_ONLY = (*_of("command", "watch"), "init_from")  # commands that make a few steps do not offer it
 
 
 def flag(name: str) -> str:

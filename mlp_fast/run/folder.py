@@ -29,6 +29,8 @@ LOCK, HOLDER = ".lock", ".holder"  # the file that a run locks, and the number o
 class RunFolder:
     """A folder that this process alone saves into, from the constructor to close().
 
+    One run at a time: the operating system's lock ends with its process, however that ends.
+
     Args:
         path: made if it is missing.
         keep: how many of the newest checkpoints are kept, beside the best.
@@ -40,22 +42,29 @@ class RunFolder:
     def __init__(self, path: Path, keep: int) -> None:
         self.path, self.keep = path, keep
         self.entries: dict[str, dict[str, Any]] = {}  # file name -> step and losses, the newest last
+        self._lock = FileLock(path / LOCK, timeout=0, thread_local=False)
+        holder = path / HOLDER  # beside the lock: what is locked cannot be read on every system
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(path)
-        except (OSError, ValueError) as error:
-            raise _not_writable(path, error) from None
-        try:
+            self._lock.acquire()
+            self._locked = os.stat(path / LOCK)
+            holder.write_text(str(os.getpid()), "ascii")
             self._probe()
-        except OSError as error:
+        except Timeout:
+            process = holder.read_text("ascii", "replace") if holder.exists() else "number unknown"
+            raise UserError(
+                f"{path} is in use by another run (process {process}); wait for its end, or choose another folder"
+            ) from None
+        except (OSError, ValueError, NotImplementedError) as error:  # the last where the file system has no locks
             self.close()
-            raise _not_writable(path, error) from None
+            reason = "not a possible file name" if isinstance(error, ValueError) else getattr(error, "strerror", error)
+            raise UserError(f"--out {path}: cannot write there ({reason}); choose another folder") from None
 
     def begin(self, start: Path | None) -> list[Path]:
         """Takes over the checkpoints that are there, and removes what an earlier process left half written.
 
         Args:
-            start: the file of this folder that the run goes on from; None for a run that starts here.
+            start: the file that the run goes on from, here or in another folder; None for a run that starts anew.
 
         Returns:
             Damaged files, now set aside under another name, each its own.
@@ -64,7 +73,8 @@ class RunFolder:
             UserError: the folder holds another run, or newer checkpoints than `start`.
         """
         files = checkpoint.files_in(self.path)
-        if start is None and files:
+        in_place = start is not None and os.path.samefile(self.path, start.parent)
+        if files and not in_place:
             raise UserError(
                 f"--out {self.path} holds a run already ({files[-1].name}); "
                 f"go on with it by --resume {self.path}, or choose another folder"
@@ -77,7 +87,7 @@ class RunFolder:
                 damaged.append(file)
                 continue
             self.entries[file.name] = index.get(file.name, {}) | {"step": found.state.step, **found.losses}
-        if start is not None and self.newest is not None and self.newest.name != start.name:
+        if in_place and start is not None and self.newest is not None and self.newest.name != start.name:
             raise UserError(
                 f"{self.path} holds newer checkpoints than {start.name}, up to {self.newest.name}; "
                 f"go on from there by --resume {self.path}, or give --out another folder"
@@ -89,7 +99,7 @@ class RunFolder:
     def newest(self) -> Path | None:
         """The newest checkpoint that is still there."""
         there = (self.path / name for name in reversed(self.entries) if os.path.exists(self.path / name))
-        return next(there, None) if self._lock.held else None
+        return next(there, None) if self._held else None
 
     @property
     def best(self) -> str | None:
@@ -129,8 +139,11 @@ class RunFolder:
             self._write_index(self.entries)
 
     def close(self) -> None:
-        """Lets other runs have the folder."""
-        self._lock.close()
+        """Lets other runs have the folder.
+
+        The lock's file stays: removing it would let two processes lock two files of the same name.
+        """
+        self._lock.release()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -154,9 +167,16 @@ class RunFolder:
                 with contextlib.suppress(OSError):  # in the way of nothing
                     os.unlink(entry)
 
+    @property
+    def _held(self) -> bool:
+        """Whether the folder has the locked file still: both may have been removed, and made anew by another run."""
+        with contextlib.suppress(OSError):
+            return os.path.samestat(self._locked, os.stat(self.path / LOCK))
+        return False
+
     def _check_held(self) -> None:
         """OSError where another run may have the folder's name by now."""
-        if not self._lock.held:
+        if not self._held:
             raise FileNotFoundError(errno.ENOENT, "the folder was removed")
 
     def _write_index(self, entries: dict[str, dict[str, Any]]) -> None:
@@ -173,64 +193,7 @@ class RunFolder:
         return {}
 
 
-class FolderLock:
-    """One run at a time in a folder: the operating system's lock, which ends with its process, however that ends.
-
-    The files stay when the lock is given back: removing them would let two processes lock two files of the same name.
-
-    Args:
-        folder: exists, and can be written.
-
-    Raises:
-        UserError: where another run holds the lock; it names that process.
-        OSError: where the lock file cannot be made or locked.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / LOCK
-        self._lock = FileLock(self._path, timeout=0, thread_local=False)
-        holder = folder / HOLDER  # beside the lock: what is locked cannot be read on every system
-        try:
-            self._lock.acquire()
-        except Timeout:
-            process = holder.read_text("ascii", "replace") if holder.exists() else "number unknown"
-            raise UserError(
-                f"{folder} is in use by another run (process {process}); wait for its end, or choose another folder"
-            ) from None
-        except NotImplementedError as error:  # a file system without locks
-            raise OSError(errno.ENOSYS, str(error)) from None
-        try:
-            self._status = self._path.stat()
-            holder.write_text(str(os.getpid()), "ascii")
-        except OSError:
-            self.close()
-            raise
-
-    @property
-    def held(self) -> bool:
-        """Whether the folder has the locked file still: both may have been removed, and made anew by another run."""
-        with contextlib.suppress(OSError):
-            return os.path.samestat(self._status, os.stat(self._path))
-        return False
-
-    def close(self) -> None:
-        """Gives the lock back."""
-        self._lock.release()
-
-
 def _aside(file: Path) -> Path:
     """A name for a damaged file that no other has."""
     names = (file.with_name(f"{file.name}.damaged-{number}") for number in itertools.count(1))
     return next(name for name in names if not os.path.lexists(name))
-
-
-def _not_writable(path: Path, error: OSError | ValueError) -> UserError:
-    reason = error.strerror if isinstance(error, OSError) else "not a possible file name"
-    return UserError(f"--out {path}: cannot write there ({reason}); choose another folder")
-
-
-def same_folder(a: Path, b: Path) -> bool:
-    """Whether two paths lead to the same existing folder."""
-    with contextlib.suppress(OSError, ValueError):
-        return os.path.samefile(a, b)
-    return False

@@ -2,15 +2,15 @@
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlp_fast.config import MAY_CHANGE, OF_THE_CORPUS, OF_THE_MODEL, PER_COMMAND, Config, flag
+from mlp_fast.config import MAY_CHANGE, OF_THE_CORPUS, OF_THE_MODEL, Config, flag
 from mlp_fast.errors import UserError
+from mlp_fast.model.state import TrainState
 from mlp_fast.run import checkpoint
-
-FIELDS = tuple(field.name for field in dataclasses.fields(Config))
+from mlp_fast.run.checkpoint import Checkpoint
 
 
 def resumed_config(given: Mapping[str, Any]) -> Config:
@@ -19,17 +19,11 @@ def resumed_config(given: Mapping[str, Any]) -> Config:
     Without --out the run is saved where it came from.
 
     Args:
-        given: the options that the command line names; "resume" among them.
-
-    Raises:
-        UserError: there is no good checkpoint, or an option contradicts what defines its run.
+        given: the settings that the command line names; "resume" among them.
     """
     Config(resume=given["resume"])  # an empty name would be the current folder
     path = checkpoint.locate(Path(given["resume"]))
-    settings = {"out": str(path.parent)} | {name: value for name, value in given.items() if name in FIELDS}
-    saved = checkpoint.load(path).config
-    check_same_run(settings, saved, given["resume"])
-    return dataclasses.replace(saved, **settings)
+    return dataclasses.replace(checkpoint.load(path).config, **{"out": str(path.parent), **given})
 
 
 def initialised_config(given: Mapping[str, Any]) -> Config:
@@ -38,39 +32,45 @@ def initialised_config(given: Mapping[str, Any]) -> Config:
     Without --data it goes on with the corpus of the model's run.
 
     Args:
-        given: the options that the command line names; "init_from" among them.
-
-    Raises:
-        UserError: there is no good checkpoint, or an option contradicts its model.
+        given: the settings that the command line names; "init_from" among them.
     """
     Config(init_from=given["init_from"])  # an empty name would be the current folder
     saved = checkpoint.load(Path(given["init_from"])).config
-    settings = {name: value for name, value in given.items() if name in FIELDS}
-    taken = OF_THE_MODEL if "data" in settings else (*OF_THE_MODEL, *OF_THE_CORPUS)
-    config = Config(**({name: getattr(saved, name) for name in taken} | settings))
-    check_same_model(config, saved)
-    return config
+    taken = OF_THE_MODEL if "data" in given else (*OF_THE_MODEL, *OF_THE_CORPUS)
+    return Config(**{name: getattr(saved, name) for name in taken} | {**given})
 
 
-def check_same_model(config: Config, saved: Config) -> None:
-    """Raises UserError where a setting contradicts the model that --init-from names."""
-    for name in OF_THE_MODEL:
+def beginning(config: Config) -> tuple[Path | None, Checkpoint | None]:
+    """What a run starts from: the checkpoint of --resume and its file, or that of --init-from with its model at step 0.
+
+    Raises:
+        UserError: there is no good checkpoint, or a setting contradicts its run or model.
+    """
+    if config.resume is not None:
+        path = checkpoint.locate(Path(config.resume))
+        saved = checkpoint.load(path)
+        fixed = [field.name for field in dataclasses.fields(Config) if field.name not in MAY_CHANGE]
+        _check_same(fixed, config, saved.config, f"the run in {config.resume}", "start a new run without --resume")
+        if config.last_step < saved.state.step:
+            raise UserError(
+                f"--stop-after {config.last_step}: {config.resume} has done {saved.state.step} steps already"
+            )
+        return path, saved
+    if config.init_from is not None:
+        saved = checkpoint.load(Path(config.init_from))
+        model, otherwise = f"the model in {config.init_from}", "start a new model without --init-from"
+        _check_same(OF_THE_MODEL, config, saved.config, model, otherwise)
+        state = TrainState.of(saved.state.parameters)
+        return None, dataclasses.replace(saved, state=state, config=config, losses={})
+    return None, None
+
+
+def _check_same(names: Sequence[str], config: Config, saved: Config, what: str, otherwise: str) -> None:
+    """UserError where one of these settings contradicts what was saved."""
+    for name in names:
         ours, theirs = getattr(config, name), getattr(saved, name)
         if ours != theirs:
-            raise UserError(
-                f"{flag(name)} {ours}: the model in {config.init_from} has {theirs}; "
-                "leave the option out, or start a new model without --init-from"
-            )
-
-
-def check_same_run(settings: Mapping[str, Any], saved: Config, run: str) -> None:
-    """Raises UserError where a setting contradicts what defines the saved run."""
-    for name, value in settings.items():
-        if name not in (*PER_COMMAND, *MAY_CHANGE) and value != getattr(saved, name):
-            raise UserError(
-                f"{flag(name)} {value}: the run in {run} has {getattr(saved, name)}; "
-                "leave the option out, or start a new run without --resume"
-            )
+            raise UserError(f"{flag(name)} {ours}: {what} has {theirs}; leave the option out, or {otherwise}")
 
 
 def resume_command(config: Config, run: str) -> str:

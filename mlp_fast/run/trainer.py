@@ -1,9 +1,9 @@
 """A training run: evaluate, save, advance, until the last step; then a sample and the test loss."""
 
 import contextlib
-import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,9 @@ import torch
 
 from mlp_fast import backends, distributed
 from mlp_fast.backends import Choice
-from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus, check_sizes
 from mlp_fast.corpus.prompt import continuation, default_prompt
-from mlp_fast.corpus.tokenizer import Words
 from mlp_fast.errors import EXIT_NON_FINITE, Interrupted, UserError
 from mlp_fast.measure import machine
 from mlp_fast.model.mlp import Shape
@@ -29,7 +27,6 @@ from mlp_fast.run.evaluation import tapes_of, windows_of
 from mlp_fast.run.folder import RunFolder
 from mlp_fast.run.interrupt import Interrupt
 from mlp_fast.run.log import Evaluation, RunLog
-from mlp_fast.run.resume import resume_command
 
 # Work asked of a backend at a time, so that signals are answered: seconds, and the steps to begin with.
 RESPONSE_TIME = {"cpu": 0.05, "cuda": 0.5}
@@ -47,10 +44,10 @@ class Result:
     evaluations: list[Evaluation]
     test_loss: float
     sample: str
+    unsaved: list[str]
     training_seconds: float
     evaluation_seconds: float
     prepare_seconds: float
-    unsaved: list[str]
 
 
 class NonFiniteLoss(UserError):
@@ -93,13 +90,8 @@ class Trainer:
         self.first_step = self.step = state.step
         self.losses = start.losses if start else {}  # of the latest evaluation, as a checkpoint keeps them
         self.backend = self.choice.create(config, self.shape, self.tapes["train"], state)
-        if config.interpret:
-            products = "" if config.precision == "fp32" else f"; its products are fp32, not {config.precision}"
-            log.warning(
-                f"--interpret: Triton's interpreter runs the kernels on the CPU, to check them, not for speed{products}"
-            )
         self.windows = windows_of(self.tapes, config.batch_size, self.backend.device)
-        self.preparing, self.training, self.evaluating = Stopwatch(), Stopwatch(), Stopwatch()
+        self.seconds = {"prepare_seconds": 0.0, "training_seconds": 0.0, "evaluation_seconds": 0.0}
         self.piece = FIRST_PIECE[self.backend.device.type]
         self.timed_from = (self.step, 0.0)  # step and training seconds at the last evaluation
         self.non_finite: int | None = None  # the first step known to have gone wrong
@@ -107,52 +99,24 @@ class Trainer:
 
     def run(self) -> Result:
         """Trains to the end; then samples and measures the test loss."""
-        config, log = self.config, self.log
-        log.event(
-            "config",
-            **dataclasses.asdict(config),
-            chosen_backend=self.backend.name,
-            chosen_device=self.backend.device.type,
-            parameters=self.shape.num_parameters,
-            floor=self.entropy["val"],
-        )
-        log.message(self.title(self.choice.note))
-        vocabulary = self.corpus.vocabulary
-        if isinstance(vocabulary, Words) and vocabulary.unspaced:
-            log.warning(
-                "--tokens word takes a run of letters as one word, and most of this text has no spaces between words; "
-                "--tokens char suits it better"
-            )
-        if config.resume is None and config.init_from is not None:
-            log.message(f"starting from the model in {config.init_from}")
-        if config.resume is not None:
-            log.message(f"going on after {self.first_step} of {config.last_step} steps, from {config.resume}")
-            log.event("resume", step=self.first_step)
-        if self.step < config.last_step:
-            with self.preparing:
+        self.log.begin(self)
+        if self.step < self.config.last_step:
+            with self._timed("prepare_seconds"):
                 self.backend.prepare()
         with self.interrupt.deferred():
             self._train()
-        with self.evaluating:
-            prompt = default_prompt(self.corpus.vocabulary, self.shape.T, self.beginning)
-            drawn = self.backend.sample(prompt, SAMPLE_LENGTH, SAMPLE_SEED)
-            text = continuation(self.corpus.vocabulary, prompt, drawn)
+        vocabulary = self.corpus.vocabulary
+        with self._timed("evaluation_seconds"):
+            prompt = default_prompt(vocabulary, self.shape.T, self.beginning)
+            text = continuation(vocabulary, prompt, self.backend.sample(prompt, SAMPLE_LENGTH, SAMPLE_SEED))
             test_loss = self.backend.shared_mean_loss(self.windows["test"])
-        log.sample(self.corpus.vocabulary.decode(prompt), text)
-        log.test(test_loss)
+        self.log.sample(vocabulary.decode(prompt), text)
+        self.log.test(test_loss)
         if self.folder is not None:
             with self.log.noting_failure("the test loss"):
                 self.folder.note(self.step, test_loss=test_loss)
-        return Result(
-            self.backend.state(),
-            log.evaluations,
-            test_loss,
-            text,
-            self.training.seconds,
-            self.evaluating.seconds,
-            self.preparing.seconds,
-            log.unsaved,
-        )
+        log = self.log
+        return Result(self.backend.state(), log.evaluations, test_loss, text, log.unsaved, **self.seconds)
 
     def _train(self) -> None:
         """Evaluate, save, advance, until the last step; a signal saves and comes out as Interrupted."""
@@ -173,12 +137,12 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluates and logs; Interrupted leaves no result, so that a run that goes on evaluates again."""
-        steps, seconds = self.step - self.timed_from[0], self.training.seconds - self.timed_from[1]
-        self.timed_from = self.step, self.training.seconds
+        steps, seconds = self.step - self.timed_from[0], self.seconds["training_seconds"] - self.timed_from[1]
+        self.timed_from = self.step, self.seconds["training_seconds"]
         ms_per_step = 1e3 * seconds / steps if steps else None
         # Several processes must all go by the same answer, and a GPU, best left alone, has done soon.
         alone_on_cpu = self.world.size == 1 and self.backend.device.type == "cpu"
-        with self.evaluating, self.interrupt.at_once() if alone_on_cpu else contextlib.nullcontext():
+        with self._timed("evaluation_seconds"), self.interrupt.at_once() if alone_on_cpu else contextlib.nullcontext():
             train_loss = self.backend.shared_mean_loss(self.windows["train"])
             val_loss = self.backend.shared_mean_loss(self.windows["val"])
         lr = learning_rate(self.step, self.config)
@@ -194,7 +158,7 @@ class Trainer:
         while self.step < end:
             count = min(self.piece, end - self.step)
             start = time.perf_counter()
-            with self.training:
+            with self._timed("training_seconds"):
                 losses = self.backend.advance(count)
                 self.backend.synchronize()
             per_step = self.world.max((time.perf_counter() - start) / count)
@@ -267,43 +231,6 @@ class Trainer:
             f"try a smaller --learning-rate than {self.config.learning_rate:g}, or --on-nan continue"
         )
 
-    def stopped(self) -> str:
-        """What became of a run that was asked to end, in words."""
-        done = f"after {self.step} of {self.config.last_step} steps"
-        if self.folder is None:
-            return f"{done}; nothing is saved, for want of --out"
-        newest = self.folder.newest
-        if newest is None:
-            return f"{done}; " + ("what was saved is gone" if self.folder.entries else "nothing is saved yet")
-        return f"{done}; saved: {newest}; go on with: {resume_command(self.config, str(self.folder.path))}"
-
-    def summary(self, result: Result) -> str:
-        """The run in two lines: time, then losses."""
-        steps = self.step - self.first_step
-        wall = result.training_seconds + result.evaluation_seconds + result.prepare_seconds
-        time_line = (
-            f"{steps} steps in {wall:.2f} s: training {result.training_seconds:.2f} s "
-            f"({1e3 * result.training_seconds / max(steps, 1):.4f} ms/step), "
-            f"evaluation {result.evaluation_seconds:.2f} s, set-up and compilation {result.prepare_seconds:.2f} s"
-        )
-        losses = f"test_loss {result.test_loss:.6f}"
-        if "val_loss" in self.losses:
-            losses = f"val_loss {self.losses['val_loss']:.6f} | {losses}"
-        if self.corpus.cost is not None:
-            losses += f" | floor val {self.entropy['val']:.6f}, test {self.entropy['test']:.6f}"
-        return f"{time_line}\n{losses}"
-
-    def title(self, note: str = "") -> str:
-        """The run in one line; `note` says why other backends were passed over."""
-        processes = f", in {self.world.size} processes" if self.world.size > 1 else ""
-        title = (
-            f"backend {self.backend.name}{note} on {describe_device(self.backend)}{processes} | "
-            f"{self.corpus.name} corpus, {len(self.corpus.train)} training tokens | "
-            f"{self.shape.num_parameters} parameters"
-        )
-        entropy = self.entropy["val"]
-        return title if entropy is None else f"{title} | floor of val_loss {entropy:.6f}"
-
     def _entropy(self, split: str) -> float | None:
         """The mean -ln P of a split's evaluated targets under the process that made the corpus, where that is known."""
         if self.corpus.cost is None:
@@ -311,18 +238,14 @@ class Trainer:
         targets = evaluated_positions(self.tapes[split], self.config.batch_size) + self.shape.T
         return float(self.corpus.cost[split][targets.numpy()].mean())
 
-
-class Stopwatch:
-    """Sums the seconds spent inside its `with` blocks."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self.seconds += time.perf_counter() - self._start
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Adds the time of the block to `what` of the seconds."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
 
 
 def planned(config: Config, corpus: Corpus) -> tuple[Shape, Choice]:
@@ -350,10 +273,3 @@ def check_memory(shape: Shape, batch_size: int) -> None:
             f"{4 * numbers / 2**30:,.1f} GiB of memory, of which this process may have {memory / 2**30:,.1f}; "
             "choose smaller sizes"
         )
-
-
-def describe_device(backend: Backend) -> str:
-    """The device in words: the GPU's name, or the CPU with the number of threads."""
-    if backend.device.type == "cuda":
-        return torch.cuda.get_device_name(backend.device)
-    return f"cpu, {torch.get_num_threads()} threads"

@@ -11,14 +11,12 @@ from mlp_fast import backends, distributed
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus, load_for
 from mlp_fast.errors import Interrupted, UserError, report
-from mlp_fast.model.state import TrainState
-from mlp_fast.run import checkpoint
 from mlp_fast.run.checkpoint import Checkpoint
-from mlp_fast.run.folder import RunFolder, same_folder
+from mlp_fast.run.folder import RunFolder
 from mlp_fast.run.interrupt import Interrupt
-from mlp_fast.run.log import RunLog
+from mlp_fast.run.log import RunLog, stopped, summary, title
 from mlp_fast.run.plot import check_plot, draw_losses, drawable, figure
-from mlp_fast.run.resume import check_same_model, check_same_run
+from mlp_fast.run.resume import beginning
 from mlp_fast.run.trainer import Result, Trainer, planned
 
 
@@ -43,20 +41,24 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
                 raise UserError("--checkpoint-every needs a folder to save into; add --out DIR")
             if config.plot is not None:
                 check_plot(config.plot)
-            corpus = _corpus(config)
+            path, start = beginning(config)
+            corpus = _corpus(config, start)
             plan = planned(config, corpus)  # before a folder is made or a file is opened
-            folder = stack.enter_context(RunFolder(Path(config.out), config.keep)) if config.out is not None else None
-            start = _start(config, corpus, folder)
+            folder = None
+            if config.out is not None:
+                folder = stack.enter_context(RunFolder(Path(config.out), config.keep))
+                for damaged in folder.begin(path):
+                    report(f"a damaged checkpoint was set aside: {damaged}")
             log = stack.enter_context(contextlib.closing(RunLog(config, start.state.step if start else 0)))
             trainer = Trainer(config, corpus, log, folder, start, interrupt, plan)
         try:
             result = trainer.run()
-            log.message(trainer.summary(result))
+            log.message(summary(trainer, result))
             if config.plot is not None:
                 with log.noting_failure(f"--plot {config.plot}"):
                     _plot(config.plot, trainer, result)
         except Interrupted as stop:
-            stop.report += f" {trainer.stopped()}"
+            stop.report += f" {stopped(trainer)}"
             raise
     return result
 
@@ -66,45 +68,20 @@ def _plot(path: str, trainer: Trainer, result: Result) -> None:
     with figure(Path(path)) as axes:
         losses = {"train": [e.train_loss for e in run], "val": [e.val_loss for e in run]}
         draw_losses(axes, [e.step for e in run], losses, trainer.entropy["val"])
-        axes.set_title(textwrap.fill(drawable(trainer.title()), 60), parse_math=False)
+        axes.set_title(textwrap.fill(drawable(title(trainer)), 60), parse_math=False)
 
 
-def _corpus(config: Config) -> Corpus:
+def _corpus(config: Config, start: Checkpoint | None) -> Corpus:
     """The run's corpus; where a resumed run's cannot be had, the error says what else may be done."""
-    vocabulary = None
-    if config.init_from is not None:
-        vocabulary = checkpoint.load(Path(config.resume or config.init_from)).vocabulary
     try:
-        return load_for(config, vocabulary)
+        corpus = load_for(config, start.given_vocabulary if start else None)
     except UserError as error:
         if config.resume is None:
             raise
         raise UserError(f"{error}; if the corpus of {config.resume} lies elsewhere, say where by --data") from None
-
-
-def _start(config: Config, corpus: Corpus, folder: RunFolder | None) -> Checkpoint | None:
-    """The checkpoint that the run starts from, if any; and the folder made ready for what follows."""
-    path = start = None
-    if config.resume is None and config.init_from is not None:
-        model = checkpoint.load(Path(config.init_from))
-        check_same_model(config, model.config)
-        state = TrainState.of(model.state.parameters)
-        start = Checkpoint(state, config, corpus.vocabulary, corpus.fingerprint)
-    if config.resume is not None:
-        path = checkpoint.locate(Path(config.resume))
-        start = checkpoint.load(path)
-        check_same_run(dataclasses.asdict(config), start.config, config.resume)
-        if config.last_step < start.state.step:
-            raise UserError(
-                f"--stop-after {config.last_step}: {config.resume} has done {start.state.step} steps already"
-            )
-        if corpus.fingerprint != start.fingerprint:
-            raise UserError(
-                f"--data {config.data} is not the corpus that the run in {config.resume} was trained on; "
-                "give --data the name or place of that one"
-            )
-    if folder is not None:
-        in_place = path is not None and same_folder(folder.path, path.parent)
-        for damaged in folder.begin(path if in_place else None):
-            report(f"a damaged checkpoint was set aside: {damaged}")
-    return start
+    if config.resume is not None and start is not None and corpus.fingerprint != start.fingerprint:
+        raise UserError(
+            f"--data {config.data} is not the corpus that the run in {config.resume} was trained on; "
+            "give --data the name or place of that one"
+        )
+    return corpus
