@@ -5,43 +5,39 @@ turns; eager is always among them, as the baseline. A backend that does not comp
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlp_fast import backends
 from mlp_fast.cli import Parser, add_config_arguments, config_from, run_main
 from mlp_fast.config import RUN_ONLY
-from mlp_fast.files import check_writable, writing
+from mlp_fast.files import check_writable, write_json, writing
 from mlp_fast.measure import machine
-from mlp_fast.measure.comparison import chosen, compare, table
+from mlp_fast.measure.comparison import chosen, compare, named, table
 from mlp_fast.measure.timing import subject
 from mlp_fast.run.plot import check_plot, draw_times, drawable, figure
-
-LEFT_OUT = ("backend", *RUN_ONLY)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 1 where a backend was refused."""
     parser = Parser(prog="python -m mlp_fast.compare", description=__doc__)
-    parser.add_argument("--backends", metavar="A,B,C", help="whom to compare (default: all that this machine has)")
-    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="draw the times (PNG, SVG or PDF)")
-    add_config_arguments(parser, leave_out=LEFT_OUT)
+    parser.add_argument(
+        "--backends", type=named, metavar="A,B,C", help="whom to compare (default: all that this machine has)"
+    )
+    parser.add_argument("--json", dest="record", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--plot", dest="picture", metavar="FILE", help="draw the times (PNG, SVG or PDF)")
+    add_config_arguments(parser, leave_out=("backend", *RUN_ONLY))
     parser.set_defaults(num_steps=500)
     arguments = parser.parse_args(argv)
-    asked, json_file, plot_file = arguments.backends, arguments.json, arguments.plot
-    arguments.plot = None  # the file of this command, not of a training run
     config = config_from(arguments)
-    for name in (asked or "").split(","):
-        if name.strip():
-            backends.check(dataclasses.replace(config, backend=name.strip()))
-    if plot_file is not None:
-        check_plot(plot_file)
-    if json_file is not None:
-        check_writable(Path(json_file), "--json")
+    for name in arguments.backends or ():
+        backends.check(dataclasses.replace(config, backend=name))
+    if arguments.picture is not None:
+        check_plot(arguments.picture)
+    if arguments.record is not None:
+        check_writable(Path(arguments.record), "--json")
     shape, tape = subject(config)
-    names = chosen(asked, config, shape)
+    names = chosen(arguments.backends, config, shape)
     results = compare(names, config, shape, tape)
     where = machine.facts(backends.device_of(backends.backend_class(names[0]), config.device))
     title = (
@@ -49,13 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"H={shape.H} V={shape.V} {config.precision} | {config.num_steps} steps, twice"
     )
     print(f"{title}\n\n{table(results)}")
-    if json_file is not None:
-        record = {**where, "config": dataclasses.asdict(config), "results": [dataclasses.asdict(r) for r in results]}
-        with writing("--json", json_file):
-            Path(json_file).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if plot_file is not None:
+    if arguments.record is not None:
+        record = {"config": dataclasses.asdict(config), "results": [dataclasses.asdict(r) for r in results]}
+        write_json(arguments.record, where | record)
+    if arguments.picture is not None:
         times = {result.backend: result.ms_per_step for result in results if result.ms_per_step is not None}
-        with writing("--plot", plot_file), figure(Path(plot_file), 8, 1.2 + 0.5 * len(times)) as axes:
+        with writing("--plot", arguments.picture), figure(Path(arguments.picture), 8, 1.2 + 0.5 * len(times)) as axes:
             draw_times(axes, times)
             axes.set_title(drawable(title), parse_math=False)
     return 1 if any(result.refused for result in results) else 0

@@ -1,11 +1,13 @@
 """Files: what stands at a path, and writing that is whole or not at all."""
 
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mlp_fast.errors import UserError
 
@@ -49,6 +51,12 @@ def check_writable(path: Path, option: str) -> None:
         os.close(open_to_append(path))
         if not existed:
             path.unlink()
+
+
+def write_json(path: str, record: dict[str, Any]) -> None:
+    """Writes the file of --json; UserError where that fails."""
+    with writing("--json", path):
+        Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

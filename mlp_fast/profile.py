@@ -11,18 +11,25 @@ docs/profiling.md tells how to read what comes out.
 
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlp_fast import backends
-from mlp_fast.cli import Parser, add_config_arguments, config_from, run_main
+from mlp_fast.cli import Parser, add_config_arguments, config_from, number, run_main
 from mlp_fast.config import RUN_ONLY
 from mlp_fast.errors import UserError
-from mlp_fast.files import check_writable
+from mlp_fast.files import check_writable, write_json
 from mlp_fast.measure import machine
-from mlp_fast.measure.profiling import WarmSteps, external_commands, profile_steps, proton_missing
+from mlp_fast.measure.profiling import (
+    external_commands,
+    profile_steps,
+    proton_missing,
+    run_for_external_profiler,
+    run_steps,
+    run_under_proton,
+    warm_up,
+)
 from mlp_fast.measure.timing import seconds, subject
 from mlp_fast.model.state import TrainState
 
@@ -30,9 +37,10 @@ from mlp_fast.model.state import TrainState
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = Parser(prog="python -m mlp_fast.profile", description=__doc__)
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="warm steps to look at")
-    parser.add_argument("--warmup", type=int, default=50, metavar="M", help="steps before them")
-    parser.add_argument("--top", type=int, default=15, metavar="K", help="rows of the table")
+    count = number(int, 1)
+    parser.add_argument("--steps", type=count, default=50, metavar="N", help="warm steps to look at")
+    parser.add_argument("--warmup", type=number(int, 0), default=50, metavar="M", help="steps before them")
+    parser.add_argument("--top", type=count, default=15, metavar="K", help="rows of the table")
     parser.add_argument("--trace", metavar="FILE", help="the Chrome trace (default: runs/trace-BACKEND.json)")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     parser.add_argument("--proton", metavar="STEM", help="profile by Triton's Proton into STEM.hatchet")
@@ -40,49 +48,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_config_arguments(parser, leave_out=RUN_ONLY)
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(given)
-    config = config_from(arguments)
-    if arguments.steps < 1 or arguments.warmup < 0 or arguments.top < 1:
-        raise UserError("--steps and --top must be at least 1, --warmup at least 0")
-    if arguments.warmup + arguments.steps > config.num_steps:
+    config, steps = config_from(arguments), arguments.steps
+    if arguments.warmup + steps > config.num_steps:
         raise UserError(f"--warmup and --steps together exceed --num-steps, {config.num_steps}; ask for fewer")
     backends.check(config)
     shape, tape = subject(config)
     choice = backends.resolve(config, shape, tape)
     name, device = choice.cls.name, choice.device
-    if arguments.proton is not None and (reason := proton_missing(device)):
-        raise UserError(f"--proton: {reason}")
-    trace = Path(arguments.trace or f"runs/trace-{name}.json")
-    if arguments.trace is None:
-        with contextlib.suppress(OSError):  # told by what follows
-            trace.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(trace, "--trace")
+    proton = proton_missing(device)
+    if arguments.proton is not None and proton:
+        raise UserError(f"--proton: {proton}")
+    trace = _checked_trace(arguments.trace, name)
     if arguments.json is not None:
         check_writable(Path(arguments.json), "--json")
 
     backend = choice.create(config, shape, tape, TrainState.initial(shape, config.seed))
-    warm = WarmSteps(backend, arguments.warmup, arguments.steps)
+    warm_up(backend, arguments.warmup)
     if arguments.no_profiler:
-        warm.for_external_profiler()
+        run_for_external_profiler(backend, steps)
         return 0
     where = machine.facts(device)
-    print(f"{name} on {where['device']} | torch {where['versions']['torch']} | {arguments.steps} warm steps\n")
+    print(f"{name} on {where['device']} | torch {where['versions']['torch']} | {steps} warm steps\n")
     if arguments.proton is not None:
-        warm.under_proton(arguments.proton)
+        run_under_proton(backend, steps, arguments.proton)
         print(f"Proton: proton-viewer -m time/us,count {arguments.proton}.hatchet")
         return 0
-    wall = 1e6 * seconds(warm.run) / arguments.steps
-    summary = profile_steps(backend, arguments.steps, trace)
+    wall = 1e6 * seconds(lambda: run_steps(backend, steps)) / steps
+    summary = profile_steps(backend, steps, trace)
     print(f"{summary.table(arguments.top)}\n{wall:.2f} us a step without it\n")
     print(f"Chrome trace: {trace} (open it in https://ui.perfetto.dev)")
-    if reason := proton_missing(device):
-        print(f"Proton: {reason}")
-    else:
-        print("Proton: the same command with --proton STEM")
-    print(external_commands(given, name, arguments.steps))
+    print(f"Proton: {proton or 'the same command with --proton STEM'}")
+    print(external_commands(given, name, steps))
     if arguments.json is not None:
-        record = {**where, "backend": name, "wall": wall, **dataclasses.asdict(summary)}
-        Path(arguments.json).write_text(json.dumps(record) + "\n")
+        write_json(arguments.json, {**where, "backend": name, "wall": wall, **dataclasses.asdict(summary)})
     return 0
+
+
+def _checked_trace(given: str | None, backend: str) -> Path:
+    """The file of the Chrome trace; UserError where it cannot be written."""
+    trace = Path(given or f"runs/trace-{backend}.json")
+    if given is None:
+        with contextlib.suppress(OSError):  # told by what follows
+            trace.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(trace, "--trace")
+    return trace
 
 
 if __name__ == "__main__":

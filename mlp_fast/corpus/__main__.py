@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlp_fast.cli import Parser, run_main
+from mlp_fast.cli import Parser, number, run_main
 from mlp_fast.corpus import names
-from mlp_fast.errors import UserError
 from mlp_fast.files import shown
 
 
@@ -15,11 +14,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="download names.txt, check it, keep it in the cache")
     fetch.add_argument("--url", default=names.URL, help="where from")
-    fetch.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds to wait")
+    fetch.add_argument("--timeout", type=number(float, 0.001, 3600), default=30.0, metavar="S", help="seconds to wait")
     fetch.add_argument("--to", type=Path, metavar="FILE", help="where to (names.txt in the user's cache)")
     options = parser.parse_args(arguments)
-    if not 0 < options.timeout <= 3600:
-        raise UserError(f"--timeout must be more than 0 and at most 3600 seconds (got {options.timeout:g})")
     path = options.to or names.cached()
     names.fetch(options.url, options.timeout, path)
     use = "--data names" if options.to is None else f"{names.VARIABLE}={shown(path)} and --data names"

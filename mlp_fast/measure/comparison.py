@@ -25,75 +25,33 @@ from mlp_fast.model.mlp import Shape
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape
 
-PASSES = 2  # the second tells whether the first is repeatable
 ROUNDS = 10  # per pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
     """One line of the comparison.
 
     Attributes:
         backend: its name.
-        ms_per_step: over all rounds; None where the backend was refused.
-        x_eager: eager's median over this one's.
         compile_seconds: building the backend and its first step, compilation included.
         peak_bytes: the rise of memory from before the backend was built until after its first steps, compiler
             included (machine.PeakMemory says what is counted).
-        loss_difference: the largest difference of a batch loss from eager's over the N steps, in nats.
-        repeatable: whether both passes gave the same bits in every loss and in the state at the end.
         refused: why there are no numbers.
+        ms_per_step: over all rounds; None where the backend was refused.
+        repeatable: whether both passes gave the same bits in every loss and in the state at the end.
+        x_eager: eager's median over this one's.
+        loss_difference: the largest difference of a batch loss from eager's over the N steps, in nats.
     """
 
     backend: str
     compile_seconds: float
     peak_bytes: int
+    refused: str | None = None
     ms_per_step: Spread | None = None
+    repeatable: bool | None = None
     x_eager: float | None = None
     loss_difference: float | None = None
-    repeatable: bool | None = None
-    refused: str | None = None
-
-
-class _Compared:
-    """A backend in the comparison: its losses by pass, and its state at the end of each."""
-
-    def __init__(self, name: str, config: Config, shape: Shape, tape: Tape, initial: TrainState) -> None:
-        config = dataclasses.replace(config, backend=name)
-        start = time.perf_counter()
-        choice = backends.resolve(config, shape, tape)
-        with machine.PeakMemory(choice.device) as memory:
-            self.backend: Backend = choice.create(config, shape, tape, initial)
-            self.backend.prepare()
-        self.name = name
-        self.compile_seconds = time.perf_counter() - start
-        self.peak_bytes = memory.bytes
-        self.initial = initial
-        self.losses: list[list[Tensor]] = []
-        self.states: list[TrainState] = []
-        self.refused: str | None = None
-
-    def begin_pass(self) -> None:
-        self.backend.load(self.initial)
-        self.losses.append([])
-
-    def end_pass(self) -> None:
-        self.states.append(self.backend.state())
-
-    def keep(self, losses: Tensor) -> None:
-        self.losses[-1].append(losses.cpu().clone())
-
-    def pass_losses(self, index: int) -> Tensor:
-        return torch.cat(self.losses[index])
-
-    @property
-    def repeatable(self) -> bool:
-        first, second = self.states
-        return torch.equal(self.pass_losses(0), self.pass_losses(1)) and all(
-            torch.equal(tensor, second.parts[part][name])
-            for part, tensors in first.parts.items()
-            for name, tensor in tensors.items()
-        )
 
 
 def compare(names: Sequence[str], config: Config, shape: Shape, tape: Tape) -> list[Result]:
@@ -107,43 +65,64 @@ def compare(names: Sequence[str], config: Config, shape: Shape, tape: Tape) -> l
     """
     names = list(names) if BASELINE in names else [BASELINE, *names]
     verifier = Verifier(config, shape, tape)
-    compared = [_Compared(name, config, shape, tape, verifier.initial) for name in names]
-    for one in compared:
+    built = {}
+    for name in names:
+        start = time.perf_counter()
+        choice = backends.resolve(dataclasses.replace(config, backend=name), shape, tape)
+        with machine.PeakMemory(choice.device) as memory:
+            backend = choice.create(dataclasses.replace(config, backend=name), shape, tape, verifier.initial)
+            backend.prepare()
+        built[name] = (backend, Result(name, time.perf_counter() - start, memory.bytes))
+    for backend, result in built.values():
         try:
-            verifier.check(one.backend)
+            verifier.check(backend)
         except NotEquivalent as refusal:
-            one.refused = str(refusal)
-    timed = [one for one in compared if one.refused is None]
-    candidates = [Candidate.of(one.backend, one.keep) for one in timed]
-    samples: dict[str, list[float]] = {one.name: [] for one in timed}
-    for _ in range(PASSES):
-        for one in timed:
-            one.begin_pass()
-        if candidates:
-            for name, times in measure(candidates, cut(config.num_steps, ROUNDS)).items():
-                samples[name] += times
-        for one in timed:
-            one.end_pass()
-    return [_result(one, compared[names.index(BASELINE)], samples) for one in compared]
+            result.refused = str(refusal)
+    timed = {name: backend for name, (backend, result) in built.items() if result.refused is None}
+    first, second = (_one_pass(timed, verifier.initial, config.num_steps) for _ in range(2))
+    for name in timed:
+        result = built[name][1]
+        result.ms_per_step = Spread.of(first.ms_per_step[name] + second.ms_per_step[name])
+        result.repeatable = first.same_bits(second, name)
+        if BASELINE in timed:
+            eager = Spread.of(first.ms_per_step[BASELINE] + second.ms_per_step[BASELINE])
+            result.x_eager = eager.median / result.ms_per_step.median
+            result.loss_difference = (first.losses[name] - first.losses[BASELINE]).double().abs().max().item()
+    return [result for _, result in built.values()]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a pass gave, by the names of the backends: every round's time, the losses, and the state at the end."""
+
+    ms_per_step: dict[str, list[float]]
+    losses: dict[str, Tensor]
+    states: dict[str, TrainState]
+
+    def same_bits(self, other: "_Pass", name: str) -> bool:
+        ours, theirs = (
+            [one.losses[name], *(t for part in one.states[name].planes() for t in part)] for one in (self, other)
+        )
+        return all(map(torch.equal, ours, theirs))
+
+
+def _one_pass(timed: dict[str, Backend], initial: TrainState, steps: int) -> _Pass:
+    losses: dict[str, list[Tensor]] = {name: [] for name in timed}
+    for backend in timed.values():
+        backend.load(initial)
+    candidates = [
+        Candidate.of(backend, lambda part, of=losses[name]: of.append(part.cpu().clone()))
+        for name, backend in timed.items()
+    ]
+    samples = measure(candidates, cut(steps, ROUNDS)) if candidates else {}
+    states = {name: backend.state() for name, backend in timed.items()}
+    return _Pass(samples, {name: torch.cat(parts) for name, parts in losses.items()}, states)
 
 
 def cut(steps: int, rounds: int) -> list[int]:
     """Steps cut into at most so many rounds, as equal as can be."""
     rounds = min(rounds, steps)
     return [steps // rounds + (i < steps % rounds) for i in range(rounds)]
-
-
-def _result(candidate: _Compared, baseline: _Compared, samples: dict[str, list[float]]) -> Result:
-    result = Result(candidate.name, candidate.compile_seconds, candidate.peak_bytes, refused=candidate.refused)
-    if candidate.refused is not None:
-        return result
-    spread = Spread.of(samples[candidate.name])
-    result = dataclasses.replace(result, ms_per_step=spread, repeatable=candidate.repeatable)
-    if baseline.refused is not None:
-        return result
-    difference = (candidate.pass_losses(0).double() - baseline.pass_losses(0).double()).abs().max().item()
-    ratio = Spread.of(samples[baseline.name]).median / spread.median
-    return dataclasses.replace(result, x_eager=ratio, loss_difference=difference)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -168,16 +147,21 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join([shown, *(f"no number: {result.refused}" for result in results if result.refused)])
 
 
-def chosen(text: str | None, config: Config, shape: Shape) -> list[str]:
-    """--backends as names: aliases resolved, none twice; without a text all that this machine has.
+def named(text: str) -> list[str]:
+    """--backends as names; UserError where there are none."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise UserError("--backends names none; give some of " + ", ".join(backends.names()))
+    return names
+
+
+def chosen(names: Sequence[str] | None, config: Config, shape: Shape) -> list[str]:
+    """The backends of these names: aliases resolved, none twice; for None all that this machine has.
 
     Raises:
         UserError: a name is unknown, or a backend that was asked for is unavailable.
     """
-    if text is None:
+    if names is None:
         return [name for name in backends.REGISTRY if backends.unsupported(name, config, shape) is None]
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    if not names:
-        raise UserError("--backends names none; give some of " + ", ".join(backends.names()))
     resolved = [backends.resolve(dataclasses.replace(config, backend=name), shape).cls.name for name in names]
     return list(dict.fromkeys(resolved))

@@ -111,17 +111,14 @@ def summarise(trace: dict[str, Any], steps: int) -> Summary:
         work = [event for event in inside if event.get("cat") == "cpu_op"]
         own = _own_times([event for event in inside if event.get("cat") in ("cpu_op", "user_annotation")])
     host = sum(
-        any(name in event["name"] for name in LAUNCHES)
+        event.get("cat") in ("cuda_runtime", "cuda_driver") and any(name in event["name"] for name in LAUNCHES)
         for event in inside
-        if event.get("cat") in ("cuda_runtime", "cuda_driver")
     )
-    total: dict[str, float] = defaultdict(float)
-    count: dict[str, int] = defaultdict(int)
-    for name, duration in own:
-        total[name] += duration
-        count[name] += 1
+    times: dict[str, list[float]] = defaultdict(list)
+    for name, time in own:
+        times[name].append(time)
     wall = root["dur"] / steps
-    rows = [Row(name, count[name] / steps, time / steps, time / steps / wall) for name, time in total.items()]
+    rows = [Row(name, len(t) / steps, sum(t) / steps, sum(t) / root["dur"]) for name, t in times.items()]
     rows.sort(key=lambda row: -row.microseconds)
     busy, largest_gap = _busy([(event["ts"], event["ts"] + event["dur"]) for event in work], start, end)
     return Summary(device, wall, busy / steps, largest_gap, len(work) / steps, host / steps, rows)
@@ -143,25 +140,22 @@ def _busy(intervals: list[tuple[float, float]], start: float, end: float) -> tup
 
 def _own_times(events: list[dict[str, Any]]) -> list[tuple[str, float]]:
     """Name and duration without what is nested inside, by thread."""
-    result: list[tuple[str, float]] = []
-    threads: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for event in events:
-        threads[event.get("pid"), event.get("tid")].append(event)
-    for in_thread in threads.values():
-        stack: list[list[Any]] = []  # name, end, own time
+    own: list[float] = []
+    ordered = sorted(events, key=lambda e: (str(e.get("pid")), str(e.get("tid")), e["ts"], -e["dur"]))
+    around: list[int] = []  # the places of the events that the next one may be inside of
+    for place, event in enumerate(ordered):
+        while around and not _inside(event, ordered[around[-1]]):
+            around.pop()
+        if around:
+            own[around[-1]] -= event["dur"]
+        around.append(place)
+        own.append(event["dur"])
+    return [(event["name"], time) for event, time in zip(ordered, own, strict=True)]
 
-        def leave(until: float, stack: list[list[Any]] = stack) -> None:
-            while stack and stack[-1][1] <= until:
-                name, _, own = stack.pop()
-                result.append((name, own))
 
-        for event in sorted(in_thread, key=lambda e: (e["ts"], -e["dur"])):
-            leave(event["ts"])
-            if stack:
-                stack[-1][2] -= event["dur"]
-            stack.append([event["name"], event["ts"] + event["dur"], event["dur"]])
-        leave(float("inf"))
-    return result
+def _inside(event: dict[str, Any], outer: dict[str, Any]) -> bool:
+    same_thread = all(event.get(key) == outer.get(key) for key in ("pid", "tid"))
+    return same_thread and event["ts"] < outer["ts"] + outer["dur"]
 
 
 def nvtx(name: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -183,46 +177,37 @@ def profile_steps(backend: Backend, steps: int, trace: Path) -> Summary:
     return summarise(json.loads(trace.read_text()), steps)
 
 
-class WarmSteps:
-    """Steps of a backend after its compilation and warm-up.
+def warm_up(backend: Backend, steps: int) -> None:
+    """Compiles, and does the steps before those that count."""
+    with nvtx("prepare", backend.device):
+        backend.prepare()
+    with nvtx("warmup", backend.device):
+        if steps:
+            backend.advance(steps)
+        backend.synchronize()
 
-    Args:
-        backend: as created.
-        warmup: steps before those that count.
-        steps: the steps that count, asked of the backend at once, as training does between two evaluations.
-    """
 
-    def __init__(self, backend: Backend, warmup: int, steps: int) -> None:
-        self.backend, self.steps = backend, steps
-        with nvtx("prepare", backend.device):
-            backend.prepare()
-        with nvtx("warmup", backend.device):
-            if warmup:
-                backend.advance(warmup)
-            backend.synchronize()
+def run_steps(backend: Backend, steps: int) -> None:
+    """Does steps, asked of the backend at once, as training does between two evaluations, and waits for the device."""
+    with nvtx(STEPS_RANGE, backend.device):
+        backend.advance(steps)
+        backend.synchronize()
 
-    def run(self) -> None:
-        """Does them and waits for the device."""
-        with nvtx(STEPS_RANGE, self.backend.device):
-            self.backend.advance(self.steps)
-            self.backend.synchronize()
 
-    def for_external_profiler(self) -> None:
-        """Does them between cudaProfilerStart and cudaProfilerStop, on CUDA."""
-        if self.backend.device.type == "cuda":
-            torch.cuda.cudart().cudaProfilerStart()
-        self.run()
-        if self.backend.device.type == "cuda":
-            torch.cuda.cudart().cudaProfilerStop()
+def run_for_external_profiler(backend: Backend, steps: int) -> None:
+    """Does steps between cudaProfilerStart and cudaProfilerStop, on CUDA."""
+    with torch.cuda.profiler.profile() if backend.device.type == "cuda" else contextlib.nullcontext():
+        run_steps(backend, steps)
 
-    def under_proton(self, stem: str) -> None:
-        """Does them under Triton's Proton, which writes STEM.hatchet."""
-        import triton.profiler as proton
 
-        proton.start(stem, context="shadow")
-        with proton.scope(STEPS_RANGE):
-            self.run()
-        proton.finalize()
+def run_under_proton(backend: Backend, steps: int, stem: str) -> None:
+    """Does steps under Triton's Proton, which writes STEM.hatchet."""
+    import triton.profiler as proton
+
+    proton.start(stem, context="shadow")
+    with proton.scope(STEPS_RANGE):
+        run_steps(backend, steps)
+    proton.finalize()
 
 
 def proton_missing(device: torch.device) -> str | None:
