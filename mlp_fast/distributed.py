@@ -46,10 +46,10 @@ class World:
         """This rank's shard of `count` rows."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """All-reduces a tensor by its sum, in place, on every rank to the same bits."""
+    def all_reduce_(self, tensor: Tensor, **how: Any) -> Tensor:
+        """All-reduces a tensor, by its sum unless `how` says otherwise, in place, on every rank to the same bits."""
         if self.size > 1:
-            _checked(lambda: dist.all_reduce(tensor))
+            self._checked(dist.all_reduce, tensor, **how)
         return tensor
 
     def all_reduce_gradients(self, tensors: list[Tensor]) -> None:
@@ -68,21 +68,18 @@ class World:
         if self.size == 1:
             return value
         sums = torch.tensor([value * weight if weight else 0.0, weight], dtype=torch.float64)
-        _checked(lambda: dist.all_reduce(sums, group=_patient))
-        return (sums[0] / sums[1]).item()
+        total, weights = self.all_reduce_(sums, group=_patient).tolist()
+        return total / weights
 
     def max(self, value: float) -> float:
         """The largest of the ranks' values: what all go by where their clocks or their users differ."""
         if self.size == 1:
             return value
-        agreed = torch.tensor(value, dtype=torch.float64)
-        _checked(lambda: dist.all_reduce(agreed, op=dist.ReduceOp.MAX))
-        return agreed.item()
+        return self.all_reduce_(torch.tensor(value, dtype=torch.float64), op=dist.ReduceOp.MAX).item()
 
     def barrier(self) -> None:
         """Waits until every rank is here, for as long as PATIENCE."""
-        if self.size > 1:
-            _checked(lambda: dist.all_reduce(torch.zeros(1), group=_patient))
+        self.all_reduce_(torch.zeros(1), group=_patient)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -92,18 +89,27 @@ class World:
             yield
         except UserError as error:
             failure = error
+        messages: list[str | None] = [str(failure) if failure else None] * self.size
         if self.size > 1:
-            messages: list[str | None] = [None] * self.size
-            mine = str(failure) if failure else None
-            _checked(lambda: dist.all_gather_object(messages, mine, group=_patient))
-            for rank, message in enumerate(messages):
-                if message is None:
-                    continue
-                if failure and rank == self.rank:
-                    raise failure
+            self._checked(dist.all_gather_object, messages, messages[0], group=_patient)
+        for rank, message in enumerate(messages):
+            if failure and rank == self.rank:
+                raise failure
+            if message is not None:
                 raise UserError(f"rank {rank}: {message}" if rank else message)
-        if failure:
-            raise failure
+
+    def _checked(self, collective: Callable[..., Any], *arguments: Any, **how: Any) -> None:
+        """Calls a collective operation; LostContact where it fails."""
+        try:
+            collective(*arguments, **how)
+        except RuntimeError as error:
+            # Of gloo's and NCCL's own words only what happened, without the place in their source and what follows.
+            told = re.match(r"(?:\[\S+:\d+\] )?(.+?)(?:\. |$)", str(error).strip(), re.MULTILINE)
+            reason = told[1] if told else type(error).__name__
+            raise LostContact(
+                f"rank {self.rank} stops: another process has ended or does not answer ({reason}); "
+                "see what it said; --resume goes on from the last checkpoint"
+            ) from None
 
 
 _current = World()
@@ -115,28 +121,19 @@ def world() -> World:
     return _current
 
 
-def launched_size() -> int:
-    """How many processes torchrun has started for this run; 1 without it. UserError: see joined()."""
-    return _from_torchrun("WORLD_SIZE", "1")
-
-
 def launched_rank() -> int:
     """The number that torchrun has given this process; 0 without it. UserError: see joined()."""
-    return _from_torchrun("RANK", "0")
+    return _from_torchrun("RANK", 0)
 
 
 def gpu_missing() -> str | None:
     """Why this process has no GPU of its own on a machine with CUDA, or None where it has."""
-    local, gpus = _local_rank(), torch.cuda.device_count()
+    local, gpus = _from_torchrun("LOCAL_RANK", 0), torch.cuda.device_count()
     return f"process {local} of this machine has no GPU of its own, there are {gpus}" if local >= gpus else None
 
 
-def _local_rank() -> int:
-    return _from_torchrun("LOCAL_RANK", "0")
-
-
-def _from_torchrun(name: str, default: str) -> int:
-    value = os.environ.get(name, default)
+def _from_torchrun(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
     if not value.isdecimal():
         raise UserError(f"{name}={value} in the environment is not a number; {_REMEDY}")
     return int(value)
@@ -156,10 +153,34 @@ def joined() -> Iterator[World]:
         UserError: where the processes do not find each other, or their places in the environment are none.
     """
     global _current, _patient
-    size = launched_size()
+    size = _from_torchrun("WORLD_SIZE", 1)
     if size == 1:
         yield World()
         return
+    _patient = _connected(size)
+    _current = World(dist.get_rank(), size)
+    leave = False
+    try:
+        yield _current
+        leave = True
+    except (Interrupted, UserError) as error:
+        lost = isinstance(error, LostContact)
+        leave = not (lost and dist.is_nccl_available())  # NCCL would wait for those that are gone
+        if _current.rank and isinstance(error, UserError) and not lost:
+            raise SystemExit(error.exit_code) from None
+        raise
+    finally:
+        _current = World()
+        if leave:
+            # Ends the groups' threads, too: one still letting go of a tensor of Python's while the interpreter shuts
+            # down aborts the process. They live on for as long as anything refers to them.
+            _patient = None
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def _connected(size: int) -> Any:
+    """Makes the process groups; returns the patient one."""
     if launched_rank() >= size:
         raise UserError(f"RANK={launched_rank()} in the environment is not below WORLD_SIZE={size}; {_REMEDY}")
     if not dist.is_available():
@@ -167,53 +188,11 @@ def joined() -> Iterator[World]:
     backend = "gloo"
     if torch.cuda.is_available():
         if gpu_missing() is None:
-            torch.cuda.set_device(_local_rank())
+            torch.cuda.set_device(_from_torchrun("LOCAL_RANK", 0))
         backend = "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
-        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the processes did not find each other ({reason}); {_REMEDY}") from None
-    _current = World(dist.get_rank(), dist.get_world_size())
-    try:
-        yield _current
-        _leave()
-    except Interrupted:
-        _leave()
-        raise
-    except LostContact:
-        if not dist.is_nccl_available():  # NCCL would wait for those that are gone
-            _leave()
-        raise
-    except UserError as error:
-        _leave()
-        if _current.rank:
-            raise SystemExit(error.exit_code) from None
-        raise
-    finally:
-        _current = World()
-
-
-def _leave() -> None:
-    """Destroys the process groups, and so ends their threads: one still letting go of a tensor of Python's while the
-    interpreter shuts down aborts the process. They live on for as long as anything refers to them.
-    """
-    global _patient
-    _patient = None
-    with suppress(RuntimeError):
-        dist.destroy_process_group()
-
-
-def _checked(collective: Callable[[], Any]) -> None:
-    """Calls a collective operation; LostContact where it fails."""
-    try:
-        collective()
-    except RuntimeError as error:
-        # Of gloo's and NCCL's own words only what happened, without the place in their source and what follows.
-        told = re.match(r"(?:\[\S+:\d+\] )?(.+?)(?:\. |$)", str(error).strip(), re.MULTILINE)
-        reason = told[1] if told else type(error).__name__
-        raise LostContact(
-            f"rank {_current.rank} stops: another process has ended or does not answer ({reason}); "
-            "see what it said; --resume goes on from the last checkpoint"
-        ) from None

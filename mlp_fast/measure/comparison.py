@@ -7,7 +7,7 @@ equivalence.py says how that is decided.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,7 @@ def compare(names: Sequence[str], config: Config, shape: Shape, tape: Tape) -> l
         if BASELINE in timed:
             eager = Spread.of(first.ms_per_step[BASELINE] + second.ms_per_step[BASELINE])
             result.x_eager = eager.median / result.ms_per_step.median
-            result.loss_difference = (first.losses[name] - first.losses[BASELINE]).double().abs().max().item()
+            result.loss_difference = (first.losses[name].double() - first.losses[BASELINE].double()).abs().max().item()
     return [result for _, result in built.values()]
 
 
@@ -101,7 +101,8 @@ class _Pass:
 
     def same_bits(self, other: "_Pass", name: str) -> bool:
         ours, theirs = (
-            [one.losses[name], *(t for part in one.states[name].planes() for t in part)] for one in (self, other)
+            [one.losses[name], *(t for part in one.states[name].parts.values() for t in part.values())]
+            for one in (self, other)
         )
         return all(map(torch.equal, ours, theirs))
 
@@ -110,10 +111,11 @@ def _one_pass(timed: dict[str, Backend], initial: TrainState, steps: int) -> _Pa
     losses: dict[str, list[Tensor]] = {name: [] for name in timed}
     for backend in timed.values():
         backend.load(initial)
-    candidates = [
-        Candidate.of(backend, lambda part, of=losses[name]: of.append(part.cpu().clone()))
-        for name, backend in timed.items()
-    ]
+
+    def kept(name: str) -> Callable[[Tensor], None]:
+        return lambda part: losses[name].append(part.cpu().clone())
+
+    candidates = [Candidate.of(backend, kept(name)) for name, backend in timed.items()]
     samples = measure(candidates, cut(steps, ROUNDS)) if candidates else {}
     states = {name: backend.state() for name, backend in timed.items()}
     return _Pass(samples, {name: torch.cat(parts) for name, parts in losses.items()}, states)
@@ -127,21 +129,23 @@ def cut(steps: int, rounds: int) -> list[int]:
 
 def table(results: Sequence[Result]) -> str:
     """The comparison as a Markdown table, and under it why a backend has no number."""
-    rows = []
-    for result in results:
-        spread = result.ms_per_step
-        rows.append(
-            (
-                result.backend,
-                "not equivalent" if spread is None else f"{spread.median:.4f}",
-                "-" if spread is None else f"{spread.min:.4f}..{spread.max:.4f}",
-                "-" if result.x_eager is None else f"{result.x_eager:.2f}",
-                f"{result.compile_seconds:.2f}",
-                f"{result.peak_bytes / 1e6:.1f}",
-                "-" if result.loss_difference is None else f"{result.loss_difference:.1e}",
-                {None: "-", True: "bit for bit", False: "no"}[result.repeatable],
-            )
+
+    def or_dash(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rows = [
+        (
+            result.backend,
+            "not equivalent" if result.ms_per_step is None else f"{result.ms_per_step.median:.4f}",
+            "-" if result.ms_per_step is None else f"{result.ms_per_step.min:.4f}..{result.ms_per_step.max:.4f}",
+            or_dash(result.x_eager, ".2f"),
+            f"{result.compile_seconds:.2f}",
+            f"{result.peak_bytes / 1e6:.1f}",
+            or_dash(result.loss_difference, ".1e"),
+            {None: "-", True: "bit for bit", False: "no"}[result.repeatable],
         )
+        for result in results
+    ]
     header = ("backend", "ms/step, median", "fastest..slowest round", "x eager", "first step, s", "peak memory, MB")
     shown = markdown.table((*header, "largest loss difference", "repeatable"), rows)
     return "\n".join([shown, *(f"no number: {result.refused}" for result in results if result.refused)])
