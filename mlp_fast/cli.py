@@ -22,15 +22,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As ArgumentParser's; --preset changes the defaults, so that options given explicitly win over it."""
-        arguments = super().parse_args(args)
-        preset = vars(arguments).pop("preset", None)
-        if preset is None:
-            return arguments
-        self.set_defaults(**PRESETS[preset])
-        arguments = super().parse_args(args)
-        del arguments.preset
-        return arguments
+        """As ArgumentParser's; what --preset sets are defaults, so that options given explicitly win over them.
+
+        The attribute `given` of the result has the settings that the command line itself names, or its --preset.
+        """
+        absent = object()
+        found = vars(super().parse_args(args, argparse.Namespace(**{action.dest: absent for action in self._actions})))
+        given = {name: value for name, value in found.items() if value is not absent}
+        given = PRESETS.get(given.get("preset", ""), {}) | given
+        defaults = {action.dest: action.default for action in self._actions}
+        return argparse.Namespace(**(defaults | given), given=_settings(given))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As ArgumentParser's; `--option=--` is an error, where Python before 3.13 makes an empty list of it."""
@@ -39,13 +40,6 @@ class Parser(argparse.ArgumentParser):
             if action.nargs is None and getattr(arguments, action.dest, None) == []:
                 self.error(f"argument {'/'.join(action.option_strings) or action.dest}: expected one argument")
         return arguments, rest
-
-    def given(self, args: Any = None) -> dict[str, Any]:
-        """The settings that a command line itself names, or its --preset, with their values."""
-        absent = object()
-        arguments = super().parse_args(args, argparse.Namespace(**{action.dest: absent for action in self._actions}))
-        named = {name: value for name, value in vars(arguments).items() if value is not absent}
-        return PRESETS.get(named.get("preset", ""), {}) | _settings(named)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help".replace("\n", " "))

@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             with world.agreed():
                 arguments = parser.parse_args(argv)
                 if arguments.resume is not None:
-                    config = resumed_config(parser.given(argv))
+                    config = resumed_config(arguments.given)
                 elif arguments.init_from is not None:
-                    config = initialised_config(parser.given(argv))
+                    config = initialised_config(arguments.given)
                 else:
                     config = config_from(arguments)
             if arguments.list_backends:

@@ -83,7 +83,7 @@ def test_the_command_that_goes_on_asks_for_the_same() -> None:
     parser = Parser()
     add_config_arguments(parser)
     asked = {"resume": "a run", "stop_after": 9, "log_json": "a log", "plot": "curve.png", "quiet": True}
-    assert parser.given(command[3:]) == asked
+    assert parser.parse_args(command[3:]).given == asked
     assert shlex.split(resume_command(Config(seed=7), "run"))[3:] == ["--resume", "run"]
 
 

@@ -12,10 +12,9 @@ from mlp_fast import train, visualize
 from mlp_fast.corpus import prompt
 from mlp_fast.corpus.tokenizer import Bytes, Characters
 from mlp_fast.errors import EXIT_USER_ERROR, UserError
-from mlp_fast.model.graph import computation_graph, summary
 from mlp_fast.model.mlp import MLP, Shape
 from mlp_fast.run import checkpoint, pictures
-from mlp_fast.run.pictures import next_probabilities, principal_components
+from mlp_fast.run.pictures import computation_graph, next_probabilities, principal_components, summary
 
 SMALL = ["--backend", "eager", "--num-steps", "2", "--hidden-size", "8", "--embedding-size", "4", "--quiet"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mlp_fast.config import Config
@@ -143,19 +144,12 @@ class RunLog:
         self.message(evaluation.line())
         self.event("eval", **dataclasses.asdict(evaluation))
 
-    def progress(self, step: int, loss: float | None = None, ms_per_step: float | None = None) -> None:
-        """Moves the progress bar to `step`."""
-        if self._bar.disable:
-            return
-        self._bar.n = step
-        if loss is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {ms_per_step or 0.0:.3f} ms/step", refresh=False)
-        self._bar.refresh()
-
-    @property
-    def shows_progress(self) -> bool:
-        """Whether anyone sees the progress bar; reading a loss for it waits for the device."""
-        return not self._bar.disable
+    def progress(self, step: int, loss: Tensor, ms_per_step: float) -> None:
+        """Moves the progress bar to `step`, if anyone sees it: reading the loss waits for the device."""
+        if not self._bar.disable:
+            self._bar.n = step
+            self._bar.set_postfix_str(f"loss {loss.item():.4f}, {ms_per_step:.3f} ms/step", refresh=False)
+            self._bar.refresh()
 
     def sample(self, prompt: str, text: str) -> None:
         """The sampled text; the event carries it without the prompt."""
@@ -194,20 +188,11 @@ def _opened(path: Path, *, append: bool) -> IO[str]:
     log = open(open_to_append(path), "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     try:
         if stat.S_ISREG(os.fstat(log.fileno()).st_mode):
-            os.ftruncate(log.fileno(), _whole_lines(path) if append else 0)
+            os.ftruncate(log.fileno(), path.read_bytes().rfind(b"\n") + 1 if append else 0)
     except OSError:
         log.close()
         raise
     return log
-
-
-def _whole_lines(path: Path) -> int:
-    """How many bytes of a file its whole lines have."""
-    with path.open("rb") as file:
-        place = file.seek(0, os.SEEK_END)
-        while place and file.seek(place - 1) >= 0 and file.read(1) != b"\n":
-            place -= 1
-    return place
 
 
 def title(run: "Trainer", note: str = "") -> str:

@@ -167,8 +167,7 @@ class Trainer:
                 wrong = torch.isfinite(losses).logical_not_().nonzero()
                 self.non_finite = self.step + int(wrong[0]) if len(wrong) else None
             self.step += count
-            if self.log.shows_progress:
-                self.log.progress(self.step, float(losses[-1]), 1e3 * per_step)
+            self.log.progress(self.step, losses[-1], 1e3 * per_step)
             if signum := int(self.world.max(self.interrupt.signum)):  # all ranks go by the same answer
                 raise Interrupted(signum)
 
