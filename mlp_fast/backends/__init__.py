@@ -41,27 +41,17 @@ class Choice:
     """The backend that a run uses, and the device that it runs on.
 
     Attributes:
-        passed_over: of an alias, the candidates that stand before this one, and why each is unsupported.
+        note: why no better backend that is made for this device was chosen, as a run's title says it; or "".
     """
 
     cls: type[Backend]
     device: torch.device
-    passed_over: dict[str, str]
+    note: str
 
     def create(self, config: Config, shape: Shape, tape: Tape, state: TrainState) -> Backend:
         """The backend, at `state`."""
         threads.use(config.threads)
         return self.cls(config, shape, tape, state, self.device)
-
-    @property
-    def note(self) -> str:
-        """Why no better backend that is made for this device was chosen, as a run's title says it; or ""."""
-        reasons = [
-            f"{name}: {reason}"
-            for name, reason in self.passed_over.items()
-            if backend_class(name).devices[0] == self.device.type
-        ]
-        return f" (not {'; '.join(reasons)})" if reasons else ""
 
 
 def names() -> list[str]:
@@ -118,17 +108,19 @@ def check(config: Config) -> None:
 
 def resolve(config: Config, shape: Shape, tape: Tape | None = None) -> Choice:
     """The backend that config.backend means for these sizes and tape; UserError where there is none."""
-    passed_over: dict[str, str] = {}
+    reasons: dict[str, str] = {}  # why the candidates before are unsupported
     for name in _candidates(config):
+        cls = backend_class(name)
         reason = unsupported(name, config, shape, tape)
         if reason is None:
-            cls = backend_class(name)
-            return Choice(cls, device_of(cls, config.device), passed_over)
-        passed_over[name] = reason
+            device = device_of(cls, config.device)
+            better = [f"{n}: {why}" for n, why in reasons.items() if backend_class(n).devices[0] == device.type]
+            return Choice(cls, device, f" (not {'; '.join(better)})" if better else "")
+        reasons[name] = reason
     if config.backend in REGISTRY:
-        raise UserError(f"--backend {config.backend}: {passed_over[config.backend]}")
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-    raise UserError(f"--backend {config.backend} found none; {reasons}")
+        raise UserError(f"--backend {config.backend}: {reasons[config.backend]}")
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise UserError(f"--backend {config.backend} found none; {told}")
 
 
 def create(config: Config, shape: Shape, tape: Tape, state: TrainState) -> Backend:

@@ -4,7 +4,7 @@ Text stays bytes throughout, and is decoded a piece at a time: reading never mak
 """
 
 import codecs
-import itertools
+import io
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def gathered(pieces: Iterable[bytes | bytearray | memoryview]) -> bytearray:
 
 
 def pieces(path: Path, codec: str | None = "utf-8") -> Iterator[Utf8]:
-    """A file in pieces that are cut between characters, and not inside of a line end; never all of it in memory.
+    """A file in pieces that are cut between characters, every line end a newline; never all of it in memory.
 
     Args:
         path: a regular file. It is looked at before it is opened: opening a FIFO would wait for a writer.
@@ -61,27 +61,40 @@ def pieces(path: Path, codec: str | None = "utf-8") -> Iterator[Utf8]:
             wrong byte in the file).
     """
     size(path)
-    rest, offset, empty = b"", 0, True
+    empty = True
     try:
-        with path.open("rb") as file:
-            blocks: Iterator[Utf8] = iter(partial(file.read, tokenizer.CHUNK), b"")
-            if codec is not None and codecs.lookup(codec).name not in ("utf-8", "utf-8-sig"):
-                blocks = _converted(path, blocks, codec)
-            for block in itertools.chain(blocks, [b""]):
-                if codec is not None and offset == 0 and not rest and block.startswith(codecs.BOM_UTF8):
-                    block, offset = block[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
-                chunk = rest + block
-                end = len(chunk) if codec is None else _whole(path, chunk, offset, final=len(block) == 0)
-                piece, rest = chunk[:end], chunk[end:]
-                offset += end
-                if piece:
-                    empty = False
-                    plain = codec is None or b"\r" not in piece
-                    yield piece if plain else piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        for piece in _bytes(path) if codec is None else _decoded(path, codec):
+            empty = False
+            yield piece
     except OSError as error:
         raise UserError(f"cannot read {shown(path)}: {error.strerror}") from None
     if empty:
         raise UserError(f"{shown(path)} is empty")
+
+
+def _bytes(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from iter(partial(file.read, tokenizer.CHUNK), b"")
+
+
+def _decoded(path: Path, codec: str) -> Iterator[bytes]:
+    """A file of text as UTF-8."""
+    with path.open("rb") as raw, io.TextIOWrapper(raw, codec) as file:
+        try:
+            text = file.read(tokenizer.CHUNK).removeprefix("\ufeff")  # some decoders leave the byte-order mark
+            while text:
+                yield text.encode()
+                text = file.read(tokenizer.CHUNK)
+        except UnicodeDecodeError as error:
+            place = raw.tell() - len(error.object) + error.start  # it has been read to the end of the object
+            name = "UTF-8" if codecs.lookup(codec).name in ("utf-8", "utf-8-sig") else codec
+            raise UserError(
+                f"{shown(path)} is not {name}: byte 0x{error.object[error.start]:02x} at offset {place}"
+                f" ({error.reason}); name its encoding by --encoding"
+            ) from None
+        except UnicodeError as error:  # a lone surrogate, or no byte-order mark where the encoding wants one
+            reason = getattr(error, "reason", error)
+            raise UserError(f"{shown(path)} cannot be read by --encoding {codec}: {reason}") from None
 
 
 def size(path: Path) -> int:
@@ -91,36 +104,3 @@ def size(path: Path) -> int:
         kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, socket or device"
         raise UserError(f"{shown(path)} is {kind}, not a text file")
     return path.stat().st_size
-
-
-def _whole(path: Path, chunk: bytes, offset: int, *, final: bool) -> int:
-    """How many bytes of a chunk are whole characters and line ends; all of them where it is the last."""
-    try:
-        end = len(chunk) if chunk.isascii() else codecs.utf_8_decode(chunk, "strict", final)[1]
-    except UnicodeDecodeError as error:
-        raise _wrong_byte(path, "UTF-8", error, offset) from None
-    return end - 1 if not final and chunk[:end].endswith(b"\r") else end  # its newline may follow
-
-
-def _converted(path: Path, blocks: Iterator[Utf8], encoding: str) -> Iterator[bytes]:
-    """The bytes of a file in another encoding, in blocks, made UTF-8; no block is empty."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    offset = 0
-    for block in itertools.chain(blocks, [b""]):
-        try:
-            converted = decoder.decode(bytes(block), final=not block).encode()
-        except UnicodeDecodeError as error:  # its object: what was left of the block before, and this one
-            raise _wrong_byte(path, encoding, error, offset + len(block) - len(error.object)) from None
-        except UnicodeError as error:  # a lone surrogate, or no byte-order mark where the encoding wants one
-            reason = getattr(error, "reason", error)
-            raise UserError(f"{shown(path)} cannot be read by --encoding {encoding}: {reason}") from None
-        offset += len(block)
-        if converted:
-            yield converted
-
-
-def _wrong_byte(path: Path, encoding: str, error: UnicodeDecodeError, offset: int) -> UserError:
-    return UserError(
-        f"{shown(path)} is not {encoding}: byte 0x{error.object[error.start]:02x} at offset {offset + error.start}"
-        f" ({error.reason}); name its encoding by --encoding"
-    )

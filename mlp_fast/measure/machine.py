@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "triton", "numpy")
+DRIVER = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
 
 
 def device_name(device: torch.device) -> str:
@@ -39,7 +40,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "device_type": device.type,
-        "driver": _driver() if device.type == "cuda" else None,
+        "driver": _output(DRIVER) if device.type == "cuda" else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -124,10 +125,7 @@ def memory() -> int | None:
     sizes = []
     with contextlib.suppress(AttributeError, ValueError, OSError):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = address_space_limit()
-    if limit is not None:
-        sizes.append(limit)
-    return min(sizes, default=None)
+    return min([*sizes, *([] if (limit := address_space_limit()) is None else [limit])], default=None)
 
 
 def address_space_limit() -> int | None:
@@ -149,14 +147,9 @@ def _processor() -> str:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"])
+    return None
 
 
 def _output(command: list[str]) -> str | None:
