@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from mlp_fast import threads
 from mlp_fast.config import PRESETS, Config, flag, plain_type
-from mlp_fast.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR, UserError, discard_stdout, out_of_memory, report
+from mlp_fast.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR, UserError, discard_stdout, one_line, out_of_memory, report
 from mlp_fast.startup import open_missing_streams
 
 
@@ -52,20 +52,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, leave_out: Sequence
     for field in dataclasses.fields(Config):
         if field.name in leave_out:
             continue
-        meta = field.metadata
-        if hints[field.name] is bool:
-            parser.add_argument(
-                flag(field.name), action=argparse.BooleanOptionalAction, default=field.default, help=meta["help"]
-            )
-            continue
-        parser.add_argument(
-            flag(field.name),
-            type=plain_type(hints[field.name]),
-            default=field.default,
-            choices=meta["choices"],
-            metavar=meta["metavar"] or (None if meta["choices"] else plain_type(hints[field.name]).__name__.upper()),
-            help=meta["help"],
-        )
+        kind, choices = plain_type(hints[field.name]), field.metadata["choices"]
+        metavar = field.metadata["metavar"] or (None if choices else kind.__name__.upper())
+        how = {"type": kind, "choices": choices, "metavar": metavar}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag(field.name), default=field.default, help=field.metadata["help"], **how)
 
 
 def config_from(arguments: argparse.Namespace) -> Config:
@@ -116,10 +108,10 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = error.exit_code
     except (OSError, MemoryError, RuntimeError) as error:
         if out_of_memory(error):
-            report(f"not enough memory ({_reason(error)}); choose smaller sizes, or raise the limit (ulimit -v)")
+            report(f"not enough memory ({_memory_reason(error)}); choose smaller sizes, or raise the limit (ulimit -v)")
             code = EXIT_USER_ERROR
         elif isinstance(error, OSError):
-            report(f"the output could not be written ({error.strerror or error})")
+            report(f"the output could not be written ({one_line(error)})")
             discard_stdout()
             code = EXIT_NOT_SAVED
         else:
@@ -127,8 +119,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def _reason(error: Exception) -> str:
+def _memory_reason(error: Exception) -> str:
     """The sentence of an error that tells of memory, without the place in torch's source."""
-    text = " ".join(str(error).split())
-    told = re.search(r"DefaultCPUAllocator: (.*?)(?: Error code|$)", text)
-    return told[1] if told else text.partition(". ")[0] or type(error).__name__
+    told = re.search(r"DefaultCPUAllocator: (.*?)(?: Error code|$)", one_line(error))
+    return told[1] if told else one_line(error).partition(". ")[0]

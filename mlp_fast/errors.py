@@ -36,6 +36,11 @@ class Interrupted(BaseException):
         self.report = f"stopped by {signal.Signals(signum).name}"
 
 
+def one_line(error: object) -> str:
+    """What an error says, in one line; a system error without the file's name."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory was refused; torch's own are RuntimeErrors with such a text."""
     if isinstance(error, OSError):

@@ -7,9 +7,11 @@ from pathlib import Path
 from mlp_fast import backends, distributed
 from mlp_fast.cli import Parser, run_main
 from mlp_fast.config import DEVICES, OF_THE_CORPUS, SPLITTING
-from mlp_fast.corpus.load import load_for
+from mlp_fast.corpus.load import Corpus, check_sizes, load_for
+from mlp_fast.errors import UserError
+from mlp_fast.model.windows import Tape, windows_of_splits
 from mlp_fast.run import checkpoint
-from mlp_fast.run.evaluation import losses_of
+from mlp_fast.run.checkpoint import Checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             if world.rank == 0:
                 print(f"{split}_loss {loss:.6f}")
     return 0
+
+
+def losses_of(saved: Checkpoint, corpus: Corpus) -> dict[str, float]:
+    """split -> mean cross-entropy in nats, of the windows that training evaluates.
+
+    Raises:
+        UserError: the corpus does not fit the model.
+    """
+    if corpus.vocabulary != saved.vocabulary:
+        raise UserError(f"the {corpus.name} corpus has another vocabulary than the model; give the model's own corpus")
+    config = saved.config
+    check_sizes(corpus, config.context_length, config.batch_size)
+    tapes = {split: Tape(tokens, config.context_length) for split, tokens in corpus.tapes.items()}
+    backend = backends.create(config, saved.shape, tapes["train"], saved.state)
+    windows = windows_of_splits(tapes, config.batch_size, backend.device)
+    return {split: backend.shared_mean_loss(windows[split]) for split in windows}
 
 
 if __name__ == "__main__":

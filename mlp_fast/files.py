@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlp_fast.errors import UserError
+from mlp_fast.errors import UserError, one_line
 
 UNFINISHED = re.compile(r"\.(.+)\.\d+\.tmp")  # the name of a file that write_atomically has not finished, and its own
 
@@ -26,7 +26,7 @@ def file_mode(path: Path) -> int:
     except FileNotFoundError:
         raise UserError(f"{shown(path)}: no such file or folder") from None
     except OSError as error:
-        raise UserError(f"cannot read {shown(path)}: {error.strerror}") from None
+        raise UserError(f"cannot read {shown(path)}: {one_line(error)}") from None
     except ValueError:  # a NUL character, or one the file system's encoding cannot carry
         raise UserError(f"{shown(path)}: not a possible file name") from None
 
@@ -65,7 +65,7 @@ def writing(option: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot write it ({error.strerror})") from None
+        raise UserError(f"{option} {path}: cannot write it ({one_line(error)})") from None
 
 
 def open_to_append(path: Path) -> int:

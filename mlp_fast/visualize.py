@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlp_fast.cli import Parser, run_main, unescape
 from mlp_fast.corpus.prompt import padded
-from mlp_fast.errors import UserError
+from mlp_fast.errors import UserError, one_line
 from mlp_fast.run import checkpoint
 from mlp_fast.run.pictures import FORMATS, PICTURES, visualize
 from mlp_fast.run.plot import require_matplotlib
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"--out {folder}: cannot make this folder ({getattr(error, 'strerror', error)})") from None
+        raise UserError(f"--out {folder}: cannot make this folder ({one_line(error)})") from None
     print(visualize(saved, context, folder, arguments.format))
     print(f"pictures: {', '.join(str(folder / f'{name}.{arguments.format}') for name in PICTURES)}")
     return 0

@@ -18,7 +18,7 @@ from mlp_fast.backends.device_loop import DeviceLoop
 from mlp_fast.backends.eager import AutogradLoop, Eager, EagerRaw
 from mlp_fast.backends.precision import unsupported_by_torch
 from mlp_fast.config import Config
-from mlp_fast.errors import UserError
+from mlp_fast.errors import UserError, one_line
 from mlp_fast.files import no_place_for_code, shown
 from mlp_fast.kernels._model import choose_form
 from mlp_fast.model.manual_step import adamw_, loss_and_gradients
@@ -53,7 +53,7 @@ def code_folder_unusable() -> str | None:
     try:
         folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()).absolute()
     except OSError as error:  # there is no temporary folder at all
-        return f"torch.compile has no place for its code ({error.strerror}); {remedy}"
+        return f"torch.compile has no place for its code ({one_line(error)}); {remedy}"
     reason = no_place_for_code(folder)
     if reason is None and not _is_one_word(str(folder)):
         reason = f"the compiler takes {shown(folder)} for several names"
@@ -69,7 +69,7 @@ def _is_one_word(path: str) -> bool:
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _told_in_short(name: str) -> Iterator[None]:
     """Makes a UserError of a failure of torch.compile, whose own reports are of a hundred lines."""
     from torch._dynamo.exc import TorchDynamoException
 
@@ -93,7 +93,7 @@ class _Compiled(Backend):
         return compiler_missing(device) or super().unsupported(config, device, shape, tape)
 
     def prepare(self) -> None:
-        with _one_line(self.name):
+        with _told_in_short(self.name):
             super().prepare()
 
 

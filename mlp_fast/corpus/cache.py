@@ -9,7 +9,6 @@ at any time.
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import torch
 from filelock import FileLock
 
-from mlp_fast.errors import UserError
+from mlp_fast.errors import UserError, one_line
 
 DESCRIPTION = "corpus.json"
 
@@ -52,9 +51,8 @@ def entry(key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict
             if description is None:
                 description = _built(folder, build)
     except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
-        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"the token cache {folder} cannot be written ({reason}); make room, or set XDG_CACHE_HOME"
+            f"the token cache {folder} cannot be written ({one_line(error)}); make room, or set XDG_CACHE_HOME"
         ) from None
     return folder, description
 
@@ -80,9 +78,8 @@ def map_tape(path: Path, dtype: npt.DTypeLike) -> torch.Tensor:
             return torch.from_numpy(np.empty(0, dtype))  # an empty file cannot be mapped
         tokens = np.memmap(path, dtype, mode="r")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"the tokens {path} cannot be mapped into memory ({reason}); "
+            f"the tokens {path} cannot be mapped into memory ({one_line(error)}); "
             "delete that folder to have them made again, or set XDG_CACHE_HOME to a folder on another disk"
         ) from None
     with warnings.catch_warnings():
@@ -100,16 +97,15 @@ def _described(folder: Path) -> dict[str, Any] | None:
 
 
 def _built(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    for left_over in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed: we hold the lock
-        shutil.rmtree(left_over, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: we hold the lock
     try:
+        temporary.mkdir()
         description = build(temporary)
         description["bytes"] = {file.name: file.stat().st_size for file in temporary.iterdir()}
         (temporary / DESCRIPTION).write_text(json.dumps(description))
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return description

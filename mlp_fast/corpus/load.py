@@ -5,13 +5,12 @@ piece at a time, through numpy lookup tables: loading needs the file and its tap
 line or a character. Of more text than STREAMED_ABOVE, the tapes are files that are mapped into memory (cache.py).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 
 from mlp_fast.config import Config
 from mlp_fast.corpus import cache, names, tokenizer
-from mlp_fast.corpus.split import SPLITS, Source, Text, lines_ended, mapped, read_again, whole
+from mlp_fast.corpus.split import SPLITS, Source, lines_ended, mapped, read_again, whole
 from mlp_fast.corpus.split import split as split_text
 from mlp_fast.corpus.text import Reading, gathered, pieces, size
 from mlp_fast.corpus.tokenizer import Bytes, Characters, Vocabulary, Words
@@ -92,7 +91,7 @@ def load(
     if data == "names":
         path, splits = names.read()
         sources = {split: whole(text, kind) for split, text in splits.items()}
-        return _assemble(data, Texts(sources, {"": (path, whole(b"".join(splits.values()), kind))}), how)
+        return _tokenised(data, Texts(how, sources, {"": (path, whole(b"".join(splits.values()), kind))}))
     if not data:
         raise UserError("the name of the corpus is empty; give embedded, names, a folder or a text file")
     path, cost = Path(data), None
@@ -104,11 +103,7 @@ def load(
     files = {split: path / f"{split}.txt" for split in SPLITS} if stat.S_ISDIR(file_mode(path)) else {"": path}
     if sum(map(size, files.values())) > STREAMED_ABOVE[kind]:
         return _streamed(data, files, how)
-    if "" in files:
-        texts = _of_one(path, gathered(lines_ended(path, how)), how)
-    else:
-        texts = _of_several(files, lambda file: whole(gathered(pieces(file, how.codec)), kind))
-    return dataclasses.replace(_assemble(data, texts, how), cost=cost)
+    return dataclasses.replace(_from_files(data, files, how), cost=cost)
 
 
 def check_sizes(corpus: Corpus, context_length: int, batch_size: int) -> None:
@@ -129,7 +124,7 @@ def check_sizes(corpus: Corpus, context_length: int, batch_size: int) -> None:
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts that a corpus is made of.
+    """The texts that a corpus is made of, and how they become tokens.
 
     Attributes:
         splits: split -> its text.
@@ -137,23 +132,28 @@ class Texts:
             "" -> that file and all of its text, in its order: quicker to scan than line by line.
     """
 
+    how: Reading
     splits: dict[str, Source]
     files: dict[str, tuple[Path, Source]]
 
 
-def _of_one(path: Path, text: Text, how: Reading) -> Texts:
-    return Texts(split_text(text, path, how), {"": (path, whole(text, how.kind))})
+def _from_files(name: str, files: dict[str, Path], how: Reading, folder: Path | None = None) -> Corpus:
+    """The corpus of three files, or of one under the name ""; in memory, or in a folder: then no text ever is."""
+    if "" not in files:
+        sources = {split: read_again(file, how) for split, file in files.items()}
+        return _tokenised(name, Texts(how, sources, {s: (file, sources[s]) for s, file in files.items()}), folder)
+    path = files[""]
+    lines = lines_ended(path, how)
+    with contextlib.nullcontext(gathered(lines)) if folder is None else mapped(lines, folder / "text") as text:
+        texts = Texts(how, split_text(text, path, how), {"": (path, whole(text, how.kind))})
+        return _tokenised(name, texts, folder)
 
 
-def _of_several(files: dict[str, Path], source: Callable[[Path], Source]) -> Texts:
-    sources = {split: source(file) for split, file in files.items()}
-    return Texts(sources, {split: (file, sources[split]) for split, file in files.items()})
-
-
-def _assemble(name: str, texts: Texts, how: Reading, folder: Path | None = None) -> Corpus:
+def _tokenised(name: str, texts: Texts, folder: Path | None = None) -> Corpus:
     """The corpus of some texts, its tapes in memory, or in new files of a folder, mapped."""
+    how = texts.how
     if how.kind == "char":
-        vocabulary: Vocabulary = _characters(texts.files, how)
+        vocabulary: Vocabulary = _characters(texts)
     elif how.vocabulary is not None:
         vocabulary = how.vocabulary
     else:
@@ -169,7 +169,7 @@ def _assemble(name: str, texts: Texts, how: Reading, folder: Path | None = None)
     return Corpus(name, vocabulary, train, val, test, _fingerprint(vocabulary, train, val, test))
 
 
-def _characters(files: dict[str, tuple[Path, Source]], how: Reading) -> Characters:
+def _characters(texts: Texts) -> Characters:
     """The vocabulary of a corpus by characters, of those of each file.
 
     It is that of train, so that what a model could not have learned is not asked of it. Which of one file's lines go to
@@ -178,23 +178,24 @@ def _characters(files: dict[str, tuple[Path, Source]], how: Reading) -> Characte
     Raises:
         UserError: a file has a character that the vocabulary lacks.
     """
-    found = {split: tokenizer.distinct(text()) for split, (_, text) in files.items()}
-    known = next(iter(found.values()))
-    if how.vocabulary is not None:
-        assert isinstance(how.vocabulary, Characters), "the model's tokens are of another kind"
-        known = how.vocabulary.characters
+    found = {split: tokenizer.distinct(text()) for split, (_, text) in texts.files.items()}
+    known, given = next(iter(found.values())), texts.how.vocabulary
+    if given is not None:
+        assert isinstance(given, Characters), "the model's tokens are of another kind"
+        known = given.characters
     for split, characters in found.items():
         if lacking := set(characters) - set(known):
-            raise UserError(_first_place(files[split][0], split, lacking, how))
+            raise UserError(_first_place(texts, split, lacking))
     return Characters(known)
 
 
-def _first_place(path: Path, split: str, lacking: set[str], how: Reading) -> str:
+def _first_place(texts: Texts, split: str, lacking: set[str]) -> str:
     """The complaint about the first of the characters that the vocabulary lacks, with its line; the file is read again.
 
     Args:
         split: that the file is, or "" where it is the whole corpus.
     """
+    path, how = texts.files[split][0], texts.how
     of = f" of the {split} split" if split else ""
     known = "the train split" if how.vocabulary is None else "the vocabulary of the model"
     line = 1
@@ -218,7 +219,7 @@ def _fingerprint(vocabulary: Vocabulary, *tapes: torch.Tensor) -> str:
 
 
 def _streamed(name: str, files: dict[str, Path], how: Reading) -> Corpus:
-    """The corpus of `_assemble`, its tapes made a piece of text at a time and mapped from the cache."""
+    """The corpus of `_from_files`, its tapes mapped from the cache."""
     facts = [(str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns) for path in files.values()]
     settings: list[Any] = [CACHE_VERSION, how.kind, how.min_count, how.split, how.encoding]
     if how.vocabulary is not None:
@@ -232,9 +233,5 @@ def _streamed(name: str, files: dict[str, Path], how: Reading) -> Corpus:
 
 def _write(folder: Path, files: dict[str, Path], how: Reading) -> dict[str, Any]:
     """Writes the tapes of a corpus into a folder; returns the description of a cache entry."""
-    if "" in files:
-        with mapped(lines_ended(files[""], how), folder / "text") as text:
-            made = _assemble("", _of_one(files[""], text, how), how, folder)
-    else:
-        made = _assemble("", _of_several(files, partial(read_again, how=how)), how, folder)
+    made = _from_files("", files, how, folder)
     return {"vocabulary": made.vocabulary.as_json(), "fingerprint": made.fingerprint}

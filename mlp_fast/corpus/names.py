@@ -12,7 +12,7 @@ from pathlib import Path
 from mlp_fast.corpus.cache import cache_folder
 from mlp_fast.corpus.text import gathered, pieces
 from mlp_fast.corpus.tokenizer import Utf8
-from mlp_fast.errors import UserError
+from mlp_fast.errors import UserError, one_line
 from mlp_fast.files import shown, write_atomically
 
 URL = "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt"
@@ -88,7 +88,7 @@ def fetch(url: str, timeout: float, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
     except OSError as error:
-        raise UserError(f"cannot write {shown(path)}: {error.strerror}") from None
+        raise UserError(f"cannot write {shown(path)}: {one_line(error)}") from None
 
 
 def _download(url: str, timeout: float) -> bytes:
@@ -109,15 +109,12 @@ def _download(url: str, timeout: float) -> bytes:
                     raise TimeoutError
     except urllib.error.HTTPError as error:
         with error:
-            raise UserError(f"{shown(url)}: the server answered {error.code} {_one_line(error.reason)}") from None
+            raise UserError(
+                f"{shown(url)}: the server answered {error.code} {' '.join(str(error.reason).split())}"
+            ) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(cause, TimeoutError):
             raise UserError(f"{shown(url)}: no complete answer within {timeout:g} s") from None
-        reason = getattr(cause, "strerror", None) or _one_line(cause) or type(cause).__name__
-        raise UserError(f"{shown(url)}: {reason}") from None
+        raise UserError(f"{shown(url)}: {one_line(cause)}") from None
     return content
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlp_fast.corpus import tokenizer
 from mlp_fast.corpus.tokenizer import Utf8, Vocabulary
-from mlp_fast.errors import UserError
+from mlp_fast.errors import UserError, one_line
 from mlp_fast.files import file_mode, shown
 
 
@@ -67,7 +67,7 @@ def pieces(path: Path, codec: str | None = "utf-8") -> Iterator[Utf8]:
             empty = False
             yield piece
     except OSError as error:
-        raise UserError(f"cannot read {shown(path)}: {error.strerror}") from None
+        raise UserError(f"cannot read {shown(path)}: {one_line(error)}") from None
     if empty:
         raise UserError(f"{shown(path)} is empty")
 
@@ -93,8 +93,8 @@ def _decoded(path: Path, codec: str) -> Iterator[bytes]:
                 f" ({error.reason}); name its encoding by --encoding"
             ) from None
         except UnicodeError as error:  # a lone surrogate, or no byte-order mark where the encoding wants one
-            reason = getattr(error, "reason", error)
-            raise UserError(f"{shown(path)} cannot be read by --encoding {codec}: {reason}") from None
+            told = getattr(error, "reason", error)
+            raise UserError(f"{shown(path)} cannot be read by --encoding {codec}: {told}") from None
 
 
 def size(path: Path) -> int:

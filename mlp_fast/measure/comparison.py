@@ -1,8 +1,7 @@
 """Backends side by side: same seed, same batches, their rounds interleaved.
 
-Every backend trains the same N steps twice. Each pass is cut into rounds, and the rounds of all backends are taken in
-turns; eager is always among them, as the baseline. A backend that does not compute the model gets no number;
-equivalence.py says how that is decided.
+Every backend trains the same N steps twice, each pass cut into rounds; timing.py says how these are taken in turns, and
+equivalence.py who gets a number. Eager is always among the backends, as the baseline.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import record_function
 
 from mlp_fast.backends.base import Backend
 
@@ -105,9 +105,8 @@ def summarise(trace: dict[str, Any], steps: int) -> Summary:
     inside = [e for e in events if e is not root and e["ts"] + e["dur"] > start and e["ts"] < end]
     work = [event for event in inside if event.get("cat") in DEVICE_WORK]
     device = bool(work)
-    if device:
-        own = [(event["name"], event["dur"]) for event in work]
-    else:
+    own = [(event["name"], event["dur"]) for event in work]
+    if not device:
         work = [event for event in inside if event.get("cat") == "cpu_op"]
         own = _own_times([event for event in inside if event.get("cat") in ("cpu_op", "user_annotation")])
     host = sum(
@@ -165,10 +164,7 @@ def nvtx(name: str, device: torch.device) -> AbstractContextManager[Any]:
 
 def profile_steps(backend: Backend, steps: int, trace: Path) -> Summary:
     """Does steps of a warm backend under torch.profiler and writes the Chrome trace."""
-    activities = [ProfilerActivity.CPU]
-    if backend.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler, record_function(STEPS_RANGE):
+    with torch.profiler.profile() as profiler, record_function(STEPS_RANGE):
         # What the backend does outside torch's operators, Python or C, is this range's own time.
         with record_function(f"{backend.name}, outside operators"):
             backend.advance(steps)

@@ -136,6 +136,12 @@ def evaluated_windows(tape: Tape, batch_size: int, max_batches: int | None = Non
     return WeightedWindows(rows, torch.from_numpy(counts).double().to(device))
 
 
+def windows_of_splits(tapes: dict[str, Tape], batch_size: int, device: torch.device) -> dict[str, WeightedWindows]:
+    """split -> the windows that its loss is the mean over: of train only the first batches, of the others all."""
+    limits = {"train": TRAIN_EVAL_BATCHES}
+    return {split: evaluated_windows(tape, batch_size, limits.get(split)).to(device) for split, tape in tapes.items()}
+
+
 def _evaluated_count(tape: Tape, batch_size: int, max_batches: int | None) -> int:
     batches = len(tape.tokens) // batch_size
     return batch_size * (batches if max_batches is None else min(batches, max_batches))

@@ -9,11 +9,10 @@ appears whole or not at all. Which files a run keeps, folder.py decides.
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,13 @@ from torch import Tensor
 
 from mlp_fast.config import PER_COMMAND, Config
 from mlp_fast.corpus.tokenizer import Vocabulary, from_json
-from mlp_fast.errors import UserError
+from mlp_fast.errors import UserError, one_line
 from mlp_fast.files import file_mode, write_atomically
 from mlp_fast.model.mlp import MLP, Shape
 from mlp_fast.model.state import TrainState
 
 FORMAT_VERSION = 3
-_FILE = re.compile(r"step-(\d{8,})\.safetensors")
+_FILE = re.compile(r"step-\d{8,}\.safetensors")
 _PREFIXES = {"parameters": "", "exp_avg": "exp_avg.", "exp_avg_sq": "exp_avg_sq."}  # of the tensors' names in the file
 
 Facts = dict[str, Any]
@@ -88,19 +87,17 @@ def is_file_name(name: str) -> bool:
 
 def files_in(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, the newest last. OSError where it cannot be read."""
-    steps = {entry.name: match for entry in os.scandir(folder) if (match := _FILE.fullmatch(entry.name))}
-    return [folder / name for name in sorted(steps, key=lambda name: int(steps[name][1]))]
+    return sorted((path for path in folder.iterdir() if is_file_name(path.name)), key=lambda path: int(path.stem[5:]))
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint file, whole or not at all. OSError where that fails."""
     state = checkpoint.state
     tensors = {_PREFIXES[kind] + name: tensor for kind, part in state.parts.items() for name, tensor in part.items()}
-    config = dataclasses.asdict(checkpoint.config)
     facts = {
         "format_version": FORMAT_VERSION,
         "step": state.step,
-        "config": {name: value for name, value in config.items() if name not in PER_COMMAND},
+        "config": _without(PER_COMMAND, dataclasses.asdict(checkpoint.config)),
         "vocabulary": checkpoint.vocabulary.as_json(),
         "corpus_fingerprint": checkpoint.fingerprint,
         "losses": checkpoint.losses,
@@ -125,7 +122,7 @@ def locate(path: Path) -> Path:
     try:
         files = files_in(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
     if not files:
         raise UserError(f"{path} holds no checkpoint (step-*.safetensors); give the folder that --out wrote")
     return files[-1]
@@ -173,11 +170,13 @@ def read(path: Path) -> Checkpoint:
     try:
         facts = json.loads(document)
         version = facts["format_version"]
+        for older in range(version, FORMAT_VERSION):
+            facts = UPGRADES[older](facts)
         if version <= FORMAT_VERSION:
-            return _checkpoint(_upgraded(facts), tensors)
+            return _checkpoint(facts, tensors)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, UserError) as error:
-        reason = " ".join(str(error).split())  # it may quote what the file says, lines and all
-        raise Damaged(f"{path} is not a checkpoint of mlp_fast: {type(error).__name__} {reason}") from None
+        # It may quote what the file says, lines and all.
+        raise Damaged(f"{path} is not a checkpoint of mlp_fast: {type(error).__name__} {one_line(error)}") from None
     raise UserError(f"{path}: its format version {version} is newer than {FORMAT_VERSION}; update mlp_fast")
 
 
@@ -201,25 +200,16 @@ def _checkpoint(facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
     return Checkpoint(state, config, vocabulary, str(facts["corpus_fingerprint"]), losses, beginning)
 
 
-def _from_version_1(facts: Facts) -> Facts:
-    """Version 1 kept the settings of the command in the config, and no losses."""
-    config = {name: value for name, value in facts["config"].items() if name not in PER_COMMAND}
-    return facts | {"config": config, "losses": {}}
+# version -> what makes a document of the next version of it. Version 1 kept the settings of the command in the config,
+# and no losses; version 2 did not keep the beginning of the corpus.
+UPGRADES: dict[int, Callable[[Facts], Facts]] = {
+    1: lambda facts: {**facts, "config": _without(PER_COMMAND, facts["config"]), "losses": {}},
+    2: lambda facts: {**facts, "beginning": []},
+}
 
 
-def _from_version_2(facts: Facts) -> Facts:
-    """Version 2 did not keep the beginning of the corpus."""
-    return facts | {"beginning": []}
-
-
-# version -> what makes a document of the next version of it
-UPGRADES: dict[int, Callable[[Facts], Facts]] = {1: _from_version_1, 2: _from_version_2}
-
-
-def _upgraded(facts: Facts) -> Facts:
-    for version in range(facts["format_version"], FORMAT_VERSION):
-        facts = UPGRADES[version](facts)
-    return facts
+def _without(names: Collection[str], settings: Facts) -> Facts:
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -231,9 +221,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Damaged(f"{path} is damaged or not a checkpoint ({' '.join(str(error).split())})") from None
+        raise Damaged(f"{path} is damaged or not a checkpoint ({one_line(error)})") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
 
 
 def _checksum(document: str, tensors: dict[str, Tensor]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mlp_fast.errors import UserError
+from mlp_fast.errors import UserError, one_line
 from mlp_fast.files import UNFINISHED, sync_folder, write_atomically
 from mlp_fast.run import checkpoint
 from mlp_fast.run.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ INDEX_VERSION = 1
 LOCK, HOLDER = ".lock", ".holder"  # the file that a run locks, and the number of its process
 
 
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     """A folder that this process alone saves into, from the constructor to close().
 
     One run at a time: the operating system's lock ends with its process, however that ends.
@@ -57,8 +57,8 @@ class RunFolder:
             ) from None
         except (OSError, ValueError, NotImplementedError) as error:  # the last where the file system has no locks
             self.close()
-            reason = "not a possible file name" if isinstance(error, ValueError) else getattr(error, "strerror", error)
-            raise UserError(f"--out {path}: cannot write there ({reason}); choose another folder") from None
+            told = "not a possible file name" if isinstance(error, ValueError) else one_line(error)
+            raise UserError(f"--out {path}: cannot write there ({told}); choose another folder") from None
 
     def begin(self, start: Path | None) -> list[Path]:
         """Takes over the checkpoints that are there, and removes what an earlier process left half written.
@@ -100,6 +100,11 @@ class RunFolder:
         """The newest checkpoint that is still there."""
         there = (self.path / name for name in reversed(self.entries) if os.path.exists(self.path / name))
         return next(there, None) if self._held else None
+
+    def known(self, step: int) -> dict[str, Any] | None:
+        """What is known of a step's checkpoint, where that is the newest."""
+        newest = self.newest
+        return self.entries[newest.name] if newest and newest.name == checkpoint.file_name(step) else None
 
     @property
     def best(self) -> str | None:
@@ -144,9 +149,6 @@ class RunFolder:
         The lock's file stays: removing it would let two processes lock two files of the same name.
         """
         self._lock.release()
-
-    def __enter__(self) -> "RunFolder":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

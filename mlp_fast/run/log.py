@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from mlp_fast.config import Config
 from mlp_fast.corpus.tokenizer import Words
-from mlp_fast.errors import UserError, discard_stdout, for_terminal, report
-from mlp_fast.files import open_to_append
+from mlp_fast.errors import discard_stdout, for_terminal, one_line, report
+from mlp_fast.files import open_to_append, writing
 from mlp_fast.run.resume import resume_command
 
 if TYPE_CHECKING:
@@ -67,10 +67,8 @@ class RunLog:
         self._json: IO[str] | None = None
         self._json_name = f"--log-json {config.log_json}"
         if config.log_json is not None:
-            try:
+            with writing("--log-json", config.log_json):
                 self._json = _opened(Path(config.log_json), append=config.resume is not None)
-            except OSError as error:
-                raise UserError(f"--log-json {config.log_json}: cannot write it ({error.strerror or error})") from None
         self._bar = tqdm(
             total=config.last_step,
             initial=first_step,
@@ -118,7 +116,7 @@ class RunLog:
         except OSError as error:  # a full disk, or a reader that has gone
             self._quiet = True
             discard_stdout()
-            self.unsaved_because(f"what follows on stdout ({error.strerror})")
+            self.unsaved_because(f"what follows on stdout ({one_line(error)})")
 
     def warning(self, text: str) -> None:
         """A line for people, on stderr."""
@@ -136,7 +134,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            self.unsaved_because(f"{what} ({error.strerror or error})")
+            self.unsaved_because(f"{what} ({one_line(error)})")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """An evaluation's line and event."""
@@ -179,7 +177,7 @@ class RunLog:
                 with contextlib.suppress(OSError):
                     self._json.close()
                 self._json = None
-                self.unsaved_because(f"the rest of {self._json_name} ({error.strerror})")
+                self.unsaved_because(f"the rest of {self._json_name} ({one_line(error)})")
 
 
 def _opened(path: Path, *, append: bool) -> IO[str]:

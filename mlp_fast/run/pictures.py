@@ -23,13 +23,9 @@ BOX = 0.25  # half the height of a box in the graph, where rows are 1 apart
 
 
 def visualize(saved: Checkpoint, context: Sequence[int], folder: Path, format: str) -> str:
-    """Writes the pictures and summary.txt into a folder; returns the summary. OSError where a file cannot be written.
+    """Writes the pictures, that of the probabilities after a context of T tokens, and summary.txt into a folder.
 
-    Args:
-        saved: the model.
-        context: T tokens.
-        folder: it exists.
-        format: one of FORMATS.
+    Returns the summary; OSError where a file cannot be written.
     """
     model, vocabulary = saved.model(), saved.vocabulary
     operations = computation_graph(model, saved.config.batch_size, saved.config.context_length)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlp_fast.errors import UserError
+from mlp_fast.errors import UserError, one_line
 from mlp_fast.files import check_writable
 from mlp_fast.measure.timing import Spread
 
@@ -27,7 +27,7 @@ def require_matplotlib(wanted: str) -> None:
     except ImportError:
         raise UserError(f"{wanted} matplotlib; install it with: pip install 'mlp-fast[plot]'") from None
     except OSError as error:
-        raise UserError(f"{wanted.partition(' ')[0]}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{wanted.partition(' ')[0]}: {one_line(error)}") from None
 
 
 def drawable(text: str) -> str:

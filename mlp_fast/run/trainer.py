@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,10 +19,8 @@ from mlp_fast.model.mlp import Shape
 from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED
 from mlp_fast.model.schedule import learning_rate
 from mlp_fast.model.state import TrainState
-from mlp_fast.model.windows import Tape, evaluated_positions
-from mlp_fast.run import checkpoint
+from mlp_fast.model.windows import Tape, evaluated_positions, windows_of_splits
 from mlp_fast.run.checkpoint import Checkpoint
-from mlp_fast.run.evaluation import tapes_of, windows_of
 from mlp_fast.run.folder import RunFolder
 from mlp_fast.run.interrupt import Interrupt
 from mlp_fast.run.log import Evaluation, RunLog
@@ -60,9 +57,6 @@ class Trainer:
     """One run: a backend trained on a corpus, with its log and its checkpoints.
 
     Args:
-        config: the settings.
-        corpus: the three splits.
-        log: where to report.
         folder: where to save; None saves nothing.
         start: the checkpoint to go on from; at step 0, with another run's parameters, for --init-from.
         interrupt: what may ask the run to end early.
@@ -83,14 +77,14 @@ class Trainer:
         self.world = distributed.world()
         self.config, self.corpus, self.log, self.folder = config, corpus, log, folder
         self.interrupt = interrupt or Interrupt()
-        self.tapes = tapes_of(corpus, config.context_length)
+        self.tapes = {split: Tape(tokens, config.context_length) for split, tokens in corpus.tapes.items()}
         self.beginning = tuple(corpus.train[: config.context_length].tolist())
         self.entropy = {split: self._entropy(split) for split in ("val", "test")}
         state = start.state if start else TrainState.initial(self.shape, config.seed)
         self.first_step = self.step = state.step
         self.losses = start.losses if start else {}  # of the latest evaluation, as a checkpoint keeps them
         self.backend = self.choice.create(config, self.shape, self.tapes["train"], state)
-        self.windows = windows_of(self.tapes, config.batch_size, self.backend.device)
+        self.windows = windows_of_splits(self.tapes, config.batch_size, self.backend.device)
         self.seconds = {"prepare_seconds": 0.0, "training_seconds": 0.0, "evaluation_seconds": 0.0}
         self.piece = FIRST_PIECE[self.backend.device.type]
         self.timed_from = (self.step, 0.0)  # step and training seconds at the last evaluation
@@ -173,8 +167,10 @@ class Trainer:
 
     def _save(self) -> None:
         """Saves a checkpoint if there is a folder, it does not hold the same already, and the state is finite."""
-        saved = self._saved()
-        if self.folder is None or (saved and saved.get("evaluated_at") == self.losses.get("evaluated_at")):
+        if self.folder is None:
+            return
+        saved = self.folder.known(self.step)
+        if saved is not None and saved.get("evaluated_at") == self.losses.get("evaluated_at"):
             return
         state = self.backend.state()
         if not all(bool(torch.isfinite(t).all()) for part in state.parts.values() for t in part.values()):
@@ -195,10 +191,10 @@ class Trainer:
 
     def _saves_at(self, step: int) -> bool:
         every = self.config.checkpoint_every
-        if every is None or step % every != 0:
+        if self.folder is None or every is None or step % every != 0:
             return False
         # A run that stopped before the evaluation of this step left a checkpoint without its losses.
-        return step > self.first_step or self._saved() is not None
+        return step > self.first_step or self.folder.known(step) is not None
 
     def _next_stop(self) -> int:
         """The first step after this one at which something happens: an evaluation, a checkpoint, or the end."""
@@ -206,13 +202,6 @@ class Trainer:
         regular = [(self.step // period + 1) * period for period in periods]
         single = [self.config.num_steps - 1, self.config.last_step]
         return min(stop for stop in [*regular, *single] if stop > self.step)
-
-    def _saved(self) -> dict[str, Any] | None:
-        """What the folder knows of this step's checkpoint, where that is its newest."""
-        newest = self.folder.newest if self.folder is not None else None
-        if self.folder is None or newest is None or newest.name != checkpoint.file_name(self.step):
-            return None
-        return self.folder.entries[newest.name]
 
     def _require_finite(self) -> None:
         """Raises NonFiniteLoss once something is known to have gone wrong, unless --on-nan continue."""
