@@ -36,18 +36,8 @@ from mlp_fast.model.state import TrainState
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = Parser(prog="python -m mlp_fast.profile", description=__doc__)
-    count = number(int, 1)
-    parser.add_argument("--steps", type=count, default=50, metavar="N", help="warm steps to look at")
-    parser.add_argument("--warmup", type=number(int, 0), default=50, metavar="M", help="steps before them")
-    parser.add_argument("--top", type=count, default=15, metavar="K", help="rows of the table")
-    parser.add_argument("--trace", metavar="FILE", help="the Chrome trace (default: runs/trace-BACKEND.json)")
-    parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
-    parser.add_argument("--proton", metavar="STEM", help="profile by Triton's Proton into STEM.hatchet")
-    parser.add_argument("--no-profiler", action="store_true", help="only do the steps, for ncu and nsys")
-    add_config_arguments(parser, leave_out=RUN_ONLY)
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser.parse_args(given)
+    arguments = _parser().parse_args(given)
     config, steps = config_from(arguments), arguments.steps
     if arguments.warmup + steps > config.num_steps:
         raise UserError(f"--warmup and --steps together exceed --num-steps, {config.num_steps}; ask for fewer")
@@ -55,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape, tape = subject(config)
     choice = backends.resolve(config, shape, tape)
     name, device = choice.cls.name, choice.device
-    proton = proton_missing(device)
-    if arguments.proton is not None and proton:
-        raise UserError(f"--proton: {proton}")
+    if arguments.proton is not None and (reason := proton_missing(device)):
+        raise UserError(f"--proton: {reason}")
     trace = _checked_trace(arguments.trace, name)
     if arguments.json is not None:
         check_writable(Path(arguments.json), "--json")
@@ -77,11 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = profile_steps(backend, steps, trace)
     print(f"{summary.table(arguments.top)}\n{wall:.2f} us a step without it\n")
     print(f"Chrome trace: {trace} (open it in https://ui.perfetto.dev)")
-    print(f"Proton: {proton or 'the same command with --proton STEM'}")
+    print(f"Proton: {proton_missing(device) or 'the same command with --proton STEM'}")
     print(external_commands(given, name, steps))
     if arguments.json is not None:
         write_json(arguments.json, {**where, "backend": name, "wall": wall, **dataclasses.asdict(summary)})
     return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m mlp_fast.profile", description=__doc__)
+    count = number(int, 1)
+    parser.add_argument("--steps", type=count, default=50, metavar="N", help="warm steps to look at")
+    parser.add_argument("--warmup", type=number(int, 0), default=50, metavar="M", help="steps before them")
+    parser.add_argument("--top", type=count, default=15, metavar="K", help="rows of the table")
+    parser.add_argument("--trace", metavar="FILE", help="the Chrome trace (default: runs/trace-BACKEND.json)")
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
+    parser.add_argument("--proton", metavar="STEM", help="profile by Triton's Proton into STEM.hatchet")
+    parser.add_argument("--no-profiler", action="store_true", help="only do the steps, for ncu and nsys")
+    add_config_arguments(parser, leave_out=RUN_ONLY)
+    return parser
 
 
 def _checked_trace(given: str | None, backend: str) -> Path:
