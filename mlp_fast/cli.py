@@ -5,7 +5,6 @@ import dataclasses
 import gc
 import re
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -48,11 +47,10 @@ class Parser(argparse.ArgumentParser):
 def add_config_arguments(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = ()) -> None:
     """Adds --preset and one option per Config field, in the order of the dataclass."""
     parser.add_argument("--preset", choices=PRESETS, help="sets several options at once; others given here win")
-    hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         if field.name in leave_out:
             continue
-        kind, choices = plain_type(hints[field.name]), field.metadata["choices"]
+        kind, choices = plain_type(field.type), field.metadata["choices"]
         metavar = field.metadata["metavar"] or (None if choices else kind.__name__.upper())
         how = {"type": kind, "choices": choices, "metavar": metavar}
         if kind is bool:

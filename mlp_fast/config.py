@@ -103,10 +103,9 @@ class Config:
     quiet: bool = _command(False, "print nothing but errors")
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(Config)
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
-            _check(field, hints[field.name], getattr(self, field.name))
+            _check(field, getattr(self, field.name))
         if self.stop_after is not None and self.stop_after > self.num_steps:
             raise UserError(f"--stop-after must be at most --num-steps, {self.num_steps} (got {self.stop_after})")
         if self.min_count > 1 and self.tokens != "word":
@@ -142,11 +141,11 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
-    kinds = typing.get_args(hint) or (hint,)
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    kinds = typing.get_args(field.type) or (field.type,)
     # bool is an int to Python, and an int serves as a float; neither may pass for the other here
     if type(value) not in (*kinds, *([int] if float in kinds else [])):
-        raise UserError(f"{flag(field.name)} {value!r} is of the wrong type; give {plain_type(hint).__name__}")
+        raise UserError(f"{flag(field.name)} {value!r} is of the wrong type; give {plain_type(field.type).__name__}")
     if value is None:
         return
     choices, least, most = (field.metadata[key] for key in ("choices", "least", "most"))

@@ -129,8 +129,7 @@ def evaluated_windows(tape: Tape, batch_size: int, max_batches: int | None = Non
         new[1:] |= ordered[1:] != ordered[:-1]
     starts = np.flatnonzero(new)
     counts = rounds * np.diff(starts, append=size)
-    if rest:
-        counts += np.add.reduceat(order < rest, starts, dtype=np.int64)
+    counts += np.add.reduceat(order < rest, starts, dtype=np.int64)
     device = tape.tokens.device
     rows = tape.rows[torch.from_numpy(order[starts]).to(device)].long()
     return WeightedWindows(rows, torch.from_numpy(counts).double().to(device))

@@ -51,17 +51,11 @@ def figure(
 
     Axes are one, or an array of those in rows and columns; `metadata` is written into the file.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    picture, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
-    try:
-        yield axes
-        picture.savefig(path, dpi=130, metadata=metadata)
-    finally:
-        plt.close(picture)
+    picture = Figure(figsize=(width, height), layout="constrained")
+    yield picture.subplots(rows, columns)
+    picture.savefig(path, dpi=130, metadata=metadata)
 
 
 def draw_losses(axes: Any, steps: Sequence[int], losses: Mapping[str, Sequence[float]], entropy: float | None) -> None:
