@@ -187,9 +187,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
 
     def _read_index(self) -> dict[str, dict[str, Any]]:
         """The entries of the index; none where it is missing or damaged, since the files speak for themselves."""
-        with contextlib.suppress(
-            OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError
-        ):
+        with contextlib.suppress(Exception):  # whatever may be wrong with it
             entries = json.loads((self.path / INDEX).read_bytes())["checkpoints"]
             return {name: {str(key): float(value) for key, value in entry.items()} for name, entry in entries.items()}
         return {}
