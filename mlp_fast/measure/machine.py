@@ -122,10 +122,10 @@ def resident_peak() -> int:
 
 def memory() -> int | None:
     """Bytes of memory that this process may have: this machine's, or less under a limit; None where nothing says."""
-    sizes = []
+    sizes = [address_space_limit()]
     with contextlib.suppress(AttributeError, ValueError, OSError):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min([*sizes, *([] if (limit := address_space_limit()) is None else [limit])], default=None)
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def address_space_limit() -> int | None:
