@@ -32,7 +32,10 @@ MAX_PROGRAMS = 4096  # of one loss launch; each takes several blocks of rows whe
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and tiles, the compile-time argument of the kernels. BLOCK_* are powers of two, at least 16."""
+    """Sizes and tiles, the compile-time argument of the kernels.
+
+    BLOCK_* are powers of two, at least 16; BLOCK_R at least 8 in ieee.
+    """
 
     V: int
     T: int
@@ -70,7 +73,9 @@ def default_config(V: int, T: int, E: int, H: int, *, precision: str = "fp32") -
         return ModelConfig(V, T, E, H, 512, _block(E, 256), _block(H, 4096), arithmetic)
     if V <= 32 and arithmetic == "ieee":  # by tensor cores, Triton does not compile so many rows for sm_100
         return ModelConfig(V, T, E, H, 64, _block(E, 32), 32, arithmetic)
-    return ModelConfig(V, T, E, H, 32 if V <= 64 else 16, _block(E, 32), 16, arithmetic)
+    # Large vocabularies fill the registers with logits; a product by tensor cores has at least 16 rows.
+    rows = 32 if V <= 64 else 8 if arithmetic == "ieee" else 16
+    return ModelConfig(V, T, E, H, rows, _block(E, 32), 16, arithmetic)
 
 
 def _block(size: int, most: int) -> int:
