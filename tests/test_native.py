@@ -98,10 +98,20 @@ Run = tuple[list[float], dict[int, list[list[torch.Tensor]]]]  # losses; steps d
 
 
 @threads(1)  # tensors this small gain nothing from more, and waiting threads slow down whatever else runs
-def reference(case: Case, steps: list[int], dtype: torch.dtype) -> Run:
-    """The same training by autograd and torch.optim.AdamW."""
+def reference(case: Case, steps: list[int], dtype: torch.dtype, rounded: int | None = None) -> Run:
+    """The same training by autograd and torch.optim.AdamW.
+
+    With a seed `rounded` the initial parameters are off, at random, by up to three ulp of float32, the accuracy of
+    exp and tanh in C. So much a sum in float32 is off whose terms cancel, as all do at some sizes.
+    """
     state = case.state()
-    tensors = [state.parameters[name].to(dtype).clone().requires_grad_() for name in PARAMETER_NAMES]
+    tensors = [state.parameters[name].to(dtype).clone() for name in PARAMETER_NAMES]
+    if rounded is not None:
+        generator = torch.Generator().manual_seed(rounded)
+        for t in tensors:
+            t *= 1 + 3 * 2**-23 * (2 * torch.rand(t.shape, dtype=dtype, generator=generator) - 1)
+    for t in tensors:
+        t.requires_grad_()
     wte, w1, b1, w2, b2 = tensors
     optimizer = torch.optim.AdamW(tensors, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=WEIGHT_DECAY)
     rows = case.tape().unfold(0, case.T + 1, 1)
@@ -122,13 +132,14 @@ def reference(case: Case, steps: list[int], dtype: torch.dtype) -> Run:
 
 
 def assert_no_farther(
-    got: list[list[torch.Tensor]], eager: list[list[torch.Tensor]], truth: list[list[torch.Tensor]]
+    got: list[list[torch.Tensor]], others: list[list[list[torch.Tensor]]], truth: list[list[torch.Tensor]]
 ) -> None:
-    """Every tensor is no farther from float64 than twice eager's own distance plus 1e-6, relative, by norm."""
-    for kind, a, b, c in zip(("parameter", "exp_avg", "exp_avg_sq"), got, eager, truth, strict=True):
-        for name, mine, torchs, exact in zip(PARAMETER_NAMES, a, b, c, strict=True):
+    """Every tensor is no farther from float64 than twice the farthest of others' plus 1e-6, relative, by norm."""
+    for kind, a, *b, c in zip(("parameter", "exp_avg", "exp_avg_sq"), got, *others, truth, strict=True):
+        for name, mine, *theirs, exact in zip(PARAMETER_NAMES, a, *b, c, strict=True):
             scale = exact.norm().clamp_min(1e-20)
-            distance, allowed = (mine - exact).norm() / scale, 2 * (torchs - exact).norm() / scale + 1e-6
+            distance = (mine - exact).norm() / scale
+            allowed = 2 * max((other - exact).norm() for other in theirs) / scale + 1e-6
             assert distance <= allowed, f"{kind} {name}: {distance:.2e} > {allowed:.2e}"
 
 
@@ -156,7 +167,7 @@ def test_training_is_as_near_to_float64_as_torch(
         with threads(count):
             losses += case.train(model, step - before)
         got = model.store()
-        assert_no_farther(list(got), eager[step], exact[step])
+        assert_no_farther(list(got), [eager[step]], exact[step])
         if step == 1:  # exp_avg is a tenth of the gradient: compare element by element
             for mine, torchs, truth in zip(got[1], eager[1][1], exact[1][1], strict=True):
                 allowed = 2 * (torchs - truth).abs().max() + 1e-6 * truth.abs().max()
@@ -187,7 +198,8 @@ def test_any_sizes(case: Case, form: str, isa: str, count: int) -> None:
         losses = case.train(model, 2)
     exact_losses, exact = reference(case, [2], torch.float64)
     assert losses == pytest.approx(exact_losses, abs=1e-5)
-    assert_no_farther(list(model.store()), reference(case, [2], torch.float32)[1][2], exact[2])
+    others = [reference(case, [2], torch.float32), *(reference(case, [2], torch.float64, seed) for seed in range(4))]
+    assert_no_farther(list(model.store()), [states[2] for _, states in others], exact[2])
 
 
 def exact_logits(case: Case, contexts: torch.Tensor) -> torch.Tensor:
