@@ -109,7 +109,9 @@ def logits_of_rows(contexts_ptr, stride, row, in_range, model, C: tl.constexpr):
                     mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
                     other=0.0,
                 )
+                # pre += wte[x_t, e] @ W1[:, t, e]^T   (BLOCK_R, BLOCK_H)
                 pre = tl.dot(emb, weight, pre, input_precision=C.precision)
+        # h = tanh(pre + b1);  logits += h @ W2^T   (BLOCK_R, VP)
         h = tanh(pre + tl.load(model.b1 + unit, mask=unit < C.H, other=0.0)[None, :])
         weight = tl.load(
             model.w2 + unit[:, None] * C.V + v[None, :], mask=(v[None, :] < C.V) & (unit[:, None] < C.H), other=0.0
@@ -159,6 +161,7 @@ def mean_loss_kernel(windows_ptr, counts_ptr, partial_ptr, finished_ptr, mean_pt
         logits = tl.where(v[None, :] < C.V, logits, float("-inf"))
         target = tl.load(windows_ptr + row.to(tl.int64) * (C.T + 1) + C.T, mask=in_range, other=0)
         count = tl.load(counts_ptr + row, mask=in_range, other=0.0)
+        # loss = log(sum_v exp(z_v)) - z_target,  z = logits - max_v logits   (BLOCK_R,)
         shifted = logits - tl.max(logits, axis=1)[:, None]
         own = tl.sum(tl.where(v[None, :] == target[:, None], shifted, 0.0), axis=1)
         loss = tl.log(tl.sum(tl.exp(shifted), axis=1)) - own
@@ -209,12 +212,14 @@ def sample_kernel(tokens_ptr, seed_ptr, count, model, C: tl.constexpr):
                         other=0.0,
                     )
                     pre += weight * emb[None, :]
+            # h = tanh(b1 + sum over t and e of W1[:, t, e] wte[x_t, e]);  products += W2 h, of these units
             h = tanh(tl.sum(pre, axis=1) + tl.load(model.b1 + unit, mask=unit < C.H, other=0.0))
             weight = tl.load(
                 model.w2 + v[:, None] * C.H + unit[None, :], mask=(v[:, None] < C.V) & (unit[None, :] < C.H), other=0.0
             )
             products += weight * h[None, :]
         logits = tl.sum(products, axis=1) + tl.load(model.b2 + v, mask=v < C.V, other=float("-inf"))
+        # probabilities = softmax(logits)
         exponential = tl.exp(logits - tl.max(logits, axis=0))
         probabilities = exponential / tl.sum(exponential, axis=0)
         cumulative = tl.cumsum(probabilities.to(tl.float64), axis=0)
