@@ -66,8 +66,10 @@ def assert_equal_outcomes(several: dict[str, Any], one: dict[str, Any]) -> None:
     assert several["sums"] == pytest.approx(one["sums"], abs=1e-3)
 
 
-def test_two_processes_of_torchrun_compute_the_steps_of_one(tmp_path: Path) -> None:
-    names = ["eager", "eager-raw", "compile", "triton-op"]
+@pytest.mark.parametrize(
+    "names", [("eager", "eager-raw", "triton-op"), pytest.param(("compile",), marks=pytest.mark.long)], ids="-".join
+)
+def test_two_processes_of_torchrun_compute_the_steps_of_one(names: tuple[str, ...], tmp_path: Path) -> None:
     subprocess.run(
         [*TORCHRUN, "2", PROGRAM, str(tmp_path / "out"), *names],
         env=ENVIRONMENT,
@@ -77,7 +79,7 @@ def test_two_processes_of_torchrun_compute_the_steps_of_one(tmp_path: Path) -> N
     )
     written = json.loads((tmp_path / "out").read_text())
     assert written["size"] == 2
-    assert {"eager", "eager-raw", "triton-op"} <= written["outcomes"].keys()
+    assert set(names) - {"compile"} <= written["outcomes"].keys()  # which this machine may lack a compiler for
     # The single process is always eager: the others must compute the same.
     for name, several in written["outcomes"].items():
         assert_equal_outcomes(several, of_one("eager-raw" if name == "eager-raw" else "eager"))

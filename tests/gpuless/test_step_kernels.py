@@ -58,10 +58,12 @@ def check(case: Case, *schedules: Schedule) -> None:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32x3"])
-def test_the_default_resident_steps_follow_float64(precision: str) -> None:
-    """128 programs, 3 steps. One run: no load may race here, so there is nothing to replace by NaN and compare."""
-    case = Case(form="resident", precision=precision, steps=3, tokens=2000)
+@pytest.mark.parametrize(
+    ("precision", "steps"), [("fp32", 2), *(pytest.param(p, 3, marks=pytest.mark.long) for p in ("fp32", "tf32x3"))]
+)
+def test_the_default_resident_steps_follow_float64(precision: str, steps: int) -> None:
+    """128 programs. One run: no load may race here, so there is nothing to replace by NaN and compare."""
+    case = Case(form="resident", precision=precision, steps=steps, tokens=2000)
     assert (case.config.G, case.config.R) == (32, 4)
     outcome = run_case(case, ADVERSE)
     assert [str(finding) for finding in outcome.findings if not finding.same_value] == []
