@@ -7,8 +7,9 @@
 h (B, H), weight (V, H) of any strides, bias (V), targets (B) integer, all sums fp32. Forward, three versions:
 
 1. naive: a program computes all logits of one row, one multiply-add a load. Every program reads all of weight.
-2. tiles: a program computes logits of 32 rows, 32 tokens at a time, as matrix products, so a number loaded serves 32
-   rows or tokens. An online softmax (Milakov and Gimelshein 2018) goes from one block of tokens to the next.
+2. tiles: a program computes logits of 32 rows, 16 where these would make too few programs, 32 tokens at a time, as
+   matrix products, so a number loaded serves as many rows or tokens. An online softmax (Milakov and Gimelshein 2018)
+   goes from one block of tokens to the next.
 3. parts: where there are too few blocks of rows for a device, V is cut into parts, a program each, and a second kernel
    puts their sums together. The operator takes 2 or 3.
 
@@ -31,8 +32,9 @@ from ._math import dot, load_transposed
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision, interpreting
 from ._sum import parts_of, sum_parts
 
-# Tiles of logits: rows, tokens, hidden units a step; and the hidden units of a gradient tile. More would spill.
-BLOCK_B, BLOCK_V, BLOCK_K, BLOCK_H = 32, 32, 16, 32
+# Tiles of logits: tokens, and hidden units a step; and the hidden units of a gradient tile. More would spill.
+BLOCK_V, BLOCK_K, BLOCK_H = 32, 32, 32
+FEW_ROWS, MANY_ROWS = 16, 32  # of a tile of logits; 64 would be faster, but Triton does not compile them for sm_100
 COMBINE_ROWS = 128
 # Below this many programs a device idles, so work is cut finer even where that means computing logits again.
 # The interpreter has no programs side by side.
@@ -291,11 +293,16 @@ def linear_cross_entropy_1(h: Tensor, weight: Tensor, bias: Tensor, targets: Ten
     return loss.mean()
 
 
-def _tiles(precision: str) -> dict[str, object]:
+def _rows_of_a_tile(B: int, V: int) -> int:
+    """Many, since a number of weight that is loaded serves all of them, unless a device would idle."""
+    return MANY_ROWS if triton.cdiv(B, MANY_ROWS) * triton.cdiv(V, BLOCK_V) >= MIN_PROGRAMS else FEW_ROWS
+
+
+def _tiles(block_b: int, precision: str) -> dict[str, object]:
     # One stage: the software pipeline would load a gradient tile before the previous round has stored it.
     return {
         "INPUT_PRECISION": input_precision(precision),
-        "BLOCK_B": BLOCK_B,
+        "BLOCK_B": block_b,
         "BLOCK_V": BLOCK_V,
         "BLOCK_K": BLOCK_K,
         "num_warps": 4,
@@ -324,12 +331,13 @@ def linear_cross_entropy_fwd(
     if B == 0:
         return row_loss.mean() if mean else row_loss, lse
     h, bias, targets = h.contiguous(), bias.contiguous(), targets.contiguous()
-    row_blocks = triton.cdiv(B, BLOCK_B)
+    block_b = _rows_of_a_tile(B, V)
+    row_blocks = triton.cdiv(B, block_b)
     num_parts, blocks_per_part = _cut(triton.cdiv(V, BLOCK_V), row_blocks)
     parts = lse if num_parts == 1 else torch.empty((num_parts, 3, B), dtype=torch.float32, device=h.device)
     linear_cross_entropy_fwd_kernel[(row_blocks, num_parts)](
         h, weight, bias, targets, lse, row_loss, parts, B, V, H, *weight.stride(), blocks_per_part,
-        SINGLE_PART=num_parts == 1, **_tiles(precision),
+        SINGLE_PART=num_parts == 1, **_tiles(block_b, precision),
     )  # fmt: skip
     if num_parts > 1:
         combine_parts_kernel[(triton.cdiv(B, COMBINE_ROWS),)](
@@ -351,7 +359,8 @@ def linear_cross_entropy_bwd(
         zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (h, weight, bias)]
         return (zeros[0] if need_h else None), *((zeros[1], zeros[2]) if need_weight else (None, None))
     h, bias, targets = h.contiguous(), bias.contiguous(), targets.contiguous()
-    row_blocks, blocks_v, blocks_h = triton.cdiv(B, BLOCK_B), triton.cdiv(V, BLOCK_V), triton.cdiv(H, BLOCK_H)
+    block_b = _rows_of_a_tile(B, V)
+    row_blocks, blocks_v, blocks_h = triton.cdiv(B, block_b), triton.cdiv(V, BLOCK_V), triton.cdiv(H, BLOCK_H)
     dh = dweight = dbias = None
     by_row = rows is not None
     lse = torch.cat([lse, rows]) if by_row else lse
@@ -361,17 +370,18 @@ def linear_cross_entropy_bwd(
         num_parts, blocks_per_part = _cut(blocks_h, row_blocks)
         linear_cross_entropy_dh_kernel[(row_blocks, num_parts)](
             h, weight, bias, targets, lse, dloss, dh, B, V, H, *weight.stride(), blocks_per_part,
-            BY_ROW=by_row, BLOCK_H=BLOCK_H, **_tiles(precision),
+            BY_ROW=by_row, BLOCK_H=BLOCK_H, **_tiles(block_b, precision),
         )  # fmt: skip
         dh = dh.to(h.dtype)
     if need_weight:
-        parts, rows_per_part = parts_of(B, V * H, BLOCK_B)
+        # Few rows a part: to compute their logits again takes longer than to add up more parts.
+        parts, rows_per_part = parts_of(B, V * H, block_b, part_rows=block_b)
         partial = torch.empty((parts, V, H), dtype=torch.float32, device=h.device)
         bias_partial = torch.empty((parts, V), dtype=torch.float32, device=h.device)
         num_parts, blocks_per_part = _cut(blocks_h, blocks_v * parts)
         linear_cross_entropy_dweight_kernel[(blocks_v, num_parts, parts)](
             h, weight, bias, targets, lse, dloss, partial, bias_partial, B, V, H, *weight.stride(),
-            rows_per_part, blocks_per_part, BY_ROW=by_row, BLOCK_H=BLOCK_H, **_tiles(precision),
+            rows_per_part, blocks_per_part, BY_ROW=by_row, BLOCK_H=BLOCK_H, **_tiles(block_b, precision),
         )  # fmt: skip
         dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, bias.dtype)
     return dh, dweight, dbias
