@@ -5,7 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._runtime import interpreting
+
+# Below this many programs a device idles, so work is cut finer even where that means computing something again.
+# The interpreter has no programs side by side.
+MIN_PROGRAMS = 1 if interpreting() else 128
 SUM_BLOCK = 512
+AHEAD: tl.constexpr = tl.constexpr(8)  # parts that are loaded at a time
 # A part for every PART_ROWS rows, at most MAX_PARTS, and at most MAX_PART_NUMBERS numbers in all parts together.
 PART_ROWS, MAX_PARTS, MAX_PART_NUMBERS = 64, 64, 1 << 24
 
@@ -16,9 +22,13 @@ def sum_parts_kernel(parts_ptr, out_ptr, N, num_parts, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < N
     acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(num_parts):
-        acc += tl.load(parts_ptr + i, mask=mask, other=0.0)
-        parts_ptr += N
+    for first in range(0, num_parts, AHEAD):
+        loaded = ()  # all before the first is added, so that their latencies overlap
+        for j in tl.static_range(AHEAD):
+            ptrs = parts_ptr + (first + j) * N + i
+            loaded += (tl.load(ptrs, mask=mask & (first + j < num_parts), other=0.0),)
+        for j in tl.static_range(AHEAD):
+            acc += loaded[j]
     tl.store(out_ptr + i, acc, mask=mask)
 
 

@@ -62,7 +62,7 @@ def dtable_one_hot_kernel(
     tl.store(parts_ptr + offsets, acc, mask=in_r[:, None] & in_cols[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])  # for sm_100 the code of one part alone spills
 def segment_sum_kernel(
     order_ptr, starts_ptr, x_ptr, h_ptr, parts_ptr, R, D, stride_xr, stride_xd, num_parts,
     T: tl.constexpr, OF_DPRE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,

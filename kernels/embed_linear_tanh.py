@@ -34,12 +34,14 @@ from torch import Tensor
 from ._math import dot, load_dpre, load_transposed, tanh
 from ._model import choose_form
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision
-from ._sum import parts_of, sum_parts
+from ._sum import MIN_PROGRAMS, parts_of, sum_parts
 from ._sum_by_token import dtable_sums, segment_sums, valid_tokens
 
 NAIVE_H = 128  # hidden units of a program of the naive kernel: one a thread
-# One tile shape for every matrix product here: M rows, N columns, K a step. Larger fp32 FMA tiles spill registers.
+# Tiles of every matrix product here: M rows, N columns, K a step. Larger fp32 FMA tiles spill registers. The small ones
+# make enough programs of a small batch.
 BLOCK_M, BLOCK_N, BLOCK_K = 32, 64, 16
+SMALL_M, SMALL_N, SMALL_K = 16, 32, 32
 # The lookup kernel's tile; it has no product and only moves memory: rows, columns.
 LOOKUP_ROWS, LOOKUP_COLUMNS = 8, 256
 
@@ -302,12 +304,14 @@ def embed_linear_tanh_1(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor) 
     return h
 
 
-def _tiles(precision: str) -> dict[str, Any]:
+def _tiles(B: int, H: int, precision: str) -> dict[str, Any]:
+    enough = triton.cdiv(B, BLOCK_M) * triton.cdiv(H, BLOCK_N) >= MIN_PROGRAMS
+    M, N, K = (BLOCK_M, BLOCK_N, BLOCK_K) if enough else (SMALL_M, SMALL_N, SMALL_K)
     return {
         "INPUT_PRECISION": input_precision(precision),
-        "BLOCK_M": BLOCK_M,
-        "BLOCK_N": BLOCK_N,
-        "BLOCK_K": BLOCK_K,
+        "BLOCK_M": M,
+        "BLOCK_N": N,
+        "BLOCK_K": K,
         "num_warps": 4,
         "num_stages": 2,
         "maxnreg": MAX_REGISTERS,
@@ -321,15 +325,16 @@ def embed_linear_tanh_fwd(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor
     if h.numel() == 0:
         return h
     idx, wte, bias = idx.contiguous(), wte.contiguous(), bias.contiguous()
-    blocks_h = triton.cdiv(H, BLOCK_N)
+    tiles = _tiles(B, H, precision)
+    blocks_h = triton.cdiv(H, tiles["BLOCK_N"])
     if choose_form(form, B, V) == "gather":
-        embed_linear_tanh_fwd_gather_kernel[(triton.cdiv(B, BLOCK_M), blocks_h)](
-            idx, wte, weight, bias, h, B, V, H, *weight.stride(), T=T, E=E, **_tiles(precision)
+        embed_linear_tanh_fwd_gather_kernel[(triton.cdiv(B, tiles["BLOCK_M"]), blocks_h)](
+            idx, wte, weight, bias, h, B, V, H, *weight.stride(), T=T, E=E, **tiles
         )
         return h
     table = torch.empty((T, V, H), dtype=torch.float32, device=weight.device)
-    embed_table_kernel[(triton.cdiv(V, BLOCK_M), blocks_h, T)](
-        wte, weight, table, V, H, *weight.stride(), E=E, **_tiles(precision)
+    embed_table_kernel[(triton.cdiv(V, tiles["BLOCK_M"]), blocks_h, T)](
+        wte, weight, table, V, H, *weight.stride(), E=E, **tiles
     )
     embed_lookup_tanh_kernel[(triton.cdiv(B, LOOKUP_ROWS), triton.cdiv(H, LOOKUP_COLUMNS))](
         idx, table, bias, h, B, V, H, T=T, BLOCK_B=LOOKUP_ROWS, BLOCK_H=LOOKUP_COLUMNS,
@@ -358,20 +363,21 @@ def _bwd_gather(
     dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, precision: str, need_wte: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     (B, T), (V, E), H = idx.shape, wte.shape, weight.shape[0]
+    tiles = _tiles(B, H, precision)
+    M, N, K = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     dwte = dweight = dbias = None
     if need_weight:
-        parts, rows_per_part = parts_of(B, weight.numel(), BLOCK_K)
+        parts, rows_per_part = parts_of(B, weight.numel(), K)
         partial = torch.empty((parts, H, T * E), dtype=torch.float32, device=h.device)
         bias_partial = torch.empty((parts, H), dtype=torch.float32, device=h.device)
-        dweight_gather_kernel[(triton.cdiv(H, BLOCK_M), T * triton.cdiv(E, BLOCK_N), parts)](
-            idx, wte, h, dh, partial, bias_partial, B, V, H, *dh.stride(), rows_per_part,
-            T=T, E=E, **_tiles(precision),
-        )  # fmt: skip
+        dweight_gather_kernel[(triton.cdiv(H, M), T * triton.cdiv(E, N), parts)](
+            idx, wte, h, dh, partial, bias_partial, B, V, H, *dh.stride(), rows_per_part, T=T, E=E, **tiles
+        )
         dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, weight.dtype)
     if need_wte:
         demb = torch.empty((B * T, E), dtype=torch.float32, device=h.device)
-        demb_kernel[(triton.cdiv(B, BLOCK_M), triton.cdiv(T * E, BLOCK_N))](
-            h, dh, weight, demb, B, H, T * E, *dh.stride(), *weight.stride(), **_tiles(precision)
+        demb_kernel[(triton.cdiv(B, M), triton.cdiv(T * E, N))](
+            h, dh, weight, demb, B, H, T * E, *dh.stride(), *weight.stride(), **tiles
         )
         dwte = segment_sums(valid_tokens(idx, V), demb, None, V, T).to(wte.dtype)
     return dwte, dweight, dbias
@@ -380,35 +386,36 @@ def _bwd_gather(
 def _bwd_table(
     dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, precision: str, need_wte: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    T, (V, E), H = idx.shape[1], wte.shape, weight.shape[0]
-    tiles = _tiles(precision)
+    (B, T), (V, E), H = idx.shape, wte.shape, weight.shape[0]
+    tiles = _tiles(B, H, precision)
+    M, N, K = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     dtable = dtable_sums(dh, h, idx, V, tiles)
     dwte = dweight = dbias = None
     if need_weight:
         dweight = torch.empty((H, T * E), dtype=weight.dtype, device=h.device)
         dbias = torch.empty((H,), dtype=weight.dtype, device=h.device)
-        dweight_table_kernel[(triton.cdiv(H, BLOCK_M), triton.cdiv(E, BLOCK_N), T)](
+        dweight_table_kernel[(triton.cdiv(H, M), triton.cdiv(E, N), T)](
             dtable, wte, dweight, dbias, V, H, T=T, E=E, **tiles
         )
     if need_wte:
-        chunks = T * triton.cdiv(H, BLOCK_K)
-        parts, rows_per_part = parts_of(chunks * BLOCK_K, V * E, BLOCK_K)
+        chunks = T * triton.cdiv(H, K)
+        parts, rows_per_part = parts_of(chunks * K, V * E, K)
         partial = torch.empty((parts, V, E), dtype=torch.float32, device=h.device)
-        dwte_table_kernel[(triton.cdiv(V, BLOCK_M), triton.cdiv(E, BLOCK_N), parts)](
-            dtable, weight, partial, V, H, *weight.stride(), rows_per_part // BLOCK_K,
-            T=T, E=E, **tiles,
-        )  # fmt: skip
+        dwte_table_kernel[(triton.cdiv(V, M), triton.cdiv(E, N), parts)](
+            dtable, weight, partial, V, H, *weight.stride(), rows_per_part // K, T=T, E=E, **tiles
+        )
         dwte = sum_parts(partial, wte.dtype)
     return dwte, dweight, dbias
 
 
 def shipped():
-    """Every form and precision, at the default sizes and at odd ones of which the compiler knows nothing; see _aot."""
+    """Every form and precision, at the default sizes, and at odd ones of which the compiler knows nothing; see _aot."""
     from ._aot import DTYPES, recorded
 
     forms = (("table", 27), ("table", 300), ("gather", 27))  # 300: summed by sorting
-    for (form, V), name, odd in itertools.product(forms, DTYPES, (False, True)):
-        B, T, E, H = (65537, 3, 17, 65) if odd else (65536, 3, 48, 512)
+    sizes = ((128, 3, 48, 512), (65536, 3, 48, 512), (65537, 3, 17, 65))
+    for (form, V), name, (B, T, E, H) in itertools.product(forms, DTYPES, sizes):
+        odd = B % 2 == 1
         stride = 2 if odd else 1
         precision = name if name in INPUT_PRECISION else "fp32"
         idx = torch.empty((B, T), dtype=torch.uint8 if odd else torch.int64, device="meta")
@@ -420,6 +427,6 @@ def shipped():
         with recorded(name) as launches:
             embed_linear_tanh_fwd(idx, wte, weight, bias, form, precision)
             embed_linear_tanh_bwd(dh, h, idx, wte, weight, form, precision, True, True)
-            if (form, V, name) == ("gather", 27, "fp32"):
+            if (form, V, name) == ("gather", 27, "fp32") and B > 128:
                 embed_linear_tanh_1(idx, wte, weight, bias)
         yield from launches

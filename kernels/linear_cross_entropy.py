@@ -29,16 +29,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ._math import dot, load_transposed
-from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision, interpreting
-from ._sum import parts_of, sum_parts
+from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision
+from ._sum import MIN_PROGRAMS, parts_of, sum_parts
 
 # Tiles of logits: tokens, and hidden units a step; and the hidden units of a gradient tile. More would spill.
 BLOCK_V, BLOCK_K, BLOCK_H = 32, 32, 32
 FEW_ROWS, MANY_ROWS = 16, 32  # of a tile of logits; 64 would be faster, but Triton does not compile them for sm_100
 COMBINE_ROWS = 128
-# Below this many programs a device idles, so work is cut finer even where that means computing logits again.
-# The interpreter has no programs side by side.
-MIN_PROGRAMS = 1 if interpreting() else 128
 
 
 # --- 1: naive, forward ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ LARGE_TILES: list[tuple[Any, dict[str, int]]] = [
     (embed_linear_tanh, dict.fromkeys(("BLOCK_M", "BLOCK_K", "LOOKUP_ROWS"), 128)),
     (embed_linear_tanh, dict.fromkeys(("BLOCK_N", "LOOKUP_COLUMNS"), 512)),
     (_sum_by_token, {"ONE_HOT_N": 512}),
-    (linear_cross_entropy, {"BLOCK_B": 128, "BLOCK_K": 512, "BLOCK_H": 512}),
+    (linear_cross_entropy, {"MANY_ROWS": 128, "BLOCK_K": 512, "BLOCK_H": 512}),
     (adamw, {"BLOCK": 65536}),
 ]
 

@@ -27,7 +27,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
                 "BLOCK_M": 128, "BLOCK_N": 512, "BLOCK_K": 128, "LOOKUP_ROWS": 128, "LOOKUP_COLUMNS": 512,
             },
             "_sum_by_token": {"ONE_HOT_N": 512},
-            "linear_cross_entropy": {"BLOCK_B": 128, "BLOCK_K": 512, "BLOCK_H": 512},
+            "linear_cross_entropy": {"MANY_ROWS": 128, "BLOCK_K": 512, "BLOCK_H": 512},
             "adamw": {"BLOCK": 65536},
         }  # fmt: skip
         for name, sizes in tiles.items():
