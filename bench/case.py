@@ -1,32 +1,45 @@
 """A benchmark: a case prepares its work, has it timed in rounds by a Timer, and returns an entry of a recording."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from bench import lower_bound
+from bench.lower_bound import Probes
+from mlp_fast import backends
 from mlp_fast.config import Config
+from mlp_fast.measure.equivalence import NotEquivalent
 from mlp_fast.measure.timing import Spread, rest, seconds
+from mlp_fast.model.mlp import Shape
 
 SCHEDULE = 100_000  # steps of the schedule: more than any case does
 # Of losses in nats and of probabilities in float32: the reference's own forms differ by 1e-6 in a run of 50,000 steps.
 TOLERANCE = 1e-5
 
 Entry = dict[str, Any]
+Work = Callable[[], Any]
 # Times rounds: (work, what comes before each round off the clock, number of rounds) -> seconds of every round.
-Timer = Callable[[Callable[[], object], Callable[[], None], int], list[float]]
+Timer = Callable[[Work, Callable[[], None], int], list[float]]
 
 
 class Skipped(Exception):
-    """A case cannot run here; the message says why."""
+    """Something cannot be measured here; the message says why."""
 
 
-def failure(error: Exception) -> str:
-    """An error as the reason why something was not measured: its kind and the first line of its message."""
+def reason(error: Exception) -> str:
+    """Why something was not measured: what the error says, or the kind of an unexpected one and its first line."""
+    if isinstance(error, Skipped | NotEquivalent):
+        return str(error)
     message = str(error).strip().partition("\n")[0]
     return f"failed: {type(error).__name__}" + (f": {message}" if message else "")
+
+
+def require_supported(name: str, config: Config, shape: Shape) -> None:
+    """Skipped where a backend cannot do such a run here."""
+    if unsupported := backends.unsupported(name, config, shape):
+        raise Skipped(unsupported)
 
 
 @dataclass(frozen=True)
@@ -69,16 +82,6 @@ class Plan:
         return Config(**{"device": self.device, "num_steps": SCHEDULE, "quiet": True, **tiny, **settings})
 
 
-def plain_timer(work: Callable[[], object], before: Callable[[], None], rounds: int) -> list[float]:
-    """The Timer that needs no pytest-benchmark."""
-    times = []
-    for _ in range(rounds):
-        before()
-        rest()
-        times.append(seconds(work))
-    return times
-
-
 @dataclass(frozen=True)
 class Case:
     """One benchmark.
@@ -92,40 +95,45 @@ class Case:
 
     group: str
     id: str
-    run: Callable[[Timer, lower_bound.Probes], Entry] = field(repr=False, compare=False)
+    run: Callable[[Timer, Probes], Entry]
     slow: bool = False
 
-    def entry(self, timer: Timer, probes: lower_bound.Probes) -> Entry:
+    def entry(self, timer: Timer, probes: Probes) -> Entry:
         """The result: group and id; `per`, the unit; `ms`, its Spread; and what else the group has to say."""
         return {"group": self.group, "id": self.id, **self.run(timer, probes)}
 
 
+def plain_timer(work: Work, before: Callable[[], None], rounds: int) -> list[float]:
+    """The Timer that needs no pytest-benchmark."""
+    times = []
+    for _ in range(rounds):
+        before()
+        times.append(seconds(work))
+    return times
+
+
 def timed_beside(
-    timer: Timer,
-    work: Callable[[], object],
-    others: Mapping[str, Callable[[], object]],
-    rounds: int,
-    calls: int = 1,
-    calls_of: Mapping[str, int] | None = None,
+    timer: Timer, work: Work, others: Mapping[str, Work], rounds: int, calls: Mapping[str, int] | int = 1
 ) -> Entry:
     """Times some work, and before each of its rounds everything else that it is compared with, each after a rest.
 
     Args:
         others: by name; they do the same as `work`, in another way.
-        calls: how often `work`, and each of the others, does what is measured.
-        calls_of: of others that do it more or less often, by name.
+        calls: how often each does what is measured: all of them, or by name, of `work` by "".
 
     Returns:
         compared(), of the milliseconds of a call.
     """
+    counts = dict.fromkeys(["", *others], calls) if isinstance(calls, int) else calls
     samples: dict[str, list[float]] = {name: [] for name in others}
 
     def before() -> None:
         for name, other in others.items():
             rest()
-            samples[name].append(1e3 * seconds(other) / (calls_of or {}).get(name, calls))
+            samples[name].append(1e3 * seconds(other) / counts[name])
+        rest()
 
-    return compared([1e3 * t / calls for t in timer(work, before, rounds)], samples)
+    return compared([1e3 * t / counts[""] for t in timer(work, before, rounds)], samples)
 
 
 def compared(times: Sequence[float], others: Mapping[str, Sequence[float]]) -> Entry:
@@ -136,3 +144,52 @@ def compared(times: Sequence[float], others: Mapping[str, Sequence[float]]) -> E
         "ms": asdict(spread),
         "rivals": {name: {"ms": asdict(its), "ratio": its.median / spread.median} for name, its in beside.items()},
     }
+
+
+# --- what is timed ----------------------------------------------------------------------------------------------------
+
+
+def waited(work: Work, device: torch.device) -> Work:
+    """The work, and then a wait until the device has done it."""
+
+    def run() -> None:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return run
+
+
+def repeated(work: Work, device: torch.device, calls: int) -> Work:
+    """So many times the work, which is done before; on CUDA as a captured graph, without a wait for it."""
+    if device.type == "cpu":
+
+        def repeat() -> None:
+            for _ in range(calls):
+                work()
+
+        work()
+        return repeat
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # autograd must have run where it is captured
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            work()
+    waited(graph.replay, device)()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Within it torch's products of float32 are as set_float32_matmul_precision() says."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench import lower_bound
-from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, timed_beside
+from bench.case import TOLERANCE, Case, Entry, Plan, Timer, Work, require_supported, timed_beside, waited
+from bench.lower_bound import Probes
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
 from mlp_fast.corpus.load import Corpus, load
@@ -21,13 +21,13 @@ from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED
 from mlp_fast.model.windows import Tape, evaluated_windows
 
 # Some work, and how far what it returned is from what the model, in float64, gives.
-Task = tuple[Callable[[], Any], Callable[[Any], float]]
+Task = tuple[Work, Callable[[Any], float]]
 
 
 def _backend_case(group: str, name: str, per: str, plan: Plan, task_of: Callable[[Backend, Corpus, MLP], Task]) -> Case:
     """Some work of a backend other than steps, beside eager's."""
 
-    def run(timer: Timer, probes: lower_bound.Probes) -> Entry:
+    def run(timer: Timer, probes: Probes) -> Entry:
         corpus = load("embedded")
         config = plan.config()
         shape = Shape.of(config, len(corpus.vocabulary))
@@ -35,22 +35,15 @@ def _backend_case(group: str, name: str, per: str, plan: Plan, task_of: Callable
         verifier = Verifier(config, shape, tape)
         model = MLP(shape, verifier.initial.parameters).double()
 
-        def made(chosen: str) -> Callable[[], object]:
+        def made(chosen: str) -> Work:
             settings = dataclasses.replace(config, backend=chosen)
-            reason = backends.unsupported(chosen, settings, shape)
-            if reason is not None:
-                raise Skipped(reason)
+            require_supported(chosen, settings, shape)
             backend = backends.create(settings, shape, tape, verifier.initial)
             backend.prepare()
             verifier.check(backend)
             work, error = task_of(backend, corpus, model)
             require(chosen, f"its {group}", error(work()), TOLERANCE)
-
-            def waited() -> None:
-                work()
-                backend.synchronize()
-
-            return waited
+            return waited(work, backend.device)
 
         others = {} if name == BASELINE else {BASELINE: made(BASELINE)}
         return {"backend": name, "per": per, **timed_beside(timer, made(name), others, plan.rounds)}

@@ -20,8 +20,7 @@ computes a softmax in every program does more, and that is part of its distance 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlp_fast.kernels._model import choose_form
 from mlp_fast.model.mlp import Shape
@@ -33,16 +32,14 @@ GATHER_BACKENDS = ("reference-loop", "eager-raw", "eager", "compile-raw", "compi
 Probes = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What a step asks for at the least."""
 
     operations: float
     bytes: float
 
 
-@dataclass(frozen=True)
-class Synchronisation:
+class Synchronisation(NamedTuple):
     """How a step waits: launches by the host, or captured, and barriers among so many programs."""
 
     launches: float = 0
@@ -51,8 +48,7 @@ class Synchronisation:
     programs: int = 0
 
 
-@dataclass(frozen=True)
-class LowerBound:
+class LowerBound(NamedTuple):
     """The parts of a step's lower bound, in milliseconds; a part that nothing was measured for is 0."""
 
     compute: float

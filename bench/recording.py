@@ -1,7 +1,7 @@
 """Recordings: what was measured on one machine at one time, as a JSON file under bench/results/<device>/."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from bench import probes
-from bench.case import Case, Entry, Skipped, Timer, failure
+from bench.case import Entry, Skipped, reason
 from mlp_fast import backends
 from mlp_fast.errors import UserError
 from mlp_fast.files import write_atomically
 from mlp_fast.measure import machine
-from mlp_fast.measure.equivalence import NotEquivalent
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1
@@ -49,21 +48,18 @@ class Recording:
         """An empty recording of this machine, its probes measured."""
         return cls(machine.facts(device), dry, probes.measure_all(device, quick=dry))
 
-    def add(self, case: Case, timer: Timer) -> Entry:
-        """Runs a case and keeps its entry; why there is none is noted, and raised."""
+    def measure(self, group: str, id: str, work: Callable[[], Any]) -> Any:
+        """Does a measurement and keeps its entry, or its result in `extra`; why there is none is noted, and raised."""
         try:
-            entry = case.entry(timer, self.probes)
-        except Skipped as reason:
-            self.skipped.append((case.group, case.id, str(reason)))
-            raise
-        except NotEquivalent as reason:
-            self.refused.append((case.group, case.id, str(reason)))
-            raise
+            found = work()
         except Exception as error:
-            self.refused.append((case.group, case.id, failure(error)))
+            (self.skipped if isinstance(error, Skipped) else self.refused).append((group, id, reason(error)))
             raise
-        self.entries.append(entry)
-        return entry
+        if group == "extra":
+            self.extra[id] = found
+        else:
+            self.entries.append(found)
+        return found
 
     def group(self, name: str) -> list[Entry]:
         """The entries of a group, in the order in which they were made."""
@@ -85,16 +81,8 @@ class Recording:
     def save(self, path: Path) -> None:
         """Writes the file, with its folder; a process that is ended meanwhile leaves the last one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "schema": SCHEMA,
-            **self.facts,
-            "dry": self.dry,
-            "probes": self.probes,
-            "entries": self.entries,
-            "skipped": self.skipped,
-            "refused": self.refused,
-            **self.extra,
-        }
+        lists = {name: getattr(self, name) for name in ("dry", "probes", "entries", "skipped", "refused")}
+        content = {"schema": SCHEMA, **self.facts, **lists, **self.extra}
         write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -115,15 +103,9 @@ def load(path: Path) -> Recording:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:
             raise UserError(f"{path}: a recording of schema {content['schema']}; this program reads {SCHEMA}")
-        return Recording(
-            {key: content[key] for key in FACTS},
-            content["dry"],
-            content["probes"],
-            content["entries"],
-            [(group, id, reason) for group, id, reason in content["skipped"]],
-            [(group, id, reason) for group, id, reason in content["refused"]],
-            {key: content[key] for key in EXTRA if key in content},
-        )
+        skipped, refused = ([(group, id, why) for group, id, why in content[key]] for key in ("skipped", "refused"))
+        facts, extra = {key: content[key] for key in FACTS}, {key: content[key] for key in EXTRA if key in content}
+        return Recording(facts, content["dry"], content["probes"], content["entries"], skipped, refused, extra)
     except OSError as error:
         raise UserError(f"{path}: cannot read it ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -133,7 +115,6 @@ def load(path: Path) -> Recording:
 def recorded(folder: Path = RESULTS) -> Iterator[list[Recording]]:
     """The recordings of every device, the latest first, in the order of the devices' names; dry ones do not count."""
     for device in sorted(path for path in folder.glob("*") if path.is_dir()):
-        files = [load(path) for path in device.glob("*.json")]
-        real = [recording for recording in files if not recording.dry]
+        real = [recording for recording in map(load, device.glob("*.json")) if not recording.dry]
         if real:
             yield sorted(real, key=lambda recording: recording.facts["date"], reverse=True)

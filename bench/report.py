@@ -9,9 +9,9 @@ A document says where a table goes by a pair of comments; what stands between th
     <!-- bench:steps -->
     <!-- /bench:steps -->
 
-The names are those of BLOCKS, OVERALL and COUNTED. A block of BLOCKS has a part for each recorded device, from the
-latest recording that has figures for it; a device without a recording is not shown. The first of a page says what all
-of them were measured on. OVERALL are about all recordings together, COUNTED show what was counted without a device
+The names are those of BLOCKS and OVERALL. A block of BLOCKS has a part for each recorded device, from the latest
+recording that has figures for it; a device without a recording is not shown. The first of a page says what all of them
+were measured on. OVERALL are about all recordings together, or show what was counted without a device
 (`python -m bench.counts --write`).
 """
 
@@ -20,9 +20,11 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,8 +42,188 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(
     r"(?P<begin><!-- bench:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- /bench:(?P=name) -->)", re.S
 )
-# What a picture shows, in both languages.
-PLOTTED = {
+TRAINED = (
+    "{num_steps:,} steps by {backend} on the embedded corpus: validation loss {val_loss:.6f} (entropy of its source "
+    "{floor:.6f}), test loss {test_loss:.6f} nats per character.",
+    "{backend} 在 embedded 语料上训练 {num_steps:,} 步：验证损失 {val_loss:.6f}（其来源的熵 {floor:.6f}），"
+    "测试损失 {test_loss:.6f}，单位是每字符奈特。",
+)
+
+
+def _trained(record: Recording, chinese: bool) -> str:
+    """The end of the whole run in words."""
+    run = record.extra.get("losses")
+    return TRAINED[chinese].format_map({**run, **run["evaluations"][-1]}) if run else ""
+
+
+def _printed(record: Recording, chinese: bool, name: str) -> str:
+    """What a command printed, once or for each backend, as Markdown; without the commands for other profilers."""
+    found = record.extra.get(name, {})
+    results = [found] if "output" in found else found.values()
+    return "\n\n".join(re.sub(r"\nChrome trace:.*", "", one["output"], flags=re.S).strip() for one in results)
+
+
+# (a recording, in Chinese) -> text, "" where it has no figures.
+BLOCKS: dict[str, Callable[[Recording, bool], str]] = {
+    "losses": _trained,
+    **{name: lambda record, chinese, name=name: tables.shown(name, record) for name in tables.TABLES},  # type: ignore[misc]
+    "probes": lambda record, chinese: probes.table(record.probes),
+    **{name: partial(_printed, name=name) for name in ("compare", "profile", "numerics")},
+}
+
+# (all recordings, in Chinese) -> text.
+OVERALL: dict[str, Callable[[Sequence[Recording], bool], str]] = {
+    "result": tables.result,
+    "promises": lambda records, chinese: tables.claims([r for r in records if r.group("step") and r.group("run")]),
+    "counted-phases": lambda *_: counts.brief_phases("triton-persistent", "H100"),
+    "counted-times": lambda *_: counts.times_table([c for c in counts.chosen() if c["name"] in counts.STEPS]),
+    "counted-others": lambda *_: counts.times_table([c for c in counts.chosen() if c["name"] not in counts.STEPS]),
+    "counted-history": lambda *_: counts.history_table(counts.kept()["history"]),
+    "counted-work": lambda *_: counts.work_table(counts.chosen(gpu="H100")),
+}
+
+
+def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a document") -> str:
+    """A document's text with every block brought up to date, from the recordings of each device, the latest first."""
+    chinese = name.endswith(".zh-CN.md")
+    every = [record for recordings in devices for record in recordings]
+    blocks = [match["name"] for match in MARKED.finditer(text)]
+    for unknown in (block for block in blocks if block not in BLOCKS and block not in OVERALL):
+        raise UserError(f"{name}: no block is called {unknown!r}; there are {', '.join([*BLOCKS, *OVERALL])}")
+    # Of every device the latest recording that has figures for a block, and what it says.
+    shown: dict[str, list[tuple[Recording, str]]] = defaultdict(list)
+    for block in (block for block in blocks if block in BLOCKS):
+        for recordings in devices:
+            said = ((record, BLOCKS[block](record, chinese)) for record in recordings)
+            if latest := next((both for both in said if both[1]), None):
+                shown[block].append(latest)
+    used = [one for one in every if any(one is record for parts in shown.values() for record, _ in parts)]
+    first = next((block for block in blocks if shown.get(block)), None)
+
+    def body(match: re.Match[str]) -> str:
+        block = match["name"]
+        parts = [OVERALL[block](every, chinese)] if block in OVERALL else []
+        if block == first:
+            parts.append(tables.measured_on(used, chinese))
+        for record, said in shown.get(block, ()):
+            device, day = record.facts["device"], record.facts["date"][:10]
+            if len(used) > 1:
+                parts.append(f"{device}，{day} 测得：" if chinese else f"On {device}, {day}:")
+            parts.append(said)
+            if block in PICTURES:
+                link = f"bench/results/{machine.folder_name(device)}/{block}.png"
+                parts.append(f"![{PICTURES[block].alt[chinese]}]({'../' if name.startswith('docs/') else ''}{link})")
+        text = "\n\n".join(tables.narrow(part).strip() for part in parts if part)
+        text = tables.translated(text) if chinese else text
+        return f"{match['begin']}\n{text}\n\n{match['end']}" if text else match["begin"] + match["end"]
+
+    return MARKED.sub(body, text)
+
+
+def update(root: Path, results: Path, *, check: bool) -> list[str]:
+    """Writes documents and plots, or with `check` only looks; returns what was (is) out of date."""
+    devices = list(recording.recorded(results))
+    stale = []
+    for path in (path for folder in (root, root / "docs") for path in sorted(folder.glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(root).as_posix()
+        new = filled(text, devices, name)
+        if new != text:
+            stale.append(name)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    for recordings in devices:
+        for block, picture in PICTURES.items():
+            record = next((record for record in recordings if picture.data(record)), None)
+            path = results / machine.folder_name(recordings[0].facts["device"]) / f"{block}.png"
+            if record is None or (path.is_file() and _digest(picture.data(record)).encode() in path.read_bytes()):
+                continue
+            stale.append(str(path))
+            if not check:
+                picture.save(path, record)
+    return stale
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+WIDTH = 6.4  # inches: as narrow as its letters are readable on a phone
+
+
+def _digest(data: list[Entry]) -> str:
+    """What a plot was drawn from; it stands in the picture's metadata."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def draw_losses(axes: Any, record: Recording, evaluations: Sequence[Entry]) -> None:
+    """Train and validation loss over the steps of the whole run."""
+    run = record.extra["losses"]
+    losses = {split: [evaluation[f"{split}_loss"] for evaluation in evaluations] for split in ("train", "val")}
+    plot.draw_losses(axes, [evaluation["step"] for evaluation in evaluations], losses, run["floor"])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title(f"{run['num_steps']:,} steps by {run['backend']} on the embedded corpus")
+
+
+def draw_steps(axes: Any, record: Recording, entries: Sequence[Entry]) -> None:
+    """Bars of ms/step, the lower bound as a tick in each."""
+    bounds = {tables.label(entry): entry["floor_ms"] for entry in entries if "floor_ms" in entry}
+    plot.draw_times(axes, {tables.label(entry): Spread(**entry["ms"]) for entry in entries}, bounds)
+    axes.figure.suptitle(f"Time of a training step by backend\n{record.facts['device']}")
+    axes.figure.legend(loc="outside lower right")
+
+
+def draw_sweep(panels: Any, record: Recording, entries: Sequence[Entry]) -> None:
+    """ms/step over each swept size, on logarithmic axes: a slope of one is linear growth."""
+    panels = list(np.ravel(panels))
+    swept = tables.swept(entries)
+    for axes in panels[len(swept) :]:
+        axes.axis("off")
+    shown: dict[str, Any] = {}
+    # The same in all panels, the baseline's first.
+    colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys([BASELINE, *(e["backend"] for e in entries)]))}
+    for axes, (letter, of_size) in zip(panels, swept.items(), strict=False):
+        lines: dict[str, dict[int, float]] = {}
+        for entry in of_size:
+            lines.setdefault(entry["backend"], {})[entry[letter]] = entry["ms"]["median"]
+            if BASELINE in entry["rivals"]:
+                lines.setdefault(BASELINE, {}).setdefault(entry[letter], entry["rivals"][BASELINE]["ms"]["median"])
+        for name, points in lines.items():
+            (line,) = axes.plot(*zip(*sorted(points.items()), strict=True), marker=".", color=colours[name])
+            shown.setdefault(name, line)
+        sizes = sorted({size for points in lines.values() for size in points})
+        least = min(points[sizes[0]] for points in lines.values() if sizes[0] in points)
+        (shown["linear"],) = axes.plot(sizes, [least * size / sizes[0] for size in sizes], "k:")
+        axes.set(xscale="log", yscale="log", xlabel=tables.SWEPT[letter], ylabel="ms per step")
+        axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+    panels[0].figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3)
+    panels[0].figure.suptitle(f"Time of a training step by size\n{record.facts['device']}")
+
+
+class Picture(NamedTuple):
+    """A plot of a recording: what it shows, in both languages; the data that it is drawn from; and who draws it."""
+
+    alt: tuple[str, str]
+    data: Callable[[Recording], list[Entry]]
+    draw: Callable[[Any, Recording, list[Entry]], None]
+
+    def save(self, path: Path, record: Recording) -> None:
+        """Draws it into a file."""
+        from matplotlib import rc_context
+
+        data = self.data(record)
+        panels = len(tables.swept(data)) if self.draw is draw_sweep else 1
+        rows = -(-panels // 2)
+        height = 1.4 + 3 * rows if self.draw is draw_sweep else 1.6 + 0.36 * len(data)
+        height = 4.5 if self.draw is draw_losses else height
+        metadata = {"Description": f"drawn from recorded data {_digest(data)}", "Software": None}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with rc_context({"font.size": 11}), plot.figure(path, WIDTH, height, rows, min(2, panels), metadata) as axes:
+            self.draw(axes, record, data)
+
+
+ALTS = {
     "losses": (
         "Curves: train and validation loss over the steps of a run, and the entropy of the validation text's source",
         "折线图：一次运行中训练损失和验证损失随步数的变化，以及验证损失来源的熵",
@@ -59,242 +241,21 @@ PLOTTED = {
         "折线图：每步的毫秒数随各个尺寸的变化，对数坐标",
     ),
 }
-
-
-def _compared(record: Recording) -> str:
-    """What the command printed, as Markdown."""
-    return record.extra["compare"]["output"].strip() if "compare" in record.extra else ""
-
-
-def _profiled(record: Recording) -> str:
-    """What the command printed for each backend, without the commands for other profilers."""
-    parts = []
-    for result in record.extra.get("profile", {}).values():
-        parts.append(re.sub(r"\nChrome trace:.*", "", result["output"], flags=re.S).strip())
-    return "\n\n".join(parts)
-
-
-TRAINED = (
-    "{num_steps:,} steps by {backend} on the embedded corpus: validation loss {val_loss:.6f} (entropy of its source "
-    "{floor:.6f}), test loss {test_loss:.6f} nats per character.",
-    "{backend} 在 embedded 语料上训练 {num_steps:,} 步：验证损失 {val_loss:.6f}（其来源的熵 {floor:.6f}），"
-    "测试损失 {test_loss:.6f}，单位是每字符奈特。",
-)
-
-
-def _trained(record: Recording, chinese: bool = False) -> str:
-    """The end of the whole run in words."""
-    if "losses" not in record.extra:
-        return ""
-    run = record.extra["losses"]
-    return TRAINED[chinese].format_map({**run, **run["evaluations"][-1]})
-
-
-BLOCKS: dict[str, Callable[[Recording], str]] = {
-    "losses": _trained,
-    "steps": tables.steps,
-    "ladder": tables.ladder,
-    "ratios": tables.ratios,
-    "others": tables.others,
-    "sweep": tables.sweep,
-    "scale": tables.scale,
-    "probes": lambda record: probes.table(record.probes) if record.probes else "",
-    "compare": _compared,
-    "profile": _profiled,
-    "numerics": lambda record: record.extra["numerics"]["output"] if "numerics" in record.extra else "",
+PICTURES = {
+    "losses": Picture(ALTS["losses"], lambda r: r.extra.get("losses", {}).get("evaluations", []), draw_losses),
+    "ladder": Picture(ALTS["ladder"], tables.TABLES["ladder"][0], draw_steps),
+    "steps": Picture(ALTS["steps"], tables.TABLES["steps"][0], draw_steps),
+    "sweep": Picture(ALTS["sweep"], tables.TABLES["sweep"][0], draw_sweep),
 }
-
-# Over all recordings: (recordings, in Chinese) -> text.
-OVERALL: dict[str, Callable[[Sequence[Recording], bool], str]] = {
-    "result": tables.result,
-    "promises": lambda records, chinese: tables.claims([r for r in records if r.group("step") and r.group("run")]),
-}
-
-COUNTED: dict[str, Callable[[], str]] = {
-    "counted-phases": lambda: counts.brief_phases("triton-persistent", "H100"),
-    "counted-times": lambda: counts.times_table([c for c in counts.chosen() if c["name"] in counts.STEPS]),
-    "counted-others": lambda: counts.times_table([c for c in counts.chosen() if c["name"] not in counts.STEPS]),
-    "counted-history": lambda: counts.history_table(counts.kept()["history"]),
-    "counted-work": lambda: counts.work_table(counts.chosen(gpu="H100")),
-}
-
-
-def documents(root: Path) -> list[Path]:
-    """The documents that may hold blocks."""
-    return [path for folder in (root, root / "docs") for path in sorted(folder.glob("*.md"))]
-
-
-def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a document") -> str:
-    """A document's text with every block brought up to date, from the recordings of each device, the latest first."""
-    chinese = name.endswith(".zh-CN.md")
-    every = [record for recordings in devices for record in recordings]
-    blocks = [match["name"] for match in MARKED.finditer(text)]
-    shown = {block: _shown(block, devices) for block in blocks if block in BLOCKS}
-    used = [record for record in every if any(record is one for records in shown.values() for one in records)]
-    first = next((block for block in blocks if shown.get(block)), None)
-
-    def body(match: re.Match[str]) -> str:
-        block = match["name"]
-        if block in COUNTED:
-            parts = [COUNTED[block]()]
-        elif block in OVERALL:
-            parts = [OVERALL[block](every, chinese)]
-        elif block in BLOCKS:
-            parts = [tables.measured_on(used, chinese)] if block == first else []
-            for record in shown[block]:
-                if len(used) > 1:
-                    device, day = record.facts["device"], record.facts["date"][:10]
-                    parts.append(f"{device}，{day} 测得：" if chinese else f"On {device}, {day}:")
-                parts.append(_trained(record, chinese) if block == "losses" else BLOCKS[block](record))
-                if block in PLOTTED:
-                    parts.append(f"![{PLOTTED[block][chinese]}]({_picture_link(record, block, name)})")
-        else:
-            known = ", ".join([*BLOCKS, *OVERALL, *COUNTED])
-            raise UserError(f"{name}: no block is called {block!r}; there are {known}")
-        text = "\n\n".join(tables.narrow(part).strip() for part in parts if part)
-        if chinese:
-            text = tables.translated(text)
-        return f"{match['begin']}\n{text}\n\n{match['end']}" if text else match["begin"] + match["end"]
-
-    return MARKED.sub(body, text)
-
-
-def _shown(block: str, devices: Sequence[Sequence[Recording]]) -> list[Recording]:
-    """Of every device the latest recording that has figures for a block."""
-    found = (next((record for record in recordings if BLOCKS[block](record)), None) for recordings in devices)
-    return [record for record in found if record is not None]
-
-
-def _picture_link(record: Recording, block: str, document: str) -> str:
-    up = "../" if document.startswith("docs/") else ""
-    return f"{up}bench/results/{machine.folder_name(record.facts['device'])}/{block}.png"
-
-
-def update(root: Path, results: Path, *, check: bool) -> list[str]:
-    """Writes documents and plots, or with `check` only looks; returns what was (is) out of date."""
-    devices = list(recording.recorded(results))
-    stale = []
-    for path in documents(root):
-        text = path.read_text(encoding="utf-8")
-        name = path.relative_to(root).as_posix()
-        new = filled(text, devices, name)
-        if new != text:
-            stale.append(name)
-            if not check:
-                path.write_text(new, encoding="utf-8")
-    for recordings in devices:
-        folder = results / machine.folder_name(recordings[0].facts["device"])
-        for block in PLOTTED:
-            record = next((record for record in recordings if _plot_data(record, block)), None)
-            if record is None:
-                continue
-            data = _plot_data(record, block)
-            path = folder / f"{block}.png"
-            if path.is_file() and _digest(data).encode() in path.read_bytes():
-                continue
-            stale.append(str(path))
-            if not check:
-                draw(path, record, block)
-    return stale
-
-
-# --- plots ------------------------------------------------------------------------------------------------------------
-
-WIDTH = 6.4  # inches: as narrow as its letters are readable on a phone
-
-
-def _plot_data(record: Recording, block: str) -> list[Entry]:
-    if block == "losses":
-        return record.extra.get("losses", {}).get("evaluations", [])
-    if block == "ladder":
-        return [entry for entry in record.group("step") if entry["precision"] == "fp32"]
-    groups = {"steps": ("step", "threads"), "sweep": ("sweep",)}[block]
-    return [entry for group in groups for entry in record.group(group)]
-
-
-def _digest(data: list[Entry]) -> str:
-    """What a plot was drawn from; it stands in the picture's metadata."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def draw(path: Path, record: Recording, block: str) -> None:
-    """Draws one of PLOTTED into a file."""
-    from matplotlib import rc_context
-
-    data = _plot_data(record, block)
-    panels = len(tables.swept(record)) if block == "sweep" else 1
-    rows, across = -(-panels // 2), min(2, panels)
-    height = {"losses": 4.5, "sweep": 1.4 + 3 * rows}.get(block, 1.6 + 0.36 * len(data))
-    metadata = {"Description": f"drawn from recorded data {_digest(data)}", "Software": None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"font.size": 11}), plot.figure(path, WIDTH, height, rows, across, metadata) as axes:
-        if block == "losses":
-            draw_losses(axes, record)
-        elif block == "sweep":
-            draw_sweep(axes, record)
-        else:
-            draw_steps(axes, record, data)
-
-
-def draw_losses(axes: Any, record: Recording) -> None:
-    """Train and validation loss over the steps of the whole run."""
-    run = record.extra["losses"]
-    steps = [evaluation["step"] for evaluation in run["evaluations"]]
-    losses = {split: [e[f"{split}_loss"] for e in run["evaluations"]] for split in ("train", "val")}
-    plot.draw_losses(axes, steps, losses, run["floor"])
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_title(f"{run['num_steps']:,} steps by {run['backend']} on the embedded corpus")
-
-
-def draw_steps(axes: Any, record: Recording, entries: Sequence[Entry]) -> None:
-    """Bars of ms/step, the lower bound as a tick in each."""
-    bounds = {tables.label(entry): entry["floor_ms"] for entry in entries if "floor_ms" in entry}
-    plot.draw_times(axes, {tables.label(entry): Spread(**entry["ms"]) for entry in entries}, bounds)
-    axes.figure.suptitle(f"Time of a training step by backend\n{record.facts['device']}")
-    axes.figure.legend(loc="outside lower right")
-
-
-def draw_sweep(panels: Any, record: Recording) -> None:
-    """ms/step over each swept size, on logarithmic axes: a slope of one is linear growth."""
-    panels = list(np.ravel(panels))
-    swept = tables.swept(record)
-    for axes in panels[len(swept) :]:
-        axes.axis("off")
-    shown: dict[str, Any] = {}
-    colours = _colours([entry["backend"] for entries in swept.values() for entry in entries])
-    for axes, (letter, entries) in zip(panels, swept.items(), strict=False):
-        lines: dict[str, dict[int, float]] = {}
-        for entry in entries:
-            lines.setdefault(entry["backend"], {})[entry[letter]] = entry["ms"]["median"]
-            if BASELINE in entry["rivals"]:
-                lines.setdefault(BASELINE, {}).setdefault(entry[letter], entry["rivals"][BASELINE]["ms"]["median"])
-        for name, points in lines.items():
-            sizes = sorted(points)
-            (line,) = axes.plot(sizes, [points[size] for size in sizes], marker=".", color=colours[name])
-            shown.setdefault(name, line)
-        sizes = sorted({size for points in lines.values() for size in points})
-        least = min(points[sizes[0]] for points in lines.values() if sizes[0] in points)
-        (shown["linear"],) = axes.plot(sizes, [least * size / sizes[0] for size in sizes], "k:")
-        axes.set(xscale="log", yscale="log", xlabel=tables.SWEPT[letter], ylabel="ms per step")
-        axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.3)
-    panels[0].figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3)
-    panels[0].figure.suptitle(f"Time of a training step by size\n{record.facts['device']}")
-
-
-def _colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour of matplotlib's cycle for every name, the baseline first: the same in all panels."""
-    return {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys([BASELINE, *names]))}
 
 
 # --- two recordings ---------------------------------------------------------------------------------------------------
 
 
-def against(old: Recording, new: Recording) -> tuple[list[str], list[str]]:
+def against(old: Recording, new: Recording) -> dict[str, list[str]]:
     """What got slower and what got faster, each beyond its spread: the new median lies outside the old rounds and the
-    old median outside the new rounds. A single round has no spread, so nothing is said of it.
+    old median outside the new rounds; and what is no longer measured. A single round has no spread, so nothing is said
+    of it.
 
     Raises:
         UserError: the recordings are of different devices, or one is of a dry run.
@@ -306,29 +267,23 @@ def against(old: Recording, new: Recording) -> tuple[list[str], list[str]]:
             f"the recordings are of different devices, {old.facts['device']} and {new.facts['device']}; "
             "times can be compared on one machine only"
         )
-    slower, faster = [], []
-    for entry in new.entries:
-        before = old.entry(entry["group"], entry["id"])
-        if before is None or before["per"] != entry["per"]:
+    found: dict[str, list[str]] = {"slower": [], "faster": [], "no longer measured": []}
+    for before in old.entries:
+        entry = new.entry(before["group"], before["id"])
+        line = f"{before['group']}: {before['id']}"
+        if entry is None:
+            found["no longer measured"].append(line)
             continue
         then, now = before["ms"], entry["ms"]
-        if then["min"] == then["max"] or now["min"] == now["max"]:
+        if before["per"] != entry["per"] or then["min"] == then["max"] or now["min"] == now["max"]:
             continue
-        line = (
-            f"{entry['group']}: {entry['id']}: {then['median']:.4g} -> {now['median']:.4g} ms per {entry['per']} "
-            f"({now['median'] / then['median']:.2f}x)"
-        )
+        line += f": {then['median']:.4g} -> {now['median']:.4g} ms per {entry['per']} "
+        line += f"({now['median'] / then['median']:.2f}x)"
         if now["median"] > then["max"] and then["median"] < now["min"]:
-            slower.append(line)
+            found["slower"].append(line)
         elif now["median"] < then["min"] and then["median"] > now["max"]:
-            faster.append(line)
-    return slower, faster
-
-
-def _gone(old: Recording, new: Recording) -> Iterable[str]:
-    for entry in old.entries:
-        if new.entry(entry["group"], entry["id"]) is None:
-            yield f"{entry['group']}: {entry['id']}"
+            found["faster"].append(line)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -348,20 +303,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("run: python -m bench.report")
         return 1 if stale and arguments.check else 0
     old = recording.load(arguments.against)
-    if arguments.new is not None:
-        new = recording.load(arguments.new)
-    else:
-        same = [records[0] for records in recording.recorded() if records[0].facts["device"] == old.facts["device"]]
-        if not same:
-            raise UserError(f"no recording of {old.facts['device']} is in {recording.RESULTS}; name the newer file")
-        new = same[0]
-    slower, faster = against(old, new)
-    for title, lines in (("slower", slower), ("faster", faster), ("no longer measured", list(_gone(old, new)))):
+    same = [records[0] for records in recording.recorded() if records[0].facts["device"] == old.facts["device"]]
+    if arguments.new is None and not same:
+        raise UserError(f"no recording of {old.facts['device']} is in {recording.RESULTS}; name the newer file")
+    found = against(old, same[0] if arguments.new is None else recording.load(arguments.new))
+    for title, lines in found.items():
         for line in lines:
             print(f"{title}: {line}")
-    if not slower:
+    if not found["slower"]:
         print("nothing got slower beyond its spread")
-    return 1 if slower else 0
+    return 1 if found["slower"] else 0
 
 
 if __name__ == "__main__":

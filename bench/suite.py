@@ -18,6 +18,7 @@ Where two sides are compared, a round of each other comes before every round of 
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from bench.case import Case, Plan
 from bench.host import reading_cases, rng_cases
@@ -26,6 +27,7 @@ from bench.operators import kernel_cases
 from bench.processes import busy_cases, run_cases, start_up_cases
 from bench.scale import scale_cases
 from bench.steps import step_cases, sweep_cases, thread_cases
+from mlp_fast.errors import UserError
 
 GROUPS: dict[str, Callable[[Plan], Iterator[Case]]] = {
     "step": step_cases,
@@ -46,10 +48,24 @@ GROUPS: dict[str, Callable[[Plan], Iterator[Case]]] = {
 # Groups that take long: measured by --full, or by naming them.
 LONG = ("scale", "busy")
 
+# Options of both commands, as add_argument() of argparse and addoption() of pytest take them.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--full": {"action": "store_true", "help": "sweep B, H, T, V and precision over all backends"},
+    "--dry-run": {"action": "store_true", "help": "tiny sizes: only whether everything runs"},
+    "--groups": {"metavar": "A,B", "help": f"only some of {', '.join(GROUPS)}; long ones too"},
+}
 
-def usual(plan: Plan) -> list[str]:
-    """The groups that are measured where none are named."""
-    return [group for group in GROUPS if plan.full or group not in LONG]
+
+def chosen(named: str | None, plan: Plan) -> list[str]:
+    """The groups that --groups names, or else all that a plan measures.
+
+    Raises:
+        UserError: one is unknown.
+    """
+    groups = named.split(",") if named else [group for group in GROUPS if plan.full or group not in LONG]
+    if unknown := [group for group in groups if group not in GROUPS]:
+        raise UserError(f"--groups: {unknown[0]!r} is unknown; choose some of {', '.join(GROUPS)}")
+    return groups
 
 
 def cases(group: str, plan: Plan) -> list[Case]:

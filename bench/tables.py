@@ -1,7 +1,7 @@
-"""Recordings as Markdown tables: the same text on the terminal, in the README and in the docs, in either language."""
+"""Recordings as Markdown: the same text on the terminal, in the README and in the docs, in either language."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench import probes
@@ -17,10 +17,7 @@ from mlp_fast.measure.table import table
 def label(entry: Entry) -> str:
     """A case of the step and threads groups in a few words: "native", "native, 1 thread", "triton-op, tf32"."""
     parts = [entry["backend"]]
-    if entry.get("compile_mode", "default") != "default":
-        parts.append(entry["compile_mode"])
-    if entry.get("precision", "fp32") != "fp32":
-        parts.append(entry["precision"])
+    parts += [entry[key] for key in ("compile_mode", "precision") if entry.get(key) not in (None, "default", "fp32")]
     if entry["group"] == "threads":
         parts.append(f"{entry['threads']} thread" + ("" if entry["threads"] == 1 else "s"))
     return ", ".join(parts)
@@ -28,13 +25,15 @@ def label(entry: Entry) -> str:
 
 def _number(value: Any) -> str:
     """Three or four digits, without an exponent."""
-    if value is None:
-        return "-"
-    if value == 0:
-        return "0"
+    if not value:
+        return "-" if value is None else "0"
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4f}" if value < 1 else f"{value:.4g}"
+
+
+def _median(entry: Entry) -> str:
+    return _number(entry["ms"]["median"])
 
 
 def _rounds(entry: Entry) -> str:
@@ -48,17 +47,24 @@ def _times_eager(entry: Entry) -> str:
     return "1" if entry["backend"] == BASELINE else "-"
 
 
-# Columns by their headings: an entry's cell.
+# --- tables of entries ------------------------------------------------------------------------------------------------
+
+SWEPT = {"B": "B, windows a batch", "H": "H, hidden units", "T": "T, tokens a context", "V": "V, distinct tokens"}
+# Columns by their headings: an entry's cell. Those of TEXT, and what stands before them, are to the left.
 CELLS: dict[str, Callable[[Entry], str]] = {
     "backend": label,
     "group": lambda entry: entry["group"],
     "case": lambda entry: entry["id"],
     "per": lambda entry: entry["per"],
-    "ms/step": lambda entry: _number(entry["ms"]["median"]),
-    "ms, median": lambda entry: _number(entry["ms"]["median"]),
+    "beside": lambda entry: entry["beside"],
+    "ms/step": _median,
+    "ms, median": _median,
+    "ms": _median,
     "fastest..slowest": _rounds,
     "eager, ms/step": lambda entry: _number(entry["rivals"].get(BASELINE, {}).get("ms", {}).get("median")),
+    "ms of the other": lambda entry: _number(entry["rivals"][entry["beside"]]["ms"]["median"]),
     "x eager": _times_eager,
+    "ratio": lambda entry: f"{entry['rivals'][entry['beside']]['ratio']:.2f}",
     "speed": lambda entry: ", ".join(f"{f['ratio']:.2f} x {n}" for n, f in entry.get("rivals", {}).items()) or "-",
     "samples/s": lambda entry: f"{entry['samples_per_second']:,.0f}",
     "tokens/s": lambda entry: f"{entry['samples_per_second']:,.0f}",
@@ -69,105 +75,104 @@ CELLS: dict[str, Callable[[Entry], str]] = {
     "first step, s": lambda entry: f"{entry['first_step_seconds']:.2f}",
     "loss error": lambda entry: f"{entry['loss_error']:.1e}",
     "peak GiB": lambda entry: f"{entry['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in entry else "-",
+    **{SWEPT[letter]: lambda entry, letter=letter: f"{entry[letter]:,}" for letter in SWEPT},  # type: ignore[misc]
+}
+TEXT = ("backend", "group", "case", "per", "beside")
+
+
+def _pairs(recording: Recording) -> list[Entry]:
+    """Every entry but those of the sweep, once for each of what it was timed beside."""
+    entries = [entry for entry in recording.entries if entry["group"] != "sweep"]
+    return [{**e, "id": f"{e['group']}: {e['id']}", "beside": name} for e in entries for name in e.get("rivals", {})]
+
+
+# Tables by name: the entries that they are of, and the headings of their columns.
+TABLES: dict[str, tuple[Callable[[Recording], list[Entry]], str]] = {
+    "steps": (
+        lambda recording: recording.group("step") + recording.group("threads"),
+        "backend | ms/step | fastest..slowest | x eager | samples/s | device ms/step | launches/step | "
+        "lower bound, ms | x lower bound | first step, s | loss error",
+    ),
+    "ladder": (
+        lambda recording: [entry for entry in recording.group("step") if entry["precision"] == "fp32"],
+        "backend | ms/step | x eager | lower bound, ms | x lower bound",
+    ),
+    "others": (
+        lambda recording: [e for e in recording.entries if e["group"] not in ("step", "threads", "sweep", "scale")],
+        "group | case | per | ms, median | fastest..slowest | speed",
+    ),
+    "ratios": (_pairs, "case | beside | ms | ms of the other | ratio"),
+    "sweep": (
+        lambda recording: recording.group("sweep"),
+        "backend | ms/step | eager, ms/step | x eager | x lower bound",
+    ),
+    "scale": (
+        lambda recording: recording.group("scale"),
+        "case | ms/step | tokens/s | x eager | x lower bound | peak GiB",
+    ),
 }
 
 
-def columns(entries: Sequence[Entry], *headings: str, text_columns: int = 1) -> str:
-    """A table of entries, a line each; "" where there are none."""
-    rows = [[CELLS[heading](entry) for heading in headings] for entry in entries]
-    return table(headings, rows, text_columns) if rows else ""
+def columns(entries: Sequence[Entry], headings: Sequence[str]) -> str:
+    """A table of entries, a line each, without columns that say nothing of any; "" where there are none."""
+    filled = [(heading, *(CELLS[heading](entry) for entry in entries)) for heading in headings]
+    header, *rows = zip(*(column for column in filled if set(column[1:]) != {"-"}), strict=True)
+    return table(header, rows, 1 + max(i for i, heading in enumerate(header) if heading in TEXT)) if rows else ""
+
+
+def shown(name: str, recording: Recording) -> str:
+    """One of TABLES, with the sizes that it holds for; of the sweep a table for each size."""
+    choose, columns_ = TABLES[name]
+    entries, headings = choose(recording), columns_.split(" | ")
+    if name == "sweep":
+        return "\n\n".join(columns(of, (SWEPT[letter], *headings)) for letter, of in swept(entries).items())
+    text = columns(entries, headings)
+    if name == "steps" and entries:
+        return f"{_sizes(entries[0])}\n\n{text}"
+    if name == "scale" and entries:
+        sizes = {entry["id"].split()[0]: _sizes(entry) for entry in entries}
+        return "\n".join([text, "", *(f"- {model}: {those}" for model, those in sizes.items())])
+    return text
 
 
 def _sizes(entry: Entry) -> str:
     return ", ".join(f"{letter}={entry[letter]:,}" for letter in "BTEHV")
 
 
-def steps(recording: Recording) -> str:
-    """The step and threads groups: ms/step beside eager, the lower bound and the device's own time."""
-    entries = recording.group("step") + recording.group("threads")
-    on_device = ("device ms/step", "launches/step") if recording.facts["device_type"] == "cuda" else ()
-    shown = ("backend", "ms/step", "fastest..slowest", "x eager", "samples/s", *on_device)
-    shown += ("lower bound, ms", "x lower bound", "first step, s", "loss error")
-    return f"{_sizes(entries[0])}\n\n{columns(entries, *shown)}" if entries else ""
-
-
-def ladder(recording: Recording) -> str:
-    """The backends in the order of the ladder: ms/step in float32 on all threads, and how far from the lower bound."""
-    entries = [entry for entry in recording.group("step") if entry["precision"] == "fp32"]
-    return columns(entries, "backend", "ms/step", "x eager", "lower bound, ms", "x lower bound")
-
-
-def ratios(recording: Recording) -> str:
-    """Every ratio that was measured in interleaved rounds."""
-    rows = []
-    for entry in recording.entries:
-        for other, facts in entry.get("rivals", {}).items() if entry["group"] != "sweep" else ():
-            times = (_number(entry["ms"]["median"]), _number(facts["ms"]["median"]))
-            rows.append((f"{entry['group']}: {entry['id']}", other, *times, f"{facts['ratio']:.2f}"))
-    return table(["case", "beside", "ms", "ms of the other", "ratio"], rows, text_columns=2) if rows else ""
-
-
-def others(recording: Recording) -> str:
-    """Evaluation, sampling, random numbers, start-up and whole runs."""
-    entries = [entry for entry in recording.entries if entry["group"] not in ("step", "threads", "sweep", "scale")]
-    return columns(entries, "group", "case", "per", "ms, median", "fastest..slowest", "speed", text_columns=3)
-
-
-SWEPT = {"B": "B, windows a batch", "H": "H, hidden units", "T": "T, tokens a context", "V": "V, distinct tokens"}
-CELLS |= {heading: lambda entry, letter=letter: f"{entry[letter]:,}" for letter, heading in SWEPT.items()}  # type: ignore[misc]
-
-
-def swept(recording: Recording) -> dict[str, list[Entry]]:
-    """The cases of the sweep by the letter of the size that they are about: "native-B128" -> "B"."""
+def swept(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """Entries of the sweep by the letter of the size that they are about: "native-B128" -> "B"."""
     found: dict[str, list[Entry]] = {letter: [] for letter in SWEPT}
-    for entry in recording.group("sweep"):
+    for entry in entries:
         found[entry["id"].rsplit("-", 1)[1][0]].append(entry)
-    return {letter: entries for letter, entries in found.items() if entries}
-
-
-def sweep(recording: Recording) -> str:
-    """The swept sizes, a table each: ms/step of each backend and of eager, and how far from the lower bound."""
-    shown = ("backend", "ms/step", "eager, ms/step", "x eager", "x lower bound")
-    tables = [columns(entries, SWEPT[letter], *shown, text_columns=2) for letter, entries in swept(recording).items()]
-    return "\n\n".join(tables)
-
-
-def scale(recording: Recording) -> str:
-    """Larger models: tokens a second, times eager in one process, times the lower bound of a step, and memory."""
-    entries = recording.group("scale")
-    sizes = {entry["id"].split()[0]: _sizes(entry) for entry in entries}
-    listed = "\n".join(f"- {model}: {text}" for model, text in sizes.items())
-    shown = columns(entries, "case", "ms/step", "tokens/s", "x eager", "x lower bound", "peak GiB")
-    return f"{shown}\n\n{listed}" if entries else ""
+    return {letter: those for letter, those in found.items() if those}
 
 
 def skipped(recording: Recording) -> str:
     """What was not measured and why, and what was refused."""
     lines = [f"- {group}: {id}: {reason}" for group, id, reason in recording.skipped]
-    lines += [f"- {group}: {id}: no number: {reason}" for group, id, reason in recording.refused]
-    return "\n".join(lines)
+    return "\n".join(lines + [f"- {group}: {id}: no number: {reason}" for group, id, reason in recording.refused])
 
 
 def machine_line(recording: Recording, chinese: bool = False) -> str:
     """Where and when, in a line."""
-    facts = recording.facts
-    versions = [f"{name} {version}" for name, version in facts["versions"].items() if version]
-    if chinese:
-        driver = [f"驱动 {facts['driver']}，CUDA {facts['cuda']}"] if facts["driver"] or facts["cuda"] else []
-        parts = [*driver, "，".join(versions), facts["system"], f"提交 {facts['commit'] or '未知'}", facts["date"][:10]]
-        return "；".join([facts["device"], *parts])
-    driver = [f"driver {facts['driver']}, CUDA {facts['cuda']}"] if facts["driver"] or facts["cuda"] else []
-    parts = [", ".join([facts["device"], *driver]), ", ".join(versions), facts["system"]]
-    return "; ".join([*parts, f"commit {facts['commit'] or 'unknown'}", facts["date"][:10]])
+    facts, comma = recording.facts, ("，" if chinese else ", ")
+    parts = [facts["device"]]
+    if facts["driver"] or facts["cuda"]:
+        parts.append(f"{('driver', '驱动')[chinese]} {facts['driver']}{comma}CUDA {facts['cuda']}")
+    parts.append(comma.join(f"{name} {version}" for name, version in facts["versions"].items() if version))
+    commit = facts["commit"] or ("unknown", "未知")[chinese]
+    parts += [facts["system"], f"{('commit', '提交')[chinese]} {commit}", facts["date"][:10]]
+    return ("；" if chinese else "; ").join(parts)
 
 
 def measured_on(recordings: Sequence[Recording], chinese: bool = False) -> str:
     """Where and when figures were measured, with the statement that belongs to them."""
     lines = [machine_line(recording, chinese) for recording in recordings]
-    begin = "测量环境：" if chinese else "Measured on:"
-    end = "绝对时间属于这台机器；比值来自在它上面交替进行的各轮测量。"
-    if not chinese:
-        end = "Absolute times are that machine's; the ratios come from interleaved rounds on it."
+    begin = ("Measured on:", "测量环境：")[chinese]
+    end = (
+        "Absolute times are that machine's; the ratios come from interleaved rounds on it.",
+        "绝对时间属于这台机器；比值来自在它上面交替进行的各轮测量。",
+    )[chinese]
     if len(lines) == 1:
         return f"{begin}{lines[0]}。{end}" if chinese else f"{begin} {lines[0]}. {end}"
     return "\n".join([begin, "", *(f"- {line}" for line in lines), "", end])
@@ -177,12 +182,12 @@ def whole(recording: Recording) -> str:
     """All tables, with headings, as printed after a run."""
     parts = [
         ("", measured_on([recording])),
-        ("Steps", steps(recording)),
-        ("Other work", others(recording)),
-        ("Ratios, from interleaved rounds", ratios(recording)),
-        ("Sweep", sweep(recording)),
-        ("Scale", scale(recording)),
-        ("What the machine can do", probes.table(recording.probes) if recording.probes else ""),
+        ("Steps", shown("steps", recording)),
+        ("Other work", shown("others", recording)),
+        ("Ratios, from interleaved rounds", shown("ratios", recording)),
+        ("Sweep", shown("sweep", recording)),
+        ("Scale", shown("scale", recording)),
+        ("What the machine can do", probes.table(recording.probes)),
         ("Promises", claims([recording])),
         ("Not measured", skipped(recording)),
     ]
@@ -191,7 +196,57 @@ def whole(recording: Recording) -> str:
 
 # --- over all recordings ----------------------------------------------------------------------------------------------
 
-Measure = Callable[[Recording], float | None]
+NATIVE, NATIVE_1 = ("step", "native-128-fp32"), ("threads", "native-128-fp32-1-thread")
+PERSISTENT, PERSISTENT_3 = ("step", "triton-persistent-128-fp32"), ("step", "triton-persistent-128-tf32x3")
+LARGE_FORWARD = ("kernels", "large-embed_linear_tanh-table-65536-fp32")
+LARGE_BACKWARD = ("kernels", "large-embed_linear_tanh-table-and-backward-65536-fp32")
+SMALL_FORWARD = ("kernels", "small-embed_linear_tanh-128-fp32")
+LONG_RUN = ("run", "50000 steps")
+MEMORY = "memory of "
+
+# (device type, the promise, group and id, what it is times as fast as, the least that keeps the promise). The fourth is
+# a name of what was timed beside it, or milliseconds; after MEMORY it is a name, and memory is compared.
+CLAIMS: list[tuple[str, str, tuple[str, str], str | float, float]] = [
+    ("cpu", "eager over the loop on Python lists", ("step", "eager-128-fp32"), REFERENCE, 1),
+    ("cpu", "compile-step over eager", ("step", "compile-step-128-fp32"), BASELINE, 1),
+    ("cpu", "10,000,000 uniforms over one second", ("rng", "fill 10,000,000"), 1000, 1),
+    ("cpu", "native over the loop on Python lists, all threads", NATIVE, REFERENCE, 6),
+    ("cpu", "native over compile-step, all threads", NATIVE, "compile-step", 2.5),
+    ("cpu", "native over the loop on Python lists, one thread", NATIVE_1, REFERENCE, 5),
+    ("cpu", "native over compile-step, one thread", NATIVE_1, "compile-step", 2),
+    ("cpu", "a run of 5,000 steps over the loop on Python lists", ("run", "5000 steps"), REFERENCE, 4),
+    ("cpu", "a run of 50,000 steps over the loop on Python lists", LONG_RUN, REFERENCE, 10),
+    ("cuda", "triton-persistent over 8 us a step", PERSISTENT, 0.008, 1),
+    ("cuda", "triton-persistent, tf32x3, over 8 us a step", PERSISTENT_3, 0.008, 1),
+    ("cuda", "triton-step over 15 us a step", ("step", "triton-step-128-fp32"), 0.015, 1),
+    ("cuda", "table form, B=65,536, over a copy of as many bytes", LARGE_FORWARD, COPY, 0.8),
+    ("cuda", "table form, B=65,536, over torch.compile", LARGE_FORWARD, COMPILE, 2),
+    ("cuda", "table form, B=128, over an empty kernel", SMALL_FORWARD, EMPTY, 1 / 1.5),
+    ("cuda", "memory of torch over the table form's, B=65,536", LARGE_BACKWARD, MEMORY + TORCH, 2),
+]
+
+
+def measured(recording: Recording, case: tuple[str, str], over: str | float) -> tuple[float, bool] | None:
+    """What CLAIMS asks of a case, and whether it rests on a time that was scaled from a shorter run.
+
+    A whole run and the reference's both evaluate every 200 steps, so a run's time beyond its start grows with its
+    steps; the start is left out of the scaling, which takes time from the reference.
+    """
+    entry = recording.entry(*case)
+    if entry is None:
+        return None
+    if not isinstance(over, str):
+        return over / entry["ms"]["median"], False
+    facts = entry["rivals"].get(over.removeprefix(MEMORY), {})
+    if over.startswith(MEMORY):
+        return (facts["peak_bytes"] / entry["peak_bytes"], False) if "peak_bytes" in facts else None
+    short = next((e for e in recording.group("run") if over in e["rivals"]), None)
+    start = recording.entry("start-up", "import mlp_fast.train")
+    if facts or case[0] != "run" or short is None or start is None:
+        return (facts["ratio"], False) if facts else None
+    begin = start["ms"]["median"]
+    long = begin + (short["rivals"][over]["ms"]["median"] - begin) * entry["steps"] / short["steps"]
+    return long / entry["ms"]["median"], True
 
 
 def span(values: Sequence[float]) -> str:
@@ -200,112 +255,35 @@ def span(values: Sequence[float]) -> str:
     return least if least == most else f"{least}..{most}"
 
 
-def _over(group: str, id: str, other: str) -> Measure:
-    """How many times as long the other takes."""
-    return lambda recording: (recording.entry(group, id) or {}).get("rivals", {}).get(other, {}).get("ratio")
-
-
-def run_ratio(recording: Recording, steps: int) -> tuple[float, bool] | None:
-    """How many times as long the reference's whole run takes, and whether that time was scaled from a shorter run.
-
-    Both evaluate every 200 steps, so a run's time beyond its start grows with the number of steps; the start is left
-    out of the scaling, which takes time from the reference.
-    """
-    entry = recording.entry("run", f"{steps} steps")
-    if entry is None:
-        return None
-    if REFERENCE in entry["rivals"]:
-        return entry["rivals"][REFERENCE]["ratio"], False
-    short = next((e for e in recording.group("run") if REFERENCE in e["rivals"]), None)
-    start = recording.entry("start-up", "import mlp_fast.train")
-    if short is None or start is None:
-        return None
-    begin = start["ms"]["median"]
-    long = begin + (short["rivals"][REFERENCE]["ms"]["median"] - begin) * steps / short["steps"]
-    return long / entry["ms"]["median"], True
-
-
-def _run(steps: int) -> Measure:
-    return lambda recording: (run_ratio(recording, steps) or (None,))[0]
-
-
-def _under(group: str, id: str, milliseconds: float) -> Measure:
-    def measure(recording: Recording) -> float | None:
-        entry = recording.entry(group, id)
-        return None if entry is None else milliseconds / entry["ms"]["median"]
-
-    return measure
-
-
-def _memory(group: str, id: str, other: str) -> Measure:
-    """How many times as much memory the other takes at its peak."""
-
-    def measure(recording: Recording) -> float | None:
-        entry = recording.entry(group, id) or {}
-        theirs = entry.get("rivals", {}).get(other, {}).get("peak_bytes")
-        return None if theirs is None else theirs / entry["peak_bytes"]
-
-    return measure
-
-
-LARGE_FORWARD = "large-embed_linear_tanh-table-65536-fp32"
-LARGE_BACKWARD = "large-embed_linear_tanh-table-and-backward-65536-fp32"
-SMALL_FORWARD = "small-embed_linear_tanh-128-fp32"
-NATIVE, NATIVE_1 = ("step", "native-128-fp32"), ("threads", "native-128-fp32-1-thread")
-PERSISTENT, PERSISTENT_3 = "triton-persistent-128-fp32", "triton-persistent-128-tf32x3"
-LONG_RUN = "a run of 50,000 steps over the loop on Python lists"
-
-# (device type, the promise, what is measured of it, the least that keeps it); all are "times as fast as".
-CLAIMS: list[tuple[str, str, Measure, float]] = [
-    ("cpu", "eager over the loop on Python lists", _over("step", "eager-128-fp32", REFERENCE), 1),
-    ("cpu", "compile-step over eager", _over("step", "compile-step-128-fp32", BASELINE), 1),
-    ("cpu", "10,000,000 uniforms over one second", _under("rng", "fill 10,000,000", 1000), 1),
-    ("cpu", "native over the loop on Python lists, all threads", _over(*NATIVE, REFERENCE), 6),
-    ("cpu", "native over compile-step, all threads", _over(*NATIVE, "compile-step"), 2.5),
-    ("cpu", "native over the loop on Python lists, one thread", _over(*NATIVE_1, REFERENCE), 5),
-    ("cpu", "native over compile-step, one thread", _over(*NATIVE_1, "compile-step"), 2),
-    ("cpu", "a run of 5,000 steps over the loop on Python lists", _run(5000), 4),
-    ("cpu", LONG_RUN, _run(50_000), 10),
-    ("cuda", "triton-persistent over 8 us a step", _under("step", PERSISTENT, 0.008), 1),
-    ("cuda", "triton-persistent, tf32x3, over 8 us a step", _under("step", PERSISTENT_3, 0.008), 1),
-    ("cuda", "triton-step over 15 us a step", _under("step", "triton-step-128-fp32", 0.015), 1),
-    ("cuda", "table form, B=65,536, over a copy of as many bytes", _over("kernels", LARGE_FORWARD, COPY), 0.8),
-    ("cuda", "table form, B=65,536, over torch.compile", _over("kernels", LARGE_FORWARD, COMPILE), 2),
-    ("cuda", "table form, B=128, over an empty kernel", _over("kernels", SMALL_FORWARD, EMPTY), 1 / 1.5),
-    ("cuda", "memory of torch over the table form's, B=65,536", _memory("kernels", LARGE_BACKWARD, TORCH), 2),
-]
-
-
 def claims(recordings: Sequence[Recording]) -> str:
     """What the project promises, the least and the most over recordings, and whether they bear it out."""
     rows = []
-    for device_type, promise, measure, least in CLAIMS:
+    for device_type, promise, case, over, least in CLAIMS:
         here = [recording for recording in recordings if recording.facts["device_type"] == device_type]
-        values = [value for value in map(measure, here) if value is not None]
+        found = [one for recording in here if (one := measured(recording, case, over))]
         if not here:
             continue
-        kept = sum(value >= least for value in values)
-        holds = {0: "**no**", len(values): "yes"}.get(kept, f"**in {kept} of {len(values)}**")
-        shown = span(values) if values else "-"
-        if promise == LONG_RUN and any((run_ratio(recording, 50_000) or (0, False))[1] for recording in here):
-            shown += ", the loop's time scaled from 5,000 steps"
-        rows.append([promise, f"{least:g}", shown, holds if values else "not measured"])
+        kept = sum(value >= least for value, _ in found)
+        holds = {0: "**no**", len(found): "yes"}.get(kept, f"**in {kept} of {len(found)}**")
+        text = span([value for value, _ in found]) if found else "-"
+        text += ", the loop's time scaled from 5,000 steps" if any(scaled for _, scaled in found) else ""
+        rows.append([promise, f"{least:g}", text, holds if found else "not measured"])
     return table(["promise", "at least", "measured", "holds"], rows) if rows else ""
 
 
 def result(recordings: Sequence[Recording], chinese: bool = False) -> str:
     """The project's result in a paragraph: how many times faster on what, to which digits."""
-    ratios = [(_over(*NATIVE, BASELINE)(one), _over(*NATIVE, REFERENCE)(one), one) for one in recordings]
-    measured = [(eager, loop, one) for eager, loop, one in ratios if eager is not None and loop is not None]
+    ratios = [(measured(one, NATIVE, BASELINE), measured(one, NATIVE, REFERENCE), one) for one in recordings]
+    found = [(eager[0], loop[0], one) for eager, loop, one in ratios if eager and loop]
     ends = [one.extra["losses"]["test_loss"] for one in recordings if "losses" in one.extra]
-    if not measured or not ends:
+    if not found or not ends:
         return ""
     same = (d for d in range(6, 0, -1) if {f"{end:.{d}f}" for end in ends} == {f"{TEST_LOSS[50_000]:.{d}f}"})
     text = RESULT[chinese].format(
-        eager=span([eager for eager, _, _ in measured]),
-        loop=span([loop for _, loop, _ in measured]),
-        recordings=len(measured),
-        machines=len({one.facts["device"] for _, _, one in measured}),
+        eager=span([eager for eager, _, _ in found]),
+        loop=span([loop for _, loop, _ in found]),
+        recordings=len(found),
+        machines=len({one.facts["device"] for _, _, one in found}),
         test_loss=TEST_LOSS[50_000],
         decimals=next(same, 0),
     )

@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench.case import Case, Skipped, Timer
-from bench.conftest import RECORDING, plan_of
+from bench.case import Case, Plan, Skipped, Work
+from bench.conftest import RECORDING
 from bench.recording import Recording
-from bench.suite import GROUPS, cases, usual
-from mlp_fast.measure.timing import rest
+from bench.suite import GROUPS, cases, chosen
+from mlp_fast.errors import UserError
+
+
+def plan_of(config: pytest.Config) -> Plan:
+    return Plan.here(full=config.getoption("--full"), dry=config.getoption("--dry-run"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -18,46 +22,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     plan, named = plan_of(metafunc.config), metafunc.config.getoption("--groups")
-    groups = named.split(",") if named else GROUPS
-    if unknown := [group for group in groups if group not in GROUPS]:
-        raise pytest.UsageError(f"--groups: {unknown[0]!r} is unknown; choose some of {', '.join(GROUPS)}")
+    try:
+        groups = chosen(named, plan)
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
+    found = [pytest.param(case, id=f"{g}-{case.id}".replace(" ", "-")) for g in groups for case in cases(g, plan)]
     long = pytest.mark.skip(reason="it takes long; --full or --groups measures it")
-    chosen = []
-    for group in groups:
-        if named or group in usual(plan):
-            chosen += [pytest.param(one, id=f"{group}-{one.id}".replace(" ", "-")) for one in cases(group, plan)]
-        else:
-            chosen.append(pytest.param(None, id=group, marks=long))
-    metafunc.parametrize("case", chosen)
+    left_out = [pytest.param(None, id=group, marks=long) for group in GROUPS if not named and group not in groups]
+    metafunc.parametrize("case", found + left_out)
 
 
 @pytest.fixture(scope="session")
 def recording(pytestconfig: pytest.Config) -> Recording:
     """What this session measures; the machine's probes come first."""
     plan = plan_of(pytestconfig)
-    pytestconfig.stash[RECORDING] = Recording.begin(torch.device(plan.device), dry=plan.dry)
-    return pytestconfig.stash[RECORDING]
+    return pytestconfig.stash.setdefault(RECORDING, Recording.begin(torch.device(plan.device), dry=plan.dry))
 
 
-def timer_of(benchmark: Any) -> Timer:
-    """pytest-benchmark as a Timer."""
-
-    def timer(work: Callable[[], object], before: Callable[[], None], rounds: int) -> list[float]:
-        def setup() -> None:
-            before()
-            rest()
-
-        benchmark.pedantic(work, setup=setup, rounds=rounds)
+def test_case(case: Case, benchmark: Any, recording: Recording) -> None:
+    def timer(work: Work, before: Callable[[], None], rounds: int) -> list[float]:
+        benchmark.pedantic(work, setup=before, rounds=rounds)
         if benchmark.stats is None:
             pytest.skip("pytest-benchmark is switched off: the case ran, and nothing was timed")
         return list(benchmark.stats.stats.data)
 
-    return timer
-
-
-def test_case(case: Case, benchmark: Any, recording: Recording) -> None:
     benchmark.group = case.group
     try:
-        benchmark.extra_info.update(recording.add(case, timer_of(benchmark)))
+        entry = recording.measure(case.group, case.id, lambda: case.entry(timer, recording.probes))
+        benchmark.extra_info.update(entry)
     except Skipped as reason:
         pytest.skip(str(reason))

@@ -160,7 +160,7 @@ def test_a_probe_that_breaks_off_leaves_the_others(monkeypatch: pytest.MonkeyPat
     def broken() -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(probes, "_cpu_probes", lambda quick: {"fma_rate": broken, "matmul_rate": lambda: 1e11})
+    monkeypatch.setattr(probes, "probes_of", lambda device, quick: {"fma_rate": broken, "matmul_rate": lambda: 1e11})
     assert probes.measure_all(CPU) == {"fma_rate": "failed: RuntimeError: out of luck", "matmul_rate": 1e11}
 
 
@@ -193,9 +193,9 @@ def test_a_backend_of_5_ms_a_step_is_recorded_at_5_ms() -> None:
 
 @pytest.mark.usefixtures("candidates")
 def test_a_wrong_backend_is_recorded_without_a_number() -> None:
-    record_ = Recording(FACTS, probes=PROBES)
+    record_ = Recording(FACTS)
     with pytest.raises(NotEquivalent):
-        record_.add(step_case("wrong"), plain_timer)
+        record_.measure("step", "wrong", lambda: step_case("wrong").entry(plain_timer, PROBES))
     assert record_.entries == []
     assert record_.refused[0][:2] == ("step", "wrong")
     assert "no number: wrong is not equivalent" in tables.skipped(record_)
@@ -267,7 +267,7 @@ def test_on_cuda_what_inductor_compiles_comes_after_all_else(
 
     monkeypatch.setattr(record, "cases", without_a_gpu)
     monkeypatch.setattr(recording.Recording, "begin", lambda device, dry: recording.Recording(FACTS, dry))
-    record.record(plan, ["step", "rng"], {}, tmp_path / "recording.json", record.Budget())
+    record.record(plan, ["step", "rng"], {}, tmp_path / "recording.json")
     slow = [id.startswith("compile") for id in measured]
     assert slow == sorted(slow)
     assert any(slow)
@@ -429,9 +429,9 @@ def test_a_wrong_operator_gets_no_number() -> None:
     right = operators.OPERATORS["linear_cross_entropy-and-backward"]
     operators.check("right", right, config, CPU)
 
-    def wrong(config: Config, device: torch.device, dtype: torch.dtype, fused: bool) -> Callable[[], list[Tensor]]:
-        work = right(config, device, dtype, fused)
-        return lambda: [t * (1 + 1e-3 * fused) for t in work()]
+    def wrong(config: Config, device: torch.device, dtype: torch.dtype, by: str) -> Callable[[], list[Tensor]]:
+        work = right(config, device, dtype, by)
+        return lambda: [t * (1 + 1e-3 * (by == operators.FUSED)) for t in work()]
 
     with pytest.raises(NotEquivalent, match="wrong is not equivalent"):
         operators.check("wrong", wrong, config, CPU)
@@ -440,7 +440,7 @@ def test_a_wrong_operator_gets_no_number() -> None:
 @pytest.mark.parametrize("name", operators.OPERATORS)
 def test_both_sides_of_an_operators_case_compute_the_same(name: str) -> None:
     config = DRY.config()
-    fused, plain = (operators.OPERATORS[name](config, CPU, torch.float32, side)() for side in (True, False))
+    fused, plain = (operators.OPERATORS[name](config, CPU, torch.float32, by)() for by in ("fused", "torch"))
     for mine, theirs in zip(fused, plain, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -503,7 +503,7 @@ def test_a_spent_budget_leaves_cases_out_and_says_so(tmp_path: Path) -> None:
 
 def test_a_spent_budget_leaves_further_results_out_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "recording.json"
-    monkeypatch.setattr(record, "usual", lambda plan: [])
+    monkeypatch.setattr(record, "chosen", lambda named, plan: [])
     record.main(["--dry-run", "--device", "cpu", "--budget", "0", "--out", str(file)])
     left_out = [("extra", name, "the budget of 0 s was spent") for name in ("profile", "compare", "losses", "numerics")]
     assert recording.load(file).skipped == left_out
@@ -524,7 +524,7 @@ def test_a_case_or_result_that_breaks_off_is_noted_and_the_others_are_measured(
         return {"output": "compared"}
 
     file = tmp_path / "recording.json"
-    monkeypatch.setattr(record, "usual", lambda plan: ["rng"])
+    monkeypatch.setattr(record, "chosen", lambda named, plan: ["rng"])
     monkeypatch.setattr(record, "cases", lambda group, plan: rng_cases(plan))
     monkeypatch.setattr(record, "profiles", broken)
     monkeypatch.setattr(record, "comparison", compared)
@@ -605,12 +605,12 @@ def test_a_long_run_of_the_reference_is_scaled_from_the_short_one() -> None:
     short = entry_of("run", "5000 steps", 4000.0, steps=5000)
     short["rivals"] = {"reference-loop": {"ms": {"median": 17_000.0}, "ratio": 4.25}}
     record_.entries = [short, entry_of("run", "50000 steps", 15_200.0, steps=50_000)]
-    assert tables.run_ratio(record_, 50_000) is None  # the start is not known
+    assert tables.measured(record_, tables.LONG_RUN, "reference-loop") is None  # the start is not known
     record_.entries.append(entry_of("start-up", "import mlp_fast.train", 2000.0))
-    ratio, scaled = tables.run_ratio(record_, 50_000) or (math.nan, False)
+    ratio, scaled = tables.measured(record_, tables.LONG_RUN, "reference-loop") or (math.nan, False)
     assert scaled
     assert ratio == pytest.approx((2000 + 15_000 * 10) / 15_200)
-    assert tables.run_ratio(record_, 5000) == (4.25, False)
+    assert tables.measured(record_, ("run", "5000 steps"), "reference-loop") == (4.25, False)
     assert "scaled from 5,000 steps" in tables.claims([record_])
 
 

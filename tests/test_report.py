@@ -107,7 +107,7 @@ def test_every_swept_size_has_a_table_of_its_own(project: Path) -> None:
     record = Recording(FACTS)
     for letter, size in (("B", 128), ("B", 256), ("V", 27)):
         record.entries.append(step("native", size / 512, "sweep", f"native-{letter}{size}", **{letter: size}))
-    first, second = tables.sweep(record).split("\n\n")
+    first, second = tables.shown("sweep", record).split("\n\n")
     header = "| backend | ms/step | eager, ms/step | x eager | x lower bound |"
     assert first.splitlines()[0] == f"| B, windows a batch {header}"
     assert first.splitlines()[2:] == [
