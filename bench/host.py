@@ -1,12 +1,13 @@
 """Cases of the host's work before training: random numbers, and a corpus read into tokens."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from bench.case import Case, Entry, Plan, Timer, timed_beside
+from bench.case import Case, Entry, Plan, Timer, Work, timed_beside
 from bench.lower_bound import Probes
 from mlp_fast.corpus import load as corpus
 from mlp_fast.data import synthesize
@@ -20,26 +21,21 @@ def rng_cases(plan: Plan) -> Iterator[Case]:
     """Filling an array with random numbers, beside drawing them one by one."""
     many, few = (10_000, 100) if plan.dry else (10_000_000, 100_000)
 
-    def fill() -> object:
-        return RNG(1337).fill_uniform(many)
-
-    def draw() -> None:
+    def drawn(count: int) -> list[float]:
         rng = RNG(1337)
-        for _ in range(few):
-            rng.random()
+        return [rng.random() for _ in range(count)]
 
-    def case(id: str, work: Callable[[], object], count: int) -> Case:
+    def case(id: str, work: Work, count: int) -> Case:
         def run(timer: Timer, probes: Probes) -> Entry:
-            first = RNG(1337)
-            if not (RNG(1337).fill_uniform(1000) == [first.random() for _ in range(1000)]).all():
+            if not (RNG(1337).fill_uniform(1000) == drawn(1000)).all():
                 raise NotEquivalent("the fill's numbers are not those of the scalar generator")
             entry = timed_beside(timer, work, {}, min(plan.rounds, 5))
             return {"per": f"{count:,} uniforms", **entry, "uniforms_per_second": 1e3 * count / entry["ms"]["min"]}
 
         return Case("rng", f"{id} {count:,}", run)
 
-    yield case("fill", fill, many)
-    yield case("scalar", draw, few)
+    yield case("fill", lambda: RNG(1337).fill_uniform(many), many)
+    yield case("scalar", lambda: drawn(few), few)
 
 
 def plain(folder: Path) -> dict[str, np.ndarray]:
@@ -53,21 +49,18 @@ def reading_cases(plan: Plan) -> Iterator[Case]:
     """A folder of megabytes of text, one byte a character and three, beside plain Python and its dictionary."""
     size = 20_000 if plan.dry else 5_000_000
 
-    def case(name: str, line: str) -> Case:
-        def run(timer: Timer, probes: Probes) -> Entry:
-            with tempfile.TemporaryDirectory() as place:
-                folder = Path(place)
-                content = line * (size // len(line.encode()) + 1)
-                for split in corpus.SPLITS:
-                    (folder / f"{split}.txt").write_text(content if split == "train" else line, encoding="utf-8")
-                work: Callable[[], corpus.Corpus] = lambda: corpus.load(place)  # noqa: E731
-                expected, loaded = plain(folder), work()
-                if any((loaded.tapes[split].numpy() != expected[split]).any() for split in corpus.SPLITS):
-                    raise NotEquivalent("the tokens are not those of plain Python")
-                entry = timed_beside(timer, work, {"python": lambda: plain(folder)}, min(plan.rounds, 5))
-            return {"per": f"{size:,} bytes", **entry, "bytes_per_second": 1e3 * size / entry["ms"]["min"]}
+    def run(timer: Timer, probes: Probes, line: str) -> Entry:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            content = line * (size // len(line.encode()) + 1)
+            for split in corpus.SPLITS:
+                (folder / f"{split}.txt").write_text(content if split == "train" else line, encoding="utf-8")
+            expected, loaded = plain(folder), corpus.load(place)
+            if any((loaded.tapes[split].numpy() != expected[split]).any() for split in corpus.SPLITS):
+                raise NotEquivalent("the tokens are not those of plain Python")
+            others = {"python": partial(plain, folder)}
+            entry = timed_beside(timer, partial(corpus.load, place), others, min(plan.rounds, 5))
+        return {"per": f"{size:,} bytes", **entry, "bytes_per_second": 1e3 * size / entry["ms"]["min"]}
 
-        return Case("reading", name, run)
-
-    yield case("names", ENGLISH.read_text()[:4096])
-    yield case("Chinese", CHINESE)
+    yield Case("reading", "names", partial(run, line=ENGLISH.read_text()[:4096]))
+    yield Case("reading", "Chinese", partial(run, line=CHINESE))

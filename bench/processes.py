@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench import lower_bound
 from bench.case import Case, Entry, Plan, Skipped, Timer, compared, timed_beside
+from bench.lower_bound import Probes
 from bench.steps import REFERENCE
 from mlp_fast.measure.equivalence import require
 
@@ -27,8 +28,17 @@ def require_loss(name: str, steps: int, loss: float) -> None:
     require(name, f"the test loss after {steps:,} steps", abs(loss - TEST_LOSS[steps]), RUN_TOLERANCE)
 
 
-def _process_case(
-    group: str, id: str, commands: Mapping[str, Sequence[str]], per: str, rounds: int, steps: int | None = None
+def python(command: Sequence[str]) -> str:
+    """What a Python process prints; Skipped where it fails, with the line that says why."""
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"it ended with code {result.returncode}"]
+        raise Skipped(next((line for line in lines if line.startswith("mlp_fast: ")), lines[-1]))
+    return result.stdout
+
+
+def process_case(
+    group: str, id: str, per: str, commands: Mapping[str, Sequence[str]], rounds: int, steps: int | None = None
 ) -> Case:
     """A Python process from its start to its end; the first of `commands` is the case, the others are timed beside it.
 
@@ -36,62 +46,46 @@ def _process_case(
     """
 
     def process(name: str) -> None:
-        printed = _python(commands[name])
+        printed = python(commands[name])
         if steps is not None:
             losses = re.findall(r"^test_loss (\S+)", printed, re.MULTILINE)
             require_loss(name, steps, float(losses[-1]) if losses else math.nan)
 
-    def run(timer: Timer, probes: lower_bound.Probes) -> Entry:
-        name, *others = commands
+    def run(timer: Timer, probes: Probes) -> Entry:
+        work, *others = commands
+        facts = {"command": f"python {' '.join(commands[work])}", "threads": torch.get_num_threads(), "per": per}
+        facts |= {} if steps is None else {"steps": steps}
         beside = {other: partial(process, other) for other in others}
-        return {
-            **({} if steps is None else {"steps": steps}),
-            "command": "python " + " ".join(commands[name]),
-            "threads": torch.get_num_threads(),
-            "per": per,
-            **timed_beside(timer, partial(process, name), beside, rounds),
-        }
+        return {**facts, **timed_beside(timer, partial(process, work), beside, rounds)}
 
     return Case(group, id, run)
 
 
-def _python(arguments: Sequence[str]) -> str:
-    """What a Python process prints."""
-    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-    if result.returncode:
-        raise Skipped(
-            f"python {' '.join(arguments)} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
-        )
-    return result.stdout
-
-
 def start_up_cases(plan: Plan) -> Iterator[Case]:
     """What a process costs before its first step."""
-    torch_alone = ("-c", "import torch")
+    torch_alone = {"import torch": ("-c", "import torch")}
     train = ("-m", "mlp_fast.train", "--device", plan.device)
-    rounds = 1 if plan.dry else 3
-    for id, command in {
-        "import torch": torch_alone,
+    commands: dict[str, Sequence[str]] = {
+        **torch_alone,
         "import mlp_fast.train": ("-c", "import mlp_fast.train"),
         "mlp_fast.train --help": (*train, "--help"),
         "mlp_fast.train, one step": (*train, "--num-steps", "1", "--quiet"),
-    }.items():
-        others = {} if command is torch_alone else {"import torch": torch_alone}
-        yield _process_case("start-up", id, {id: command, **others}, "process", rounds)
+    }
+    for id, command in commands.items():
+        yield process_case("start-up", id, "process", {id: command, **torch_alone}, 1 if plan.dry else 3)
 
 
 def run_cases(plan: Plan) -> Iterator[Case]:
     """Training runs from the start of the process to its end, beside the reference loop on the CPU."""
-    train = ("-m", "mlp_fast.train", "--device", plan.device, "--num-steps")
-    short, long = ("20", "40") if plan.dry else ("5000", "50000")
+    short, long = (20, 40) if plan.dry else (5000, 50000)
     for steps in (short, long):
-        commands: dict[str, Sequence[str]] = {"mlp_fast.train": (*train, steps)}
+        train = ("-m", "mlp_fast.train", "--device", plan.device, "--num-steps", str(steps))
+        commands: dict[str, Sequence[str]] = {"mlp_fast.train": train}
         # A long run of it takes more than a minute: without --full tables.py scales the short one and says so.
-        beside = plan.device == "cpu" and (steps == short or plan.full)
-        if beside:
-            commands[REFERENCE] = ("-m", "bench.reference_loop", "--quiet", "--num-steps", steps)
-        rounds = 3 if beside and not plan.dry else 1
-        yield _process_case("run", f"{steps} steps", commands, "run", rounds, steps=int(steps))
+        if plan.device == "cpu" and (steps == short or plan.full):
+            commands[REFERENCE] = ("-m", "bench.reference_loop", "--quiet", "--num-steps", str(steps))
+        rounds = 3 if len(commands) > 1 and not plan.dry else 1
+        yield process_case("run", f"{steps} steps", "run", commands, rounds, steps=steps)
 
 
 # --- beside other work ------------------------------------------------------------------------------------------------
@@ -125,34 +119,29 @@ def one_processor() -> Iterator[str]:
     raise Skipped("no control group can be made here; that takes root, and control groups of processors")
 
 
-def _at_once(processes: int, before: str, steps: int) -> list[float]:
-    """Trains in so many processes at the same time; the milliseconds per step that each prints."""
-    command = [sys.executable, "-c", PROGRAM.format(before), "--backend", "native", "--threads", str(THREADS)]
-    command += ["--num-steps", str(steps), "--eval-every", str(steps)]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
-    printed = [run.communicate()[0] for run in runs]
-    if failed := [run.returncode for run in runs if run.returncode]:
-        raise Skipped(f"a run of native ended with code {failed[0]}")
-    return [float(ms) for text in printed for ms in re.findall(r"\(([\d.]+) ms/step\)", text)]
-
-
 def busy_cases(plan: Plan) -> Iterator[Case]:
     """A step on two threads: alone, two runs at once, two threads on one core, two with the time of one processor."""
-    if plan.device != "cpu":
-        return
-    steps = 20 if plan.dry else 10_000
+    steps = "20" if plan.dry else "10000"
+    options = ("--backend", "native", "--threads", str(THREADS), "--num-steps", steps, "--eval-every", steps)
 
-    def case(id: str, processes: int = 1, before: str | None = "pass") -> Case:
-        def run(timer: Timer, probes: lower_bound.Probes) -> Entry:
+    def case(id: str, processes: int, before: str | None) -> Case:
+        def run(timer: Timer, probes: Probes) -> Entry:
             samples: list[float] = []
+
+            def at_once(code: str) -> None:
+                with ThreadPoolExecutor(processes) as pool:
+                    printed = pool.map(python, [("-c", PROGRAM.format(code), *options)] * processes)
+                    samples.extend(float(ms) for text in printed for ms in re.findall(r"\(([\d.]+) ms/step\)", text))
+
             with one_processor() if before is None else contextlib.nullcontext(before) as code:
-                timer(lambda: samples.extend(_at_once(processes, code, steps)), lambda: None, 1 if plan.dry else 3)
+                timer(lambda: at_once(code), lambda: None, 1 if plan.dry else 3)
             facts = {"backend": "native", "threads": THREADS, "processes": processes, "per": "step"}
             return {**facts, **compared(samples, {})}
 
         return Case("busy", id, run)
 
-    yield case("alone")
-    yield case("two at once", processes=2)
-    yield case("one core", before=ONE_CORE)
-    yield case("the time of one processor", before=None)
+    if plan.device == "cpu":
+        yield case("alone", 1, "pass")
+        yield case("two at once", 2, "pass")
+        yield case("one core", 1, ONE_CORE)
+        yield case("the time of one processor", 1, None)

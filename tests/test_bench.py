@@ -386,7 +386,7 @@ def test_a_run_that_ends_with_another_loss_gets_no_number(
     monkeypatch: pytest.MonkeyPatch, wrong: str, printed: str
 ) -> None:
     outputs = {"mlp_fast.train": "step 0\ntest_loss 2.921877\n", "bench.reference_loop": "test_loss 2.921876\n"}
-    monkeypatch.setattr(processes, "_python", lambda command: outputs[command[1]])
+    monkeypatch.setattr(processes, "python", lambda command: outputs[command[1]])
     case = next(case for case in suite.cases("run", DRY) if case.id == "20 steps")
     assert set(case.entry(plain_timer, {})["rivals"]) == {"reference-loop"}
     outputs[wrong] = printed
@@ -414,12 +414,12 @@ def test_larger_training_that_ends_with_another_loss_than_eagers_gets_no_number(
 ) -> None:
     runs = {"eager-raw": scale.Trained(2.0, 1000, 3.000005), "eager": scale.Trained(6.0, 2000, 3.0)}
     monkeypatch.setattr(scale, "trained", lambda options, processes=1: runs[options[-1]])
-    case = scale.training_case("eager-raw", DRY, [], DRY.config(backend="eager-raw"), 27)
+    case = scale.training_case("eager-raw", "eager-raw", DRY, ["--device", "cpu"], 27)
     entry = case.entry(plain_timer, {})
     assert entry["ms"]["median"] == pytest.approx(2)
     assert entry["rivals"]["eager"]["ratio"] == pytest.approx(3)
     assert entry["peak_bytes"] == 1000
-    runs["eager-raw"] = dataclasses.replace(runs["eager-raw"], test_loss=3.00002)
+    runs["eager-raw"] = runs["eager-raw"]._replace(test_loss=3.00002)
     with pytest.raises(NotEquivalent, match=r"the test loss is off by 2\.0e-05"):
         case.entry(plain_timer, {})
 
