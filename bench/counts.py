@@ -26,14 +26,13 @@ import argparse
 import functools
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bench import gpus, recording
-from bench.execution import KINDS, Launch, Row, rows_of
+from bench.execution import KINDS, Launch, Row, add, rows_of
 from bench.gpus import GPUS, Gpu
 from mlp_fast.cli import run_main
 from mlp_fast.errors import UserError
@@ -42,48 +41,38 @@ from mlp_fast.measure.table import table
 
 BUDGETS = Path(__file__).resolve().parent.parent / "tests" / "gpuless" / "budgets.json"
 FIGURES = ("instructions", "issue", "wavefronts", "sectors", "exposed", "barriers", "grid_barriers", "atomics")
+ALL_FIGURES = "instructions issue wavefronts sectors exposed.1 barriers grid_barriers atomics us.2"
 SUM = "sum"
 
 
-@dataclass
-class Counted:
-    """A workload on a GPU: its phases in the order of the code."""
-
-    name: str
-    gpu: str
-    precision: str
-    programs: list[int]  # of every launch
-    phases: dict[str, Row]
-
-    @property
-    def total(self) -> Row:
-        """All phases together."""
-        total = Row()
-        for row in self.phases.values():
-            total.add(row)
-        return total
-
-    def kept(self) -> dict[str, Any]:
-        """As BUDGETS has it."""
-
-        def figures(row: Row) -> dict[str, Any]:
-            kept = {name: getattr(row, name) for name in (*FIGURES, "us")}
-            return {name: [round(x, 2) for x in v] if isinstance(v, list) else round(v, 2) for name, v in kept.items()}
-
-        phases = {name: figures(row) for name, row in self.phases.items()}
-        key = {"name": self.name, "gpu": self.gpu, "precision": self.precision, "programs": self.programs}
-        return {**key, "phases": phases, SUM: {**figures(self.total), "kinds": _rounded(self.total.kinds)}}
+Counted = dict[str, Any]  # as counted() makes it, and as BUDGETS has it
 
 
-def _rounded(kinds: dict[str, float]) -> dict[str, int]:
-    return {kind: round(kinds.get(kind, 0)) for kind in KINDS}
+def counted(name: str, gpu: str, precision: str, programs: Sequence[int], phases: Mapping[str, Row]) -> Counted:
+    """A workload on a GPU: the programs of its launches, its phases in the order of the code, and all of them together.
+
+    Pairs are from the least to the most.
+    """
+
+    def figures(row: Row) -> dict[str, Any]:
+        row = {"instructions": sum(row.get(kind, 0) for kind in KINDS), **row}
+        got: dict[str, Any] = {name: row.get(name, 0.0) for name in FIGURES}
+        got |= {name: [row.get(f"{name}_{end}", 0.0) for end in ("low", "high")] for name in ("wavefronts", "us")}
+        return {name: [round(x, 2) for x in v] if isinstance(v, list) else round(v, 2) for name, v in got.items()}
+
+    total: Row = {}
+    for row in phases.values():
+        add(total, row)
+    kinds = {kind: round(total.get(kind, 0)) for kind in KINDS}
+    key = {"name": name, "gpu": gpu, "precision": precision, "programs": list(programs)}
+    return {**key, "phases": {p: figures(row) for p, row in phases.items()}, SUM: {**figures(total), "kinds": kinds}}
 
 
 @functools.cache
 def _launches(name: str, like: Gpu, precision: str) -> list[Launch]:
     from bench.workloads import WORKLOADS
 
-    return WORKLOADS[name].launches(like, precision)
+    return WORKLOADS[name].launches(like, precision, WORKLOADS[name].B)
 
 
 def launches(name: str, gpu: Gpu, precision: str) -> list[Launch]:
@@ -96,15 +85,15 @@ def count(name: str, gpu: Gpu, precision: str) -> Counted:
     phases: dict[str, Row] = {}
     for launch in (found := launches(name, gpu, precision)):
         for phase, row in rows_of(launch, gpu).items():
-            if round(row.instructions):
-                phases.setdefault(phase, Row()).add(row)
+            if round(sum(row.get(kind, 0) for kind in KINDS)):
+                add(phases.setdefault(phase, {}), row)
     if name.startswith("triton-step"):  # whose kernels are nodes of a captured graph
-        ends = [len(found) * gpus.wait_us(gpu, "node", high) for high in (False, True)]
-        phases["ends of kernels"] = Row(us=ends)
-    return Counted(name, gpu.name, precision, [launch.programs for launch in found], phases)
+        low, high = (len(found) * gpus.wait_us(gpu, "node", high) for high in (False, True))
+        phases["ends of kernels"] = {"us_low": low, "us_high": high}
+    return counted(name, gpu.name, precision, [launch.programs for launch in found], phases)
 
 
-def worse(counted: dict[str, Any], budget: dict[str, Any]) -> list[str]:
+def worse(counted: Counted, budget: Counted) -> list[str]:
     """Where what is counted is more than its budget; of pairs the most counts. Phases may be new, sums count anyway."""
     found = []
     for phase, row in {**counted["phases"], SUM: counted[SUM]}.items():
@@ -116,7 +105,7 @@ def worse(counted: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     return found
 
 
-def measured_us(counted: dict[str, Any], folder: Path = recording.RESULTS) -> float | None:
+def measured_us(counted: Counted, folder: Path = recording.RESULTS) -> float | None:
     """What a recording says of it on such a GPU: the latest that has it."""
     from bench.workloads import WORKLOADS
 
@@ -125,7 +114,7 @@ def measured_us(counted: dict[str, Any], folder: Path = recording.RESULTS) -> fl
         if not gpus.is_measured_on(GPUS[counted["gpu"]], recordings[0].facts["device"]):
             continue
         for record in recordings:
-            if entry := record.entry(workload.group, workload.measured_as(counted["precision"])):
+            if entry := record.entry(workload.group, workload.id_of(counted["precision"])):
                 return 1e3 * float(entry["ms"]["median"])
     return None
 
@@ -133,60 +122,46 @@ def measured_us(counted: dict[str, Any], folder: Path = recording.RESULTS) -> fl
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _span(pair: Sequence[float], digits: int = 0) -> str:
-    return "..".join(f"{x:,.{digits}f}" for x in pair) if pair[0] != pair[1] else f"{pair[0]:,.{digits}f}"
+def _cells(row: Mapping[str, Any], figures: str) -> list[str]:
+    """Of a row's figures by name, with so many decimals: "wavefronts exposed.1"; pairs from the least to the most."""
+    names = [word.partition(".") for word in figures.split()]
+    values = [
+        (row[name] if isinstance(row[name], list) else [row[name]], int(digits or 0)) for name, _, digits in names
+    ]
+    return ["..".join(f"{x:,.{digits}f}" for x in dict.fromkeys(pair)) for pair, digits in values]
 
 
-def phases_table(counted: dict[str, Any]) -> str:
-    """Every phase of a workload, and the sum."""
+def phases_table(counted: Counted, figures: str, corner: str = "phase", least: float = 0) -> str:
+    """The phases of a workload that take at most so many microseconds or more, and the sum."""
     rows = [
-        [
-            phase, f"{row['instructions']:,.0f}", f"{row['issue']:,.0f}", _span(row["wavefronts"]),
-            f"{row['sectors']:,.0f}", f"{row['exposed']:,.1f}", f"{row['barriers']:,.0f}",
-            f"{row['grid_barriers']:,.0f}", f"{row['atomics']:,.0f}", _span(row["us"], 2),
-        ]
+        [phase, *_cells(row, figures)]
         for phase, row in {**counted["phases"], SUM: counted[SUM]}.items()
-    ]  # fmt: skip
-    head = ("phase", *(name.replace("grid_barriers", "grid") for name in FIGURES), "us")
-    kinds = ", ".join(f"{kind} {n:,}" for kind, n in counted[SUM]["kinds"].items())
-    return table(head, rows) + f"\n\nInstructions by kind: {kinds}.\n"
+        if row["us"][1] >= least
+    ]
+    return table([corner, *(word.split(".")[0].replace("grid_barriers", "grid") for word in figures.split())], rows)
 
 
 def brief_phases(name: str, gpu: str) -> str:
     """The phases that take time, of a workload in every precision that is kept."""
-    parts = []
-    for counted in chosen(name, gpu):
-        rows = [
-            [
-                phase,
-                f"{row['instructions']:,.0f}",
-                _span(row["wavefronts"]),
-                f"{row['exposed']:,.1f}",
-                _span(row["us"], 1),
-            ]
-            for phase, row in {**counted["phases"], SUM: counted[SUM]}.items()
-            if row["us"][1] >= 0.1
-        ]
-        head = (f"{name}, {counted['precision']}, {gpu}", "instructions", "wavefronts", "exposed", "us")
-        parts.append(table(head, rows) + "\n")
-    return "\n".join(parts)
+    corner = f"{name}, {{}}, {gpu}"
+    figures = "instructions wavefronts exposed.1 us.1"
+    return "\n\n".join(phases_table(c, figures, corner.format(c["precision"]), 0.1) for c in chosen(name, gpu))
 
 
-def times_table(kept: Sequence[dict[str, Any]], folder: Path = recording.RESULTS) -> str:
+def times_table(kept: Sequence[Counted], folder: Path = recording.RESULTS) -> str:
     """Microseconds of workloads by GPU, and what was measured behind them where a recording has it."""
-    named = dict.fromkeys((c["name"], c["precision"]) for c in kept)
     by_key = {(c["name"], c["precision"], c["gpu"]): c for c in kept}
     shown = [gpu for gpu in GPUS if any(c["gpu"] == gpu for c in kept)]
     rows = []
-    for name, precision in named:
+    for name, precision in dict.fromkeys((c["name"], c["precision"]) for c in kept):
         cells = []
         for gpu in shown:
             counted = by_key.get((name, precision, gpu))
             measured = counted and measured_us(counted, folder)
-            span = _span(counted[SUM]["us"], 1) if counted else "–"
+            span = _cells(counted[SUM], "us.1")[0] if counted else "–"
             cells.append(span + (f", measured {measured:.1f}" if measured else ""))
         rows.append([f"{name}, {precision}", *cells])
-    return table(("us", *shown), rows) + "\n"
+    return table(("us", *shown), rows)
 
 
 def history_table(entries: Sequence[dict[str, Any]]) -> str:
@@ -196,28 +171,22 @@ def history_table(entries: Sequence[dict[str, Any]]) -> str:
         rows = []
         for entry in entries:
             by_gpu = {s["gpu"]: s for s in entry["sums"] if (s["name"], s["precision"]) == (STEPS[0], precision)}
-            here = by_gpu["H100"]
-            us = (_span(by_gpu[gpu]["us"], 1) for gpu in ("H100", "A100"))
-            rows.append(
-                [entry["label"], f"{here['issue']:,.0f}", _span(here["wavefronts"]), f"{here['exposed']:,.0f}", *us]
-            )
+            us = [_cells(by_gpu[gpu], "us.1")[0] for gpu in ("H100", "A100")]
+            rows.append([entry["label"], *_cells(by_gpu["H100"], "issue wavefronts exposed"), *us])
         head = (f"{STEPS[0]}, {precision}", "issue", "wavefronts", "exposed", "us, H100", "us, A100")
-        parts.append(table(head, rows) + "\n")
-    return "\n".join(parts)
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
 
 
-def work_table(kept: Sequence[dict[str, Any]]) -> str:
+def work_table(kept: Sequence[Counted]) -> str:
     """What workloads execute on one GPU."""
-    rows = [
-        [
-            f"{c['name']}, {c['precision']}", " + ".join(f"{n:,}" for n in c["programs"]),
-            f"{c[SUM]['instructions']:,.0f}", f"{c[SUM]['kinds']['fp32'] + c[SUM]['kinds']['tensor']:,}",
-            _span(c[SUM]["wavefronts"]), f"{c[SUM]['sectors']:,.0f}", f"{c[SUM]['exposed']:,.0f}",
-        ]
-        for c in kept
-    ]  # fmt: skip
-    head = ("", "programs", "instructions", "arithmetic", "wavefronts", "sectors", "exposed")
-    return table(head, rows) + "\n"
+    rows = []
+    for c in kept:
+        row = {**c[SUM], "arithmetic": c[SUM]["kinds"]["fp32"] + c[SUM]["kinds"]["tensor"]}
+        programs = " + ".join(f"{n:,}" for n in c["programs"])
+        figures = _cells(row, "instructions arithmetic wavefronts sectors exposed")
+        rows.append([f"{c['name']}, {c['precision']}", programs, *figures])
+    return table(("", "programs", "instructions", "arithmetic", "wavefronts", "sectors", "exposed"), rows)
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
@@ -244,7 +213,7 @@ def kept() -> dict[str, Any]:
     return dict(json.loads(BUDGETS.read_text()))
 
 
-def chosen(name: str | None = None, gpu: str | None = None) -> list[dict[str, Any]]:
+def chosen(name: str | None = None, gpu: str | None = None) -> list[Counted]:
     """The workloads in BUDGETS, all or those of a name or a GPU."""
     return [c for c in kept()["workloads"] if name in (None, c["name"]) and gpu in (None, c["gpu"])]
 
@@ -261,8 +230,8 @@ def write(names: Sequence[str], label: str | None) -> None:
     workloads = []
     for name, gpu, precision in usual():
         if name in names:
-            workloads.append(count(name, gpu, precision).kept())
-            print(f"counted: {name}, {precision}, {gpu.name}: {_span(workloads[-1][SUM]['us'], 1)} us", flush=True)
+            workloads.append(count(name, gpu, precision))
+            print(f"counted: {name}, {precision}, {gpu.name}: {_cells(workloads[-1][SUM], 'us.1')[0]} us", flush=True)
         elif (name, gpu.name, precision) in before:
             workloads.append(before[name, gpu.name, precision])
     history = old["history"]
@@ -271,7 +240,7 @@ def write(names: Sequence[str], label: str | None) -> None:
         sums = [
             {**{k: c[k] for k in key}, **c[SUM]} for c in workloads if c["name"] in STEPS and c["gpu"] in REMEMBERED
         ]
-        history = [*history, {"label": label, "sums": sums}]
+        history.append({"label": label, "sums": sums})
     text = ",\n".join(
         f'"{name}": [\n' + ",\n".join(map(json.dumps, entries)) + "\n]"
         for name, entries in (("workloads", workloads), ("history", history))
@@ -307,10 +276,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for precision in arguments.precision:
                 if gpu.sm < LEAST_CAPABILITY[precision]:
                     continue
-                counted = count(name, gpu, precision).kept()
-                measured = measured_us(counted)
-                print(f"\n{name}, {precision}, {gpu.name}; programs: {counted['programs']}\n")
-                print(phases_table(counted) + (f"\nMeasured: {measured:.2f} us\n" if measured else ""), flush=True)
+                found = count(name, gpu, precision)
+                print(f"\n{name}, {precision}, {gpu.name}; programs: {found['programs']}\n")
+                print(phases_table(found, ALL_FIGURES))
+                kinds = ", ".join(f"{kind} {n:,}" for kind, n in found[SUM]["kinds"].items())
+                print(f"\nInstructions by kind: {kinds}.\n")
+                if measured := measured_us(found):
+                    print(f"Measured: {measured:.2f} us\n")
     return 0
 
 

@@ -6,8 +6,8 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,68 +175,53 @@ def chains(launch: Launch, gpu: Gpu, high: bool) -> list[Chain]:
 # --- its phases ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Row:
-    """A phase: what program 0 executes of it, and its time; pairs are from the least to the most."""
+# A phase: what program 0 executes of it, and its time. By name:
+#     those of KINDS        instructions of a warp
+#     issue                 clocks of a scheduler
+#     wavefronts_low, _high of the program
+#     sectors               of the program
+#     exposed               latencies of a load from L2 that a warp alone waits out
+#     barriers              of the block
+#     grid_barriers         of all programs
+#     atomics               lanes
+#     us_low, us_high       microseconds
+Row = dict[str, float]
 
-    kinds: dict[str, float] = field(default_factory=dict)  # instructions a warp
-    issue: float = 0.0  # clocks of a scheduler
-    wavefronts: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the program
-    sectors: float = 0.0
-    exposed: float = 0.0  # latencies of a load from L2 that a warp alone waits out
-    barriers: float = 0.0
-    grid_barriers: float = 0.0
-    atomics: float = 0.0  # lanes
-    us: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
-    @property
-    def instructions(self) -> float:
-        """A warp's."""
-        return sum(self.kinds.values())
-
-    def add(self, other: "Row") -> None:
-        """Another's figures on top of these."""
-        for kind, count in other.kinds.items():
-            self.kinds[kind] = self.kinds.get(kind, 0.0) + count
-        for i in (0, 1):
-            self.wavefronts[i] += other.wavefronts[i]
-            self.us[i] += other.us[i]
-        for name in ("issue", "sectors", "exposed", "barriers", "grid_barriers", "atomics"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+def add(row: Row, other: Mapping[str, float]) -> None:
+    """Another's figures on top of a row's."""
+    for name, figure in other.items():
+        row[name] = row.get(name, 0.0) + figure
 
 
 def rows_of(launch: Launch, gpu: Gpu) -> dict[str, Row]:
     """The phases of a launch on a GPU, in the order of the code. Programs are taken to be like the one that is counted,
     and a multiprocessor to have as many at a time as fit."""
-    rows: defaultdict[str, Row] = defaultdict(Row)
+    rows: defaultdict[str, Row] = defaultdict(dict)
     for segment, visits in zip(launch.code, launch.visits, strict=True):
+        issue = visits * math.ceil(launch.warps / gpus.SCHEDULERS)
         for i in segment.code:
-            row = rows[launch.phase(i)]
-            row.kinds[i.kind] = row.kinds.get(i.kind, 0.0) + visits
-            row.issue += visits * math.ceil(launch.warps / gpus.SCHEDULERS)
-            row.barriers += visits * (i.root == "BAR")
+            add(rows[launch.phase(i)], {i.kind: visits, "issue": issue, "barriers": visits * (i.root == "BAR")})
         for i, counts in launch.accesses(segment):
             row = rows[launch.phase(i)]
-            row.wavefronts[0] += counts["wavefronts_low"]
-            row.wavefronts[1] += counts["wavefronts_high"]
-            row.sectors += counts["sectors"]
+            add(row, {name: counts[name] for name in ("wavefronts_low", "wavefronts_high", "sectors")})
             if i.root in ATOMICS:
-                row.atomics += counts["lanes"]
-                row.grid_barriers += counts["executions"] * (launch.phase(i) == "grid_barrier")
+                waits = counts["executions"] * (launch.phase(i) == "grid_barrier")
+                add(row, {"atomics": counts["lanes"], "grid_barriers": waits})
 
     most = resources.occupancy(gpu.sm, launch.warps, launch.registers, launch.shared)
     fit = max(1, round(most * resources.ARCHITECTURES[gpu.sm].warps / launch.warps))
     together = min(fit, math.ceil(launch.programs / gpu.processors))
     turns = math.ceil(launch.programs / (gpu.processors * together))
-    for high in (False, True):
+    for high, us in ((False, "us_low"), (True, "us_high")):
         for number, chain in enumerate(chains(launch, gpu, high)):
             visits, alone = launch.visits[number], sum(chain.spent.values())
             clocks = gpus.clocks(gpu, launch.demand(number), alone, launch.warps * together, high)
             for phase, spent in chain.spent.items():
-                rows[phase].us[high] += turns * visits * clocks * spent / alone / gpu.ghz / 1000
-                rows[phase].exposed += visits * chain.exposed[phase] / gpu.l2_latency * high
-        spent = sum(row.us[high] for row in rows.values())
-        slower = max(1.0, gpus.memory_us(gpu, launch.footprint) / spent) if spent else 1.0
+                exposed = visits * chain.exposed[phase] / gpu.l2_latency * high
+                add(rows[phase], {us: turns * visits * clocks * spent / alone / gpu.ghz / 1000, "exposed": exposed})
+        total = sum(row[us] for row in rows.values())
+        slower = max(1.0, gpus.memory_us(gpu, launch.footprint) / total) if total else 1.0
         for row in rows.values():
-            row.us[high] = row.us[high] * slower + row.grid_barriers * gpus.wait_us(gpu, "barrier", high)
+            row[us] = row[us] * slower + row.get("grid_barriers", 0) * gpus.wait_us(gpu, "barrier", high)
     return dict(rows)

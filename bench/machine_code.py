@@ -26,6 +26,7 @@ KINDS = {
 LOADS = ("LDG", "LD", "LDGSTS", "ATOM", "ATOMG")
 ATOMICS = ("ATOM", "ATOMG", "RED", "REDG")
 MATRICES = ("LDSM", "STSM")
+ON_ONE_LANE = ("R2UR", "S2R", "S2UR", "CS2R", "LDC", "LDGDEPBAR", "DEPBAR")  # with all whose name begins with U
 
 
 class Instruction(NamedTuple):
@@ -60,15 +61,7 @@ class Instruction(NamedTuple):
         if self.kind == "special":
             fp64 = self.root.startswith("D")
             return "fp64" if fp64 else "wide" if re.search(r"[FSU]64", self.opcode) else "special", 32
-        on_one_lane = self.root.startswith("U") or self.root in (
-            "R2UR",
-            "S2R",
-            "S2UR",
-            "CS2R",
-            "LDC",
-            "LDGDEPBAR",
-            "DEPBAR",
-        )
+        on_one_lane = self.root.startswith("U") or self.root in ON_ONE_LANE
         if self.kind == "fp32" or (self.kind == "integer" and not on_one_lane):
             return self.kind, 32
         return "", 0
@@ -129,8 +122,7 @@ def segments(listing: str) -> list[Segment]:
     return [segment for segment in found if segment.code]
 
 
-@dataclass(frozen=True)
-class Compiled:
+class Compiled(NamedTuple):
     """A kernel on an architecture."""
 
     code: list[Segment]

@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,8 +159,7 @@ def _adamw(gpu: Gpu, precision: str, B: int) -> list[Launch]:
     return _launches(gpu, lambda: adamw(p, g, m, v, torch.tensor(3.0), lr, 0.9, 0.999, 1e-8, 1e-4))
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
+class Workload(NamedTuple):
     """What is counted together.
 
     group, id: of its entries in recordings; the id with the precision in it.
@@ -168,16 +167,12 @@ class Workload:
 
     name: str
     B: int
-    count: Callable[[Gpu, str, int], list[Launch]]
+    launches: Callable[[Gpu, str, int], list[Launch]]
     group: str
     id: str = "{name}-{B}-{precision}"
 
-    def launches(self, gpu: Gpu, precision: str) -> list[Launch]:
-        """As they are on this GPU."""
-        return self.count(gpu, precision, self.B)
-
-    def measured_as(self, precision: str) -> str:
-        """The id of the entry that recordings have of it."""
+    def id_of(self, precision: str) -> str:
+        """The id of the entry that recordings have of it in a precision."""
         return self.id.format(name=self.name, B=self.B, precision=precision)
 
 

@@ -17,7 +17,7 @@ from emulator import Schedule, decode, run
 from handwritten import kernel_of
 
 from bench import counts, execution, gpus, workloads
-from bench.execution import Launch, Row, chains, phase_of
+from bench.execution import Launch, chains, phase_of
 from bench.gpus import GPUS, Demand
 from bench.machine_code import Instruction, Segment, segments
 
@@ -117,8 +117,8 @@ def test_an_operand_that_lies_along_the_summed_axis_conflicts() -> None:
         phases.append(execution.rows_of(workloads.launch_of(result, 90), H100)["product"])
     assert c.eq(32).all()
     along_n, along_k = phases
-    assert along_k.kinds["fp32"] == along_n.kinds["fp32"] >= 32 * 32 * 32 / 32 / 4
-    assert along_k.wavefronts[1] > 2 * along_n.wavefronts[1]
+    assert along_k["fp32"] == along_n["fp32"] >= 32 * 32 * 32 / 32 / 4
+    assert along_k["wavefronts_high"] > 2 * along_n["wavefronts_high"]
 
 
 # --- machine code ----------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_no_count_is_worse_than_its_budget(key: tuple[str, str, str]) -> None:
     if (present := version("triton")) != made_by:
         pytest.skip(f"the budgets are of triton {made_by}; this is {present}")
     name, gpu, precision = key
-    found = counts.count(name, GPUS[gpu], precision).kept()
+    found = counts.count(name, GPUS[gpu], precision)
     assert counts.worse(found, HELD[key]) == [], "if that is meant: python -m bench.counts --write"
 
 
@@ -304,9 +304,8 @@ def test_machine_code_runs_as_often_as_the_ptx_that_it_comes_from() -> None:
 
 def test_what_gets_worse_is_named() -> None:
     def one(wavefronts: float, sectors: float = 3) -> dict[str, Any]:
-        return counts.Counted(
-            "w", "H100", "fp32", [1], {"table": Row(wavefronts=[1, wavefronts], sectors=sectors)}
-        ).kept()
+        row = {"wavefronts_low": 1, "wavefronts_high": wavefronts, "sectors": sectors}
+        return counts.counted("w", "H100", "fp32", [1], {"table": row})
 
     assert counts.worse(one(100), one(100)) == []
     assert counts.worse(one(90, 2), one(100)) == []
