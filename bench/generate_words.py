@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,43 +44,40 @@ def spelled(number: int) -> str:
             return word
 
 
-class WordSource:
-    """Draws words; about `words` tokens at a time, punctuation and newlines included."""
+def blocks(seed: int) -> Iterator[str]:
+    """STREAMS * STEPS words at a time, in sentences, each sentence a line, without end."""
+    rng = RNG(seed)
 
-    def __init__(self, seed: int) -> None:
-        self.rng = RNG(seed)
-        self.words = np.array([spelled(rank) for rank in range(VOCABULARY)], dtype=object)
-        # Zipf's law within a class; class c fills c .. c + 1, so that one search finds a word of any class.
-        cumulative = np.cumsum(1 / (np.arange(VOCABULARY // CLASSES) + 2.7))
-        self.bounds = (np.arange(CLASSES)[:, None] + cumulative / cumulative[-1]).ravel()
-        self.successors = (self._uniform(CLASSES, LIKELY) * CLASSES).astype(np.int64)
-        self.current: npt.NDArray[Any] = np.zeros(STREAMS, np.int64)
+    def uniform(*shape: int) -> F64:
+        return (rng.fill_u32(int(np.prod(shape))) / 2**32).reshape(shape)
 
-    def block(self) -> str:
-        """STREAMS * STEPS words in sentences, each sentence a line."""
+    vocabulary = np.array([spelled(rank) for rank in range(VOCABULARY)], dtype=object)
+    # Zipf's law within a class; class c fills c .. c + 1, so that one search finds a word of any class.
+    cumulative = np.cumsum(1 / (np.arange(VOCABULARY // CLASSES) + 2.7))
+    bounds = (np.arange(CLASSES)[:, None] + cumulative / cumulative[-1]).ravel()
+    successors = (uniform(CLASSES, LIKELY) * CLASSES).astype(np.int64)
+    current: npt.NDArray[np.int64] = np.zeros(STREAMS, np.int64)
+    # Invented words have five syllables: none of the others is so long, and there are a hundred million more of them.
+    least, most = len(_SYLLABLES) ** 4, len(_SYLLABLES) ** 5
+    while True:
         ranks = np.empty((STEPS, STREAMS), np.int64)
-        for step, (likely, which, other, word) in enumerate(self._uniform(STEPS, 4, STREAMS)):
-            follows = self.successors[self.current, (which * LIKELY).astype(np.int64)]
-            self.current = np.where(likely < 0.9, follows, (other * CLASSES).astype(np.int64))
-            ranks[step] = np.searchsorted(self.bounds, self.current + word, side="right")
-        words = self.words[ranks.T.ravel()]
-        rare, ends, invented = self._uniform(3, words.size)
-        # Spelled with five syllables: none of the others is so long, and there are a hundred million more of them.
-        least, most = len(_SYLLABLES) ** 4, len(_SYLLABLES) ** 5
+        for step, (likely, which, other, word) in enumerate(uniform(STEPS, 4, STREAMS)):
+            follows = successors[current, (which * LIKELY).astype(np.int64)]
+            current = np.where(likely < 0.9, follows, (other * CLASSES).astype(np.int64))
+            ranks[step] = np.searchsorted(bounds, current + word, side="right")
+        words = vocabulary[ranks.T.ravel()]
+        rare, ends, invented = uniform(3, words.size)
         for i in np.flatnonzero(rare < RARE):
             words[i] = spelled(least + int(invented[i] * (most - least)))
         ends[-1] = 0.0  # a block ends with a sentence
-        return "".join((words + np.where(ends < END, ".\n", " ").astype(object)).tolist())
-
-    def _uniform(self, *shape: int) -> F64:
-        return (self.rng.fill_u32(int(np.prod(shape))) / 2**32).reshape(shape)
+        yield "".join((words + np.where(ends < END, ".\n", " ").astype(object)).tolist())
 
 
 def texts(tokens: int, seed: int) -> Iterator[str]:
-    """Text of at least so many tokens, in pieces of whole sentences."""
-    source = WordSource(seed)
+    """Text of at least so many tokens, punctuation and newlines included, in pieces of whole sentences."""
+    source = blocks(seed)
     while tokens > 0:
-        lines = source.block().splitlines(keepends=True)
+        lines = next(source).splitlines(keepends=True)
         count = np.cumsum([line.count(" ") + 3 for line in lines])  # a line's words, its full stop and its newline
         kept = lines[: int(np.searchsorted(count, tokens)) + 1]
         tokens -= int(count[len(kept) - 1])

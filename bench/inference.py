@@ -1,6 +1,5 @@
 """What a backend does besides steps, as cases: the loss of the val split, and text drawn from the model."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,14 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.case import TOLERANCE, Case, Entry, Plan, Timer, Work, require_supported, timed_beside, waited
+from bench.case import TOLERANCE, Case, Entry, Plan, Timer, Work, timed_beside, waited
 from bench.lower_bound import Probes
+from bench.steps import Setting, candidates
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
-from mlp_fast.corpus.load import Corpus, load
+from mlp_fast.corpus.load import Corpus
 from mlp_fast.corpus.prompt import default_prompt
-from mlp_fast.measure.equivalence import BASELINE, Verifier, require
-from mlp_fast.model.mlp import MLP, Shape
+from mlp_fast.measure.equivalence import BASELINE, require
+from mlp_fast.model.mlp import MLP
 from mlp_fast.model.rng import RNG
 from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED
 from mlp_fast.model.windows import Tape, evaluated_windows
@@ -24,41 +24,31 @@ from mlp_fast.model.windows import Tape, evaluated_windows
 Task = tuple[Work, Callable[[Any], float]]
 
 
-def _backend_case(group: str, name: str, per: str, plan: Plan, task_of: Callable[[Backend, Corpus, MLP], Task]) -> Case:
-    """Some work of a backend other than steps, beside eager's."""
+def _backend_cases(
+    group: str, method: str, per: str, plan: Plan, task_of: Callable[[Backend, Corpus, MLP], Task]
+) -> Iterator[Case]:
+    """What a method of backends does, for each that has one of its own: beside eager's, which is the common one."""
 
-    def run(timer: Timer, probes: Probes) -> Entry:
-        corpus = load("embedded")
-        config = plan.config()
-        shape = Shape.of(config, len(corpus.vocabulary))
-        tape = Tape(corpus.train, config.context_length)
-        verifier = Verifier(config, shape, tape)
-        model = MLP(shape, verifier.initial.parameters).double()
+    def case(name: str) -> Case:
+        def run(timer: Timer, probes: Probes) -> Entry:
+            found = candidates(Setting(plan.config()))
+            model = MLP(found.shape, found.verifier.initial.parameters).double()
 
-        def made(chosen: str) -> Work:
-            settings = dataclasses.replace(config, backend=chosen)
-            require_supported(chosen, settings, shape)
-            backend = backends.create(settings, shape, tape, verifier.initial)
-            backend.prepare()
-            verifier.check(backend)
-            work, error = task_of(backend, corpus, model)
-            require(chosen, f"its {group}", error(work()), TOLERANCE)
-            return waited(work, backend.device)
+            def made(chosen: str) -> Work:
+                backend, _ = found.backend(chosen)
+                work, error = task_of(backend, found.corpus, model)
+                require(chosen, f"its {group}", error(work()), TOLERANCE)
+                return waited(work, backend.device)
 
-        others = {} if name == BASELINE else {BASELINE: made(BASELINE)}
-        return {"backend": name, "per": per, **timed_beside(timer, made(name), others, plan.rounds)}
+            others = {} if name == BASELINE else {BASELINE: made(BASELINE)}
+            return {"backend": name, "per": per, **timed_beside(timer, made(name), others, plan.rounds)}
 
-    return Case(group, name, run)
+        return Case(group, name, run)
 
-
-def _overriding(method: str) -> list[str]:
-    """Backends that do something in a way of their own, after eager, which does it in the common one."""
-    own = [
-        name
-        for name in backends.REGISTRY
-        if getattr(backends.backend_class(name), method) is not getattr(Backend, method)
-    ]
-    return [BASELINE, *own]
+    yield case(BASELINE)
+    for name in backends.REGISTRY:
+        if getattr(backends.backend_class(name), method) is not getattr(Backend, method):
+            yield case(name)
 
 
 def evaluation_cases(plan: Plan) -> Iterator[Case]:
@@ -75,8 +65,7 @@ def evaluation_cases(plan: Plan) -> Iterator[Case]:
 
         return lambda: backend.mean_loss(mine), error
 
-    for name in _overriding("mean_loss"):
-        yield _backend_case("evaluation", name, "val split", plan, task_of)
+    yield from _backend_cases("evaluation", "mean_loss", "val split", plan, task_of)
 
 
 def sampling_cases(plan: Plan) -> Iterator[Case]:
@@ -91,8 +80,7 @@ def sampling_cases(plan: Plan) -> Iterator[Case]:
 
         return lambda: backend.sample(prompt, length, SAMPLE_SEED), error
 
-    for name in _overriding("sample"):
-        yield _backend_case("sampling", name, f"{length} characters", plan, task_of)
+    yield from _backend_cases("sampling", "sample", f"{length} characters", plan, task_of)
 
 
 def sample_error(drawn: Sequence[int], prompt: Sequence[int], length: int, model: MLP, context_length: int) -> float:

@@ -85,25 +85,27 @@ def step_bound(
         threads: on the CPU, how many work; the rate measured for the nearest number counts.
         sync: how the step waits; nothing where None.
     """
-    rate = _rate(probes, precision, threads)
-    bandwidth = _bandwidth(probes, cost.bytes)
+    rate, bandwidth = _rate(probes, precision, threads), _bandwidth(probes, cost.bytes)
     if rate is None or bandwidth is None:
         return None
-    return LowerBound(1e3 * cost.operations / rate, 1e3 * cost.bytes / bandwidth, _waiting(sync, probes))
+    waiting = _waiting(sync or Synchronisation(), probes)
+    return LowerBound(1e3 * cost.operations / rate, 1e3 * cost.bytes / bandwidth, waiting)
+
+
+def _nearest(measured: Mapping[str, float], number: float) -> float:
+    """What was measured for the number nearest to this one."""
+    return measured[min(measured, key=lambda key: abs(int(key) - number))]
 
 
 def _rate(probes: Probes, precision: str, threads: int) -> float | None:
     """Operations per second: the FMA peak of so many threads on the CPU, the precision's matrix rate on CUDA."""
-    if "fma_rate" in probes and isinstance(probes["fma_rate"], Mapping):
-        rates = probes["fma_rate"]
-        return rates[min(rates, key=lambda key: abs(int(key) - threads))]
-    fp32, tf32 = probes.get("fp32_rate"), probes.get("tf32_rate")
-    if precision == "fp32" or not isinstance(tf32, float):
-        return fp32 if isinstance(fp32, float) else None
-    if precision == "tf32":
-        return tf32
+    if isinstance(probes.get("fma_rate"), Mapping):
+        return _nearest(probes["fma_rate"], threads)
+    fp32, tf32 = (rate if isinstance(rate := probes.get(name), float) else None for name in ("fp32_rate", "tf32_rate"))
+    if precision == "fp32" or tf32 is None:
+        return fp32
     # Three tensor-core products for one, unless plain FMA is faster.
-    return max(tf32 / 3, fp32) if isinstance(fp32, float) else tf32 / 3
+    return tf32 if precision == "tf32" else max(tf32 / 3, fp32 or 0.0)
 
 
 def _bandwidth(probes: Probes, size: float) -> float | None:
@@ -115,14 +117,10 @@ def _bandwidth(probes: Probes, size: float) -> float | None:
     return measured[str(next((bytes_ for bytes_ in sets if bytes_ >= size), sets[-1]))]
 
 
-def _waiting(sync: Synchronisation | None, probes: Probes) -> float:
-    """Milliseconds."""
-    if sync is None:
-        return 0.0
-    each = probes.get("graph_node" if sync.captured else "empty_launch")
+def _waiting(sync: Synchronisation, probes: Probes) -> float:
+    """Milliseconds; of a wait that was not measured, none."""
+    each, barriers = probes.get("graph_node" if sync.captured else "empty_launch"), probes.get("grid_barrier")
     total = sync.launches * each if isinstance(each, float) else 0.0
-    barriers = probes.get("grid_barrier")
     if sync.barriers and isinstance(barriers, Mapping):
-        nearest = min(barriers, key=lambda key: abs(int(key) - sync.programs))
-        total += sync.barriers * barriers[nearest]
+        total += sync.barriers * _nearest(barriers, sync.programs)
     return 1e3 * total

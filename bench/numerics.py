@@ -1,6 +1,6 @@
 """What the arithmetic of the matrix products does to a run: fp32, tf32x3 and tf32 against float64, without a GPU.
 
-    python -m bench.numerics [--num-steps N] [--json FILE]
+    python -m bench.numerics [--num-steps N]
 
 TF32 keeps 10 of fp32's 23 bits of mantissa, so it can be emulated: the operands of every product are rounded to it and
 multiplied in fp32, where their products are exact. All runs go through model.manual_step, the kernels' formulas,
@@ -15,12 +15,9 @@ from the same initial values and over the same batches; only what `@` does diffe
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +28,6 @@ from mlp_fast.backends.compiled import forward
 from mlp_fast.cli import run_main
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus, load
-from mlp_fast.measure import machine
 from mlp_fast.measure import table as markdown
 from mlp_fast.model.manual_step import adamw_, loss_and_gradients
 from mlp_fast.model.mlp import Shape
@@ -74,16 +70,8 @@ class Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """How a run computes.
-
-    Attributes:
-        name: as in the table.
-        dtype: of all its numbers.
-        form: of the first layer.
-        product: what `@` does.
-    """
+class Arithmetic(NamedTuple):
+    """How a run computes: the dtype of all its numbers, the form of the first layer, and what `@` does."""
 
     name: str
     dtype: torch.dtype
@@ -101,8 +89,7 @@ ARITHMETICS = (
 )
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """One line of the table; all differences are from the float64 run.
 
     Attributes:
@@ -122,17 +109,12 @@ class Result:
     product_difference: float
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run left: batch losses (steps,), the validation loss, and all parameters in one line; in float64."""
+def train(arithmetic: Arithmetic, config: Config, corpus: Corpus) -> tuple[float, Tensor, Tensor]:
+    """config.num_steps steps of the model in an arithmetic, on the CPU.
 
-    losses: Tensor
-    val_loss: float
-    parameters: Tensor
-
-
-def train(arithmetic: Arithmetic, config: Config, corpus: Corpus) -> Run:
-    """config.num_steps steps of the model in an arithmetic, on the CPU."""
+    Returns:
+        The validation loss, the batch losses (steps,), and all parameters in one line; in float64.
+    """
     T, B = config.context_length, config.batch_size
     shape = Shape.of(config, len(corpus.vocabulary))
     initial, tape = TrainState.initial(shape, config.seed), Tape(corpus.train, T)
@@ -149,43 +131,32 @@ def train(arithmetic: Arithmetic, config: Config, corpus: Corpus) -> Run:
             losses.append(loss.double())
         val_losses = F.cross_entropy(forward(parameters, windows.contexts), windows.targets, reduction="none")
     every = torch.cat([tensor.double().flatten() for tensor in parameters.values()])
-    return Run(torch.stack(losses), windows.mean(val_losses), every)
+    return windows.mean(val_losses), torch.stack(losses), every
 
 
-def product_difference(arithmetic: Arithmetic) -> float:
-    """The relative error of a (128, 144) @ (144, 512) product of normal numbers, by its norm."""
+def relative(computed: Tensor, true: Tensor) -> float:
+    """The error of a tensor by its norm, over that of the true one."""
+    return ((computed.double() - true).norm() / true.norm()).item()
+
+
+def measure(config: Config, corpus: Corpus, arithmetics: Sequence[Arithmetic] = ARITHMETICS) -> list[Result]:
+    """Runs every arithmetic and compares it with the first, which is the truth."""
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(size, generator=generator) for size in ((128, 144), (144, 512)))
-    true = a.double() @ b.double()
-    computed = arithmetic.product(a.to(arithmetic.dtype), b.to(arithmetic.dtype)).double()
-    return ((computed - true).norm() / true.norm()).item()
-
-
-def measure(config: Config, corpus: Corpus, arithmetics: Iterable[Arithmetic] = ARITHMETICS) -> list[Result]:
-    """Runs every arithmetic and compares it with the first, which is the truth."""
-    truth, results = None, []
+    truth, results = train(arithmetics[0], config, corpus), []
     for arithmetic in arithmetics:
-        run = train(arithmetic, config, corpus)
-        truth = truth or run
-        results.append(
-            Result(
-                arithmetic.name,
-                run.val_loss,
-                abs(run.val_loss - truth.val_loss),
-                (run.losses - truth.losses).abs().max().item(),
-                ((run.parameters - truth.parameters).norm() / truth.parameters.norm()).item(),
-                product_difference(arithmetic),
-            )
-        )
+        run = truth if arithmetic is arithmetics[0] else train(arithmetic, config, corpus)
+        (val_loss, losses, parameters), (true_val_loss, true_losses, true_parameters) = run, truth
+        differences = abs(val_loss - true_val_loss), (losses - true_losses).abs().max().item()
+        product = arithmetic.product(a.to(arithmetic.dtype), b.to(arithmetic.dtype))
+        norms = relative(parameters, true_parameters), relative(product, a.double() @ b.double())
+        results.append(Result(arithmetic.name, val_loss, *differences, *norms))
     return results
 
 
 def table(results: Sequence[Result]) -> str:
     """The results as a Markdown table."""
-    rows = []
-    for r in results:
-        differences = (r.val_difference, r.loss_difference, r.parameter_difference, r.product_difference)
-        rows.append((r.arithmetic, f"{r.val_loss:.6f}", *("-" if d == 0 else f"{d:.1e}" for d in differences)))
+    rows = [(r[0], f"{r[1]:.6f}", *("-" if d == 0 else f"{d:.1e}" for d in r[2:])) for r in results]
     header = ("arithmetic", "val loss", "its difference", "largest of a batch loss", "parameters", "one product")
     return markdown.table(header, rows)
 
@@ -196,18 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench.numerics", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--num-steps", type=int, default=1000, help="of every run (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
-    arguments = parser.parse_args(argv)
-    config = Config(num_steps=arguments.num_steps)
+    config = Config(num_steps=parser.parse_args(argv).num_steps)
     results = measure(config, load("embedded"))
     print(f"{config.num_steps} steps on the embedded corpus; differences from float64\n\n{table(results)}")
-    if arguments.json is not None:
-        record = {
-            **machine.facts(torch.device("cpu")),
-            "num_steps": config.num_steps,
-            "results": [asdict(result) for result in results],
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -40,13 +40,14 @@ def _inputs(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
     """Parameters that need gradients, tokens, targets and hidden activations: the same numbers in every dtype."""
     B, T = config.batch_size, config.context_length
     generator = torch.Generator().manual_seed(1)
-    named = initial_parameters(Shape.of(config, V), config.seed)
-    tensors = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in named.items()}
-    hidden = torch.rand(B, config.hidden_size, generator=generator) * 2 - 1
-    tensors["h"] = hidden.to(device, dtype).requires_grad_()
-    tensors["idx"] = torch.randint(V, (B, T), generator=generator).to(device)
-    tensors["targets"] = torch.randint(V, (B,), generator=generator).to(device)
-    return tensors
+    tokens = {
+        "idx": torch.randint(V, (B, T), generator=generator),
+        "targets": torch.randint(V, (B,), generator=generator),
+    }
+    numbers = {**initial_parameters(Shape.of(config, V), config.seed)}
+    numbers["h"] = torch.rand(B, config.hidden_size, generator=generator) * 2 - 1
+    tensors = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in numbers.items()}
+    return tensors | {name: tensor.to(device) for name, tensor in tokens.items()}
 
 
 def _passes(forward: Callable[[], Tensor], inputs: list[Tensor], gradient: Tensor | None, backward: bool) -> Work:
@@ -103,7 +104,7 @@ def adamw(config: Config, device: torch.device, dtype: torch.dtype, by: str) -> 
     grads = [torch.sin(torch.arange(p.numel(), device=device, dtype=dtype)).view_as(p) * 1e-2 for p in params]
     held = [p.detach() for p in params]
     first, second = ([torch.zeros_like(p) for p in held] for _ in range(2))
-    step, rate = torch.ones(1, device=device), torch.full((1,), config.learning_rate, device=device)
+    step, rate = torch.ones((), device=device), torch.tensor(config.learning_rate, dtype=torch.float64, device=device)
     lr, betas, decay = config.learning_rate, (BETA1, BETA2), config.weight_decay
     if by == FUSED:
         update: Callable[[], object] = partial(

@@ -10,7 +10,6 @@ A probe that cannot run stands in the result as the reason, a string.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -157,14 +156,10 @@ def table(probes: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.probes", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--quick", action="store_true", help="small sizes: only whether every probe runs")
-    arguments = parser.parse_args(argv)
+    quick = parser.parse_args(argv).quick
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    probes = measure_all(device, quick=arguments.quick)
-    print(f"{machine.device_name(device)}\n\n{table(probes)}")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({**machine.facts(device), "probes": probes}, indent=1) + "\n")
+    print(f"{machine.device_name(device)}\n\n{table(measure_all(device, quick=quick))}")
     return 0
 
 

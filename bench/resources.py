@@ -10,6 +10,7 @@ than a thread block can have: 64 KiB on sm_75, 99 KiB on every GPU since.
 
 import argparse
 import bisect
+import contextlib
 import importlib
 import importlib.util
 import itertools
@@ -22,7 +23,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,24 +58,20 @@ class Architecture(NamedTuple):
     reserved: int
 
 
-def _since_80(warps: int, blocks: int, shared: int) -> Architecture:
-    # Code is compiled for the least that a GPU since sm_80 gives a block.
-    return Architecture(warps, blocks, shared * 1024, 99 * 1024, 1024)
-
-
+# Code is compiled for the least that a GPU since sm_80 gives a block.
+KIB = 1024
 ARCHITECTURES = {
-    75: Architecture(32, 16, 64 * 1024, 64 * 1024, 0),
-    80: _since_80(64, 32, 164),
-    86: _since_80(48, 16, 100),
-    89: _since_80(48, 24, 100),
-    90: _since_80(64, 32, 228),
-    100: _since_80(64, 32, 228),
-    120: _since_80(48, 24, 100),
+    75: Architecture(32, 16, 64 * KIB, 64 * KIB, 0),
+    80: Architecture(64, 32, 164 * KIB, 99 * KIB, KIB),
+    86: Architecture(48, 16, 100 * KIB, 99 * KIB, KIB),
+    89: Architecture(48, 24, 100 * KIB, 99 * KIB, KIB),
+    90: Architecture(64, 32, 228 * KIB, 99 * KIB, KIB),
+    100: Architecture(64, 32, 228 * KIB, 99 * KIB, KIB),
+    120: Architecture(48, 24, 100 * KIB, 99 * KIB, KIB),
 }
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(NamedTuple):
     """What one kernel in one configuration asks of one architecture."""
 
     module: str  # the file in kernels/
@@ -88,7 +86,11 @@ class Resources:
     fma: int  # instructions in the code, not executed ones
     tensor_core: int
     atomics: int
-    occupancy: float  # share of the multiprocessor's warps that can be resident
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the multiprocessor's warps that can be resident."""
+        return occupancy(self.sm, self.num_warps, self.registers, self.shared)
 
     def faults(self) -> list[str]:
         """What forbids shipping it."""
@@ -116,29 +118,23 @@ def measure(configurations: Sequence[Any], sm: int) -> list[Resources]:
     """Compiles kernels._aot.Shipped for an architecture and reads their machine code."""
     compiled = [shipped.compile(sm) for shipped in configurations]
     cubins = [kernel.asm["cubin"] for kernel in compiled]
-    codes = disassembled(cubins, sm)
     return [
-        _resources(shipped, sm, kernel.metadata, registers(cubin), code)
-        for shipped, kernel, cubin, code in zip(configurations, compiled, cubins, codes, strict=True)
+        Resources(
+            module=shipped.kernel.fn.__module__.rpartition(".")[2],
+            kernel=shipped.kernel.fn.__name__,
+            precision=shipped.precision,
+            constants=_constants(shipped.constexprs),
+            sm=sm,
+            num_warps=kernel.metadata.num_warps,
+            registers=registers(cubin),
+            spills=len(SPILL.findall(code)),
+            shared=kernel.metadata.shared,
+            fma=len(FMA.findall(code)),
+            tensor_core=len(TENSOR_CORE.findall(code)),
+            atomics=len(ATOMIC.findall(code)),
+        )
+        for shipped, kernel, cubin, code in zip(configurations, compiled, cubins, disassembled(cubins, sm), strict=True)
     ]
-
-
-def _resources(shipped: Any, sm: int, metadata: Any, registers: int, code: str) -> Resources:
-    return Resources(
-        module=shipped.kernel.fn.__module__.rpartition(".")[2],
-        kernel=shipped.kernel.fn.__name__,
-        precision=shipped.precision,
-        constants=_constants(shipped.constexprs),
-        sm=sm,
-        num_warps=metadata.num_warps,
-        registers=registers,
-        spills=len(SPILL.findall(code)),
-        shared=metadata.shared,
-        fma=len(FMA.findall(code)),
-        tensor_core=len(TENSOR_CORE.findall(code)),
-        atomics=len(ATOMIC.findall(code)),
-        occupancy=occupancy(sm, metadata.num_warps, registers, metadata.shared),
-    )
 
 
 def disassembled(cubins: Sequence[bytes], sm: int) -> list[str]:
@@ -207,15 +203,13 @@ def module_of(name: str) -> str:
     Raises:
         UserError: there is none, or it has no shipped().
     """
-    ours = f"mlp_fast.kernels.{name}"
-    try:
-        found = next((module for module in (ours, name) if importlib.util.find_spec(module)), None)
-    except ImportError:  # of the package that a dotted name starts with
-        found = None
-    if found is None or not hasattr(importlib.import_module(found), "shipped"):
-        reason = "there is no such module" if found is None else "it has no shipped()"
-        raise UserError(f"--modules {name}: {reason}; choose from {', '.join(KERNELS)}")
-    return found
+    reason = "there is no such module"
+    for module in (f"mlp_fast.kernels.{name}", name):
+        with contextlib.suppress(ModuleNotFoundError):
+            if hasattr(importlib.import_module(module), "shipped"):
+                return module
+            reason = "it has no shipped()"
+    raise UserError(f"--modules {name}: {reason}; choose from {', '.join(KERNELS)}")
 
 
 def configurations(modules: Sequence[str]) -> list[Any]:
@@ -228,7 +222,7 @@ def configurations(modules: Sequence[str]) -> list[Any]:
     return list(unique.values())
 
 
-def _measure_share(modules: Sequence[str], capabilities: Sequence[int], share: int, shares: int) -> list[Resources]:
+def _measure_share(modules: Sequence[str], capabilities: Sequence[int], shares: int, share: int) -> list[Resources]:
     """Every `shares`-th configuration, from number `share` on."""
     mine = configurations(modules)[share::shares]
     return [r for sm in capabilities for r in measure([s for s in mine if sm in s.capabilities], sm)]
@@ -238,19 +232,17 @@ def measure_all(modules: Sequence[str], capabilities: Sequence[int]) -> list[Res
     """Resources of every configuration, compiled by one process per core, in the order of the modules."""
     shares = os.cpu_count() or 1
     with ProcessPoolExecutor(shares, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_measure_share, modules, capabilities, share, shares) for share in range(shares)]
-        results = [future.result() for future in futures]
-    return sorted((r for result in results for r in result), key=lambda r: (r.kernel, r.precision, r.constants, r.sm))
+        results = pool.map(partial(_measure_share, modules, capabilities, shares), range(shares))
+        found = [resources for result in results for resources in result]
+    return sorted(found, key=lambda r: (r.kernel, r.precision, r.constants, r.sm))
 
 
 def table(resources: Sequence[Resources]) -> str:
     """The printed table."""
     header = ("kernel", "precision", "sm", "constants", "regs", "spills", "shared", "ffma", "tensor", "atomic", "occ")
     rows = [
-        (r.kernel, r.precision, f"sm_{r.sm}", r.constants, *map(str, (r.registers, r.spills, r.shared, r.fma,
-         r.tensor_core, r.atomics)), f"{r.occupancy:.0%}")
-        for r in resources
-    ]  # fmt: skip
+        (r.kernel, r.precision, f"sm_{r.sm}", r.constants, *map(str, r[6:12]), f"{r.occupancy:.0%}") for r in resources
+    ]
     return markdown.table(header, rows, text_columns=4)
 
 
@@ -271,7 +263,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(resources))
     faults = [f"{r.kernel} {r.precision} sm_{r.sm} ({r.constants}): {f}" for r in resources for f in r.faults()]
     if args.json:
-        Path(args.json).write_text(json.dumps({"ok": not faults, "kernels": [asdict(r) for r in resources]}, indent=1))
+        Path(args.json).write_text(
+            json.dumps(
+                {"ok": not faults, "kernels": [{**r._asdict(), "occupancy": r.occupancy} for r in resources]}, indent=1
+            )
+        )
     for fault in faults:
         print(f"fault: {fault}", file=sys.stderr)
     print(f"{len(resources)} configurations, {len(faults)} faults")

@@ -100,6 +100,16 @@ def _unseen(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+@contextlib.contextmanager
+def on_kernels() -> Iterator[None]:
+    """Within it the operators launch their kernels on tensors of the CPU too."""
+    with (
+        mock.patch("mlp_fast.ops._dispatch.interpreting", return_value=True),
+        mock.patch("mlp_fast.ops._checks.interpreting", return_value=True),
+    ):
+        yield
+
+
 def count_operators() -> float:
     """Launches of a step of triton-op: its kernels, and torch's operators between them."""
     from mlp_fast.backends.triton_op import TritonOp
@@ -107,10 +117,7 @@ def count_operators() -> float:
 
     shape, tape = subject(CONFIG)
     state = TrainState.initial(shape, CONFIG.seed)
-    with (
-        mock.patch("mlp_fast.ops._dispatch.interpreting", return_value=True),
-        mock.patch("mlp_fast.ops._checks.interpreting", return_value=True),
-    ):
+    with on_kernels():
         backend = TritonOp(replace(CONFIG, backend="triton-op"), shape, tape, state, torch.device("cpu"))
         with recorded() as launches, Operators() as operators:
             backend._step()

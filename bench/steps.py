@@ -60,61 +60,63 @@ class Ready(NamedTuple):
 
 
 class Candidates:
-    """The candidates of one setting, compiled and checked once: compiling is slow, and memory is finite."""
+    """The candidates of one setting, each compiled and checked once."""
 
-    def __init__(self) -> None:
-        self._setting: Setting | None = None
-        self._ready: dict[str, Ready] = {}
-
-    def ready(self, name: str, setting: Setting, round_seconds: float, probes: Probes) -> Ready:
-        """The candidate of that name at the initial state; Skipped or NotEquivalent where there is none."""
-        if setting != self._setting:
-            self._enter(setting)
-        torch.set_num_threads(setting.threads)
-        if name not in self._ready:
-            self._ready[name] = self._prepared(name, setting, round_seconds, probes)
-        self._ready[name].backend.load(self.verifier.initial)
-        return self._ready[name]
-
-    def _enter(self, setting: Setting) -> None:
-        self._setting, self._ready = None, {}
+    def __init__(self, setting: Setting) -> None:
         gc.collect()
         torch._dynamo.reset()  # its limit of compilations counts over the whole process
         torch.set_num_threads(setting.threads)
-        config = setting.config
+        self.setting, config = setting, setting.config
         if setting.vocab_size is None:
-            corpus = load("embedded")
-            V, tokens = len(corpus.vocabulary), corpus.train
+            self.corpus = load("embedded")
+            V, tokens = len(self.corpus.vocabulary), self.corpus.train
         else:
             V = setting.vocab_size
             tokens = torch.randint(V, (100_000,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-        self.shape = Shape(V, config.context_length, config.embedding_size, config.hidden_size)
+        self.shape = Shape.of(config, V)
         self.tape = Tape(tokens, self.shape.T)
         self.verifier = Verifier(config, self.shape, self.tape)
-        self._setting = setting
+        self._ready: dict[str, Ready] = {}
 
-    def _prepared(self, name: str, setting: Setting, round_seconds: float, probes: Probes) -> Ready:
-        config, start = setting.config, time.perf_counter()
+    def backend(self, name: str) -> tuple[Backend, Entry]:
+        """The backend of that name, prepared and checked, at the initial state, and how long and how well that went.
+
+        Raises:
+            Skipped: it cannot run here.
+            NotEquivalent: it computes something else.
+        """
+        config, start = self.setting.config, time.perf_counter()
         if name == REFERENCE:
             if config.device != "cpu" or config.precision != "fp32":
                 raise Skipped("it is the reference on the CPU")
-            backend: Backend = ReferenceLoop(config, self.shape, self.tape, self.verifier.initial, torch.device("cpu"))
+            initial, cpu = self.verifier.initial, torch.device("cpu")
+            backend: Backend = ReferenceLoop(config, self.shape, self.tape, initial, cpu)
         else:
             config = replace(config, backend=name)
             require_supported(name, config, self.shape)
             backend = backends.create(config, self.shape, self.tape, self.verifier.initial)
         backend.prepare()
-        facts: Entry = {"first_step_seconds": time.perf_counter() - start, "loss_error": self.verifier.check(backend)}
-        steps = self._steps_per_round(backend, round_seconds)
-        sync = self._look_at_device(backend, steps, facts) if backend.device.type == "cuda" else None
-        # What a step costs at the least, and by the probes the lower bound of its time.
-        form = lower_bound.form_of(name, config.form, self.shape, config.batch_size)
-        cost = lower_bound.step_cost(self.shape, config.batch_size, form)
-        facts |= {"form": form, "operations": cost.operations, "bytes": cost.bytes}
-        bound = lower_bound.step_bound(cost, probes, config.precision, setting.threads, sync)
-        if bound is not None:
-            facts |= {"floor_ms": bound.total, "floor_parts_ms": bound._asdict()}
-        return Ready(backend, steps, facts)
+        seconds = time.perf_counter() - start
+        return backend, {"first_step_seconds": seconds, "loss_error": self.verifier.check(backend)}
+
+    def ready(self, name: str, round_seconds: float, probes: Probes) -> Ready:
+        """The candidate of that name at the initial state; raises as backend()."""
+        torch.set_num_threads(self.setting.threads)
+        if name not in self._ready:
+            config = self.setting.config
+            backend, facts = self.backend(name)
+            steps = self._steps_per_round(backend, round_seconds)
+            sync = self._look_at_device(backend, steps, facts) if backend.device.type == "cuda" else None
+            # What a step costs at the least, and by the probes the lower bound of its time.
+            form = lower_bound.form_of(name, config.form, self.shape, config.batch_size)
+            cost = lower_bound.step_cost(self.shape, config.batch_size, form)
+            facts |= {"form": form, "operations": cost.operations, "bytes": cost.bytes}
+            bound = lower_bound.step_bound(cost, probes, config.precision, self.setting.threads, sync)
+            if bound is not None:
+                facts |= {"floor_ms": bound.total, "floor_parts_ms": bound._asdict()}
+            self._ready[name] = Ready(backend, steps, facts)
+        self._ready[name].backend.load(self.verifier.initial)
+        return self._ready[name]
 
     def _steps_per_round(self, backend: Backend, round_seconds: float) -> int:
         """As many as fill a round; on CUDA whole evaluation intervals, as training asks for them."""
@@ -142,7 +144,15 @@ class Candidates:
         return Synchronisation(launches=launches, captured=summary.host_launches < 0.5 * launches)
 
 
-CANDIDATES = Candidates()
+_HELD: list[Candidates] = []
+
+
+def candidates(setting: Setting) -> Candidates:
+    """Those of the setting that was asked for last are kept, and no others: compiling is slow, and memory is finite."""
+    if not _HELD or _HELD[0].setting != setting:
+        _HELD.clear()
+        _HELD.append(Candidates(setting))
+    return _HELD[0]
 
 
 def step_case(
@@ -153,11 +163,12 @@ def step_case(
     def run(timer: Timer, probes: Probes) -> Entry:
         threads, config = torch.get_num_threads(), setting.config
         try:
-            ready = CANDIDATES.ready(name, setting, plan.round_seconds, probes)
+            of_setting = candidates(setting)
+            ready = of_setting.ready(name, plan.round_seconds, probes)
             beside_it = {}
             for other in others:
                 with contextlib.suppress(Skipped):  # it has a case of its own, which says why
-                    beside_it[other] = CANDIDATES.ready(other, setting, plan.round_seconds, probes)
+                    beside_it[other] = of_setting.ready(other, plan.round_seconds, probes)
             works = {other: one.round for other, one in beside_it.items()}
             steps = {"": ready.steps, **{other: one.steps for other, one in beside_it.items()}}
             entry = timed_beside(timer, ready.round, works, rounds or plan.rounds, steps)
@@ -165,8 +176,9 @@ def step_case(
             torch.set_num_threads(threads)
         entry |= {
             "backend": name,
-            **{"B": config.batch_size, "T": config.context_length, "E": config.embedding_size},
-            **{"H": config.hidden_size, "V": CANDIDATES.shape.V, "precision": config.precision},
+            "B": config.batch_size,
+            **{letter: getattr(of_setting.shape, letter) for letter in "TEHV"},
+            "precision": config.precision,
             "compile_mode": config.compile_mode,
             "threads": setting.threads,
             "per": "step",

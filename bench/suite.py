@@ -1,18 +1,5 @@
 """What is measured, as data: cases in groups, each of which prepares itself, is timed in rounds, and makes an entry.
 
-    step         a training step of every backend, in rounds beside eager's and others'
-    threads      the same on one thread, where the CPU backends differ most
-    sweep        a step over batch and hidden sizes; --full: of every backend, over T, V and precisions too
-    kernels      the fused operators beside plain torch
-    evaluation   the mean loss of the val split
-    sampling     200 characters
-    rng          random numbers, vectorised and one by one
-    reading      text into tokens, beside the plain way of Python
-    start-up     processes that import, print their help, train one step
-    run          whole training processes, from start to end, beside the reference's way of working
-    scale        words, bytes, large vocabularies, several processes
-    busy         a step of native on a machine that is not its own
-
 `pytest bench --benchmark-only` times them by pytest-benchmark, `python -m bench.record` by itself: the same cases.
 Where two sides are compared, a round of each other comes before every round of the case, off its clock.
 """
@@ -30,21 +17,19 @@ from bench.steps import step_cases, sweep_cases, thread_cases
 from mlp_fast.errors import UserError
 
 GROUPS: dict[str, Callable[[Plan], Iterator[Case]]] = {
-    "step": step_cases,
-    "threads": thread_cases,
-    "sweep": sweep_cases,
-    "kernels": kernel_cases,
-    "evaluation": evaluation_cases,
-    "sampling": sampling_cases,
-    "rng": rng_cases,
-    "reading": reading_cases,
-    "start-up": start_up_cases,
-    "run": run_cases,
-    "scale": scale_cases,
-    "busy": busy_cases,
+    "step": step_cases,  # a training step of every backend, in rounds beside eager's and others'
+    "threads": thread_cases,  # the same on one thread, where the CPU backends differ most
+    "sweep": sweep_cases,  # a step over batch and hidden sizes; --full: of every backend, over T, V, precisions too
+    "kernels": kernel_cases,  # the fused operators beside plain torch
+    "evaluation": evaluation_cases,  # the mean loss of the val split
+    "sampling": sampling_cases,  # 200 characters
+    "rng": rng_cases,  # random numbers, vectorised and one by one
+    "reading": reading_cases,  # text into tokens, beside the plain way of Python
+    "start-up": start_up_cases,  # processes that import, print their help, train one step
+    "run": run_cases,  # whole training processes, from start to end, beside the reference's way of working
+    "scale": scale_cases,  # words, bytes, large vocabularies, several processes
+    "busy": busy_cases,  # a step of native on a machine that is not its own
 }
-
-
 # Groups that take long: measured by --full, or by naming them.
 LONG = ("scale", "busy")
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from bench import machine_code
 from bench.execution import Launch, phase_of
 from bench.gpus import Gpu
+from bench.operators import FUSED, OPERATORS
+from bench.rungs import on_kernels
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import load
 from mlp_fast.model.mlp import PARAMETER_NAMES, Shape, initial_parameters
@@ -118,45 +119,11 @@ def _evaluation(gpu: Gpu, precision: str, B: int) -> list[Launch]:
 # --- the operators ---------------------------------------------------------------------------------------------------
 
 
-def _numbers(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
-
-
-def _tokens(*shape: int) -> Tensor:
-    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(1))
-
-
-def _embed_linear_tanh(gpu: Gpu, precision: str, B: int, form: str) -> list[Launch]:
-    from mlp_fast.kernels.embed_linear_tanh import embed_linear_tanh_bwd, embed_linear_tanh_fwd
-
-    idx, wte, weight = _tokens(B, T), _numbers(V, E), _numbers(H, T * E)
-
-    def run() -> None:
-        h = embed_linear_tanh_fwd(idx, wte, weight, _numbers(H), form, precision)
-        embed_linear_tanh_bwd(h, h, idx, wte, weight, form, precision, True, True)
-
-    return _launches(gpu, run)
-
-
-def _linear_cross_entropy(gpu: Gpu, precision: str, B: int) -> list[Launch]:
-    from mlp_fast.kernels.linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
-
-    h, weight, bias, targets = _numbers(B, H), _numbers(V, H), _numbers(V), _tokens(B)
-
-    def run() -> None:
-        _, lse = linear_cross_entropy_fwd(h, weight, bias, targets, precision)
-        linear_cross_entropy_bwd(torch.ones(()), lse, h, weight, bias, targets, precision, True, True)
-
-    return _launches(gpu, run)
-
-
-def _adamw(gpu: Gpu, precision: str, B: int) -> list[Launch]:
-    from mlp_fast.kernels.adamw import adamw
-
-    shapes = ((V, E), (H, T * E), (H,), (V, H), (V,))
-    p, g, m, v = ([_numbers(*shape) for shape in shapes] for _ in range(4))
-    lr = torch.tensor(1e-3, dtype=torch.float64)
-    return _launches(gpu, lambda: adamw(p, g, m, v, torch.tensor(3.0), lr, 0.9, 0.999, 1e-8, 1e-4))
+def _operator(gpu: Gpu, precision: str, B: int, name: str) -> list[Launch]:
+    """One of operators.OPERATORS, by its kernels."""
+    config = Config(batch_size=B, precision=precision, device="cpu")
+    with on_kernels():
+        return _launches(gpu, OPERATORS[name](config, torch.device("cpu"), torch.float32, FUSED))
 
 
 class Workload(NamedTuple):
@@ -185,13 +152,12 @@ def _workloads() -> list[Workload]:
         Workload("triton-step", 128, step, "step"),
         Workload("triton-step-by-rows", 1024, step, ""),
         Workload("evaluation", 128, _evaluation, "evaluation", "triton-persistent"),
-        Workload("adamw", 128, _adamw, "kernels"),
+        Workload("adamw", 128, functools.partial(_operator, name="adamw"), "kernels"),
     ]
     for B, prefix in ((128, ""), (LARGE_B, "large-")):
-        for form in ("table", "gather"):
-            of_form = functools.partial(_embed_linear_tanh, form=form)
-            found.append(Workload(f"{prefix}embed_linear_tanh-{form}-and-backward", B, of_form, "kernels"))
-        found.append(Workload(f"{prefix}linear_cross_entropy-and-backward", B, _linear_cross_entropy, "kernels"))
+        for operator in ("embed_linear_tanh-table", "embed_linear_tanh-gather", "linear_cross_entropy"):
+            name = f"{operator}-and-backward"
+            found.append(Workload(prefix + name, B, functools.partial(_operator, name=name), "kernels"))
     return found
 
 

@@ -170,7 +170,7 @@ def test_a_probe_that_breaks_off_leaves_the_others(monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, Slow, Wrong)
-    monkeypatch.setattr(steps, "CANDIDATES", steps.Candidates())
+    monkeypatch.setattr(steps, "_HELD", [])
 
 
 def step_case(name: str, *others: str) -> Case:

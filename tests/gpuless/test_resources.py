@@ -171,6 +171,6 @@ def test_occupancy_follows_the_limits() -> None:
 
 @pytest.mark.parametrize(("sm", "limit"), [(75, 64 * 1024), (86, 99 * 1024), (90, 99 * 1024), (120, 99 * 1024)])
 def test_shared_memory_up_to_the_limit_is_allowed(sm: int, limit: int) -> None:
-    fine = Resources("m", "k", "fp32", "", sm, 4, 32, 0, limit, 1, 0, 0, 1.0)
+    fine = Resources("m", "k", "fp32", "", sm, 4, 32, 0, limit, 1, 0, 0)
     assert fine.faults() == []
-    assert Resources("m", "k", "tf32", "", sm, 4, 32, 0, limit + 1, 1, 9, 0, 1.0).faults() != []
+    assert Resources("m", "k", "tf32", "", sm, 4, 32, 0, limit + 1, 1, 9, 0).faults() != []
