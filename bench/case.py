@@ -44,17 +44,11 @@ def require_supported(name: str, config: Config, shape: Shape) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured, and where.
+    """How much is measured, and where."""
 
-    Attributes:
-        full: everything, sweeps included.
-        dry: tiny sizes, two rounds: whether everything runs. Its times mean nothing.
-        device: "cpu" or "cuda".
-    """
-
-    full: bool = False
-    dry: bool = False
-    device: str = "cpu"
+    full: bool = False  # everything, sweeps included
+    dry: bool = False  # tiny sizes, two rounds: whether everything runs. Its times mean nothing
+    device: str = "cpu"  # or "cuda"
 
     @classmethod
     def here(cls, *, full: bool, dry: bool, device: str | None = None) -> "Plan":
@@ -84,19 +78,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Case:
-    """One benchmark.
+    """One benchmark."""
 
-    Attributes:
-        group: one of GROUPS.
-        id: unique in its group.
-        run: does it with a timer and the machine's probes; raises Skipped or NotEquivalent.
-        slow: it takes minutes to prepare, so it is measured after all others.
-    """
-
-    group: str
-    id: str
-    run: Callable[[Timer, Probes], Entry]
-    slow: bool = False
+    group: str  # one of suite.GROUPS
+    id: str  # unique in its group
+    run: Callable[[Timer, Probes], Entry]  # with a timer and the machine's probes; raises Skipped or NotEquivalent
+    slow: bool = False  # it takes minutes to prepare, so it is measured after all others
 
     def entry(self, timer: Timer, probes: Probes) -> Entry:
         """The result: group and id; `per`, the unit; `ms`, its Spread; and what else the group has to say."""

@@ -15,7 +15,6 @@ from the same initial values and over the same batches; only what `@` does diffe
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -90,23 +89,14 @@ ARITHMETICS = (
 
 
 class Result(NamedTuple):
-    """One line of the table; all differences are from the float64 run.
-
-    Attributes:
-        arithmetic: its name.
-        val_loss: after the last step, in nats.
-        val_difference: of val_loss, in nats.
-        loss_difference: the largest of a batch loss, in nats.
-        parameter_difference: of all parameters after the last step, relative, by their norm.
-        product_difference: of one product of the size of a first layer's with normal operands, relative, by its norm.
-    """
+    """One line of the table; all differences are from the float64 run, losses in nats."""
 
     arithmetic: str
-    val_loss: float
+    val_loss: float  # after the last step
     val_difference: float
-    loss_difference: float
-    parameter_difference: float
-    product_difference: float
+    loss_difference: float  # the largest of a batch loss
+    parameter_difference: float  # of all parameters after the last step, relative, by their norm
+    product_difference: float  # of one product of a first layer's size, normal operands, relative, by its norm
 
 
 def train(arithmetic: Arithmetic, config: Config, corpus: Corpus) -> tuple[float, Tensor, Tensor]:
@@ -174,4 +164,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

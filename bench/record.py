@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import io
 import json
-import sys
 import tempfile
 import time
 import traceback
@@ -181,4 +180,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

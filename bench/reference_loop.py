@@ -6,7 +6,6 @@ of an evaluation computed by itself. Used by benchmarks only; the backend `eager
     python -m bench.reference_loop --num-steps N     the whole run as a process, for its time from start to end
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
@@ -84,4 +83,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

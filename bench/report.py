@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -316,4 +315,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import importlib.util
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -110,32 +109,25 @@ def on_kernels() -> Iterator[None]:
         yield
 
 
-def count_operators() -> float:
-    """Launches of a step of triton-op: its kernels, and torch's operators between them."""
-    from mlp_fast.backends.triton_op import TritonOp
-    from mlp_fast.kernels._aot import recorded
-
-    shape, tape = subject(CONFIG)
-    state = TrainState.initial(shape, CONFIG.seed)
-    with on_kernels():
-        backend = TritonOp(replace(CONFIG, backend="triton-op"), shape, tape, state, torch.device("cpu"))
-        with recorded() as launches, Operators() as operators:
-            backend._step()
-    return len(launches) + operators.count
-
-
-def count_step_kernels(name: str) -> float:
-    """Launches of a step of triton-step or triton-persistent, those of a call shared out over RUN steps."""
+def count_triton(name: str) -> float:
+    """Launches of a step of kernels, of triton-op with torch's operators between them; those of a call shared out over
+    RUN steps."""
     from mlp_fast.kernels import persistent_step, train_step
     from mlp_fast.kernels._aot import recorded
 
-    module, launcher = {
-        "triton-step": (train_step, train_step.TrainStep),
-        "triton-persistent": (persistent_step, persistent_step.PersistentStep),
-    }[name]
     shape, tape = subject(CONFIG)
-    config = module.default_config(CONFIG.batch_size, shape.V, shape.T, shape.E, shape.H)
-    kernels = launcher(config, tape.tokens.to("meta", torch.int32), torch.empty(RUN, 3, device="meta"))
+    if name == "triton-op":
+        config, state = replace(CONFIG, backend=name), TrainState.initial(shape, CONFIG.seed)
+        with on_kernels():
+            backend: Any = backends.backend_class(name)(config, shape, tape, state, torch.device("cpu"))
+            with recorded() as launches, Operators() as operators:
+                backend._step()
+        return len(launches) + operators.count
+    persistent = name == "triton-persistent"
+    make = (persistent_step if persistent else train_step).default_config
+    launcher = persistent_step.PersistentStep if persistent else train_step.TrainStep
+    sizes = make(CONFIG.batch_size, shape.V, shape.T, shape.E, shape.H)
+    kernels = launcher(sizes, tape.tokens.to("meta", torch.int32), torch.empty(RUN, 3, device="meta"))
     with recorded() as launches:
         kernels.run(RUN)
     return len(launches) / RUN
@@ -143,17 +135,11 @@ def count_step_kernels(name: str) -> float:
 
 def count(name: str) -> float:
     """Launches of a backend's step; a call of `native` does many steps."""
-    if name.startswith("triton"):
-        if importlib.util.find_spec("triton") is None:
-            raise UserError(f"{name} could not be counted: the package triton is not installed")
-        return count_operators() if name == "triton-op" else count_step_kernels(name)
-    return 1 / RUN if name == "native" else count_torch(name)
-
-
-def operations(name: str) -> float:
-    """Of a backend's step, two for a multiply-add."""
-    shape, _ = subject(CONFIG)
-    return step_cost(shape, CONFIG.batch_size, form_of(name, "auto", shape, CONFIG.batch_size)).operations
+    if name.startswith("triton") and importlib.util.find_spec("triton") is None:
+        raise UserError(f"{name} could not be counted: the package triton is not installed")
+    if name == "native":
+        return 1 / RUN
+    return count_triton(name) if name.startswith("triton") else count_torch(name)
 
 
 def timed(name: str, num_steps: int) -> str:
@@ -177,8 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.names if name not in backends.REGISTRY]:
         raise UserError(f"{unknown[0]!r} is no rung; choose some of {', '.join(backends.REGISTRY)}")
-    names = arguments.names or NAMES
-    rows = [(name, f"{count(name):.3g}", f"{operations(name) / 1e6:.1f}") for name in names]
+    names, (shape, _), B = arguments.names or NAMES, subject(CONFIG), CONFIG.batch_size
+    costs = {name: step_cost(shape, B, form_of(name, "auto", shape, B)) for name in names}
+    rows = [(name, f"{count(name):.3g}", f"{costs[name].operations / 1e6:.1f}") for name in names]
     print(table(("rung", "launches", "million operations"), rows))
     for name in names if arguments.num_steps else ():
         print(timed(name, arguments.num_steps))
@@ -186,4 +173,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(main)

@@ -33,17 +33,11 @@ LARGEST_BATCH = 8192  # that the step kernels take
 
 @dataclass(frozen=True)
 class Setting:
-    """What all candidates of a step case share.
+    """What all candidates of a step case share."""
 
-    Attributes:
-        config: without its backend.
-        vocab_size: of a random tape; None for the embedded corpus.
-        threads: that torch may use.
-    """
-
-    config: Config
-    vocab_size: int | None = None
-    threads: int = field(default_factory=torch.get_num_threads)
+    config: Config  # without its backend
+    vocab_size: int | None = None  # of a random tape; None for the embedded corpus
+    threads: int = field(default_factory=torch.get_num_threads)  # that torch may use
 
 
 class Ready(NamedTuple):

@@ -1,4 +1,4 @@
-"""`pytest bench/test_barrier.py`: whether the grid barrier holds (a litmus test), and what it costs. Needs a GPU.
+"""`pytest bench/test_barrier.py`: a litmus test of the grid barrier, whose cost is a probe. Needs a GPU.
 
 Litmus: in every round each program writes a block of numbers by plain stores, passes the barrier, and reads the blocks
 of all others by plain loads. A store that was not published, or a load that hit a stale line, shows as a wrong number.
@@ -7,21 +7,17 @@ The same kernel without the barrier must show wrong numbers, or the test would p
 In Triton's interpreter (TRITON_INTERPRET=1) the litmus test runs with one program, as a check of the kernel itself.
 """
 
-from typing import Any
-
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from bench.barrier_kernel import run_barriers  # noqa: E402
 from mlp_fast.kernels._barrier import grid_barrier  # noqa: E402
 from mlp_fast.kernels._runtime import interpreting  # noqa: E402
 
 LANES = 1024  # numbers that a program writes
 ROUNDS = 20_000
-BARRIERS = 2_000
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="no CUDA device was found")
 
@@ -33,9 +29,8 @@ def litmus_kernel(  # type: ignore[no-untyped-def]
     """Counts in wrong_ptr the numbers that were not those of the round."""
     p = tl.program_id(0)
     lanes = tl.arange(0, LANES)
-    wrong = tl.zeros(
-        (LANES,), tl.int32
-    )  # counted in registers: an atomic in the loop would itself refresh the L1 cache
+    # Counted in registers: an atomic in the loop would itself refresh the L1 cache.
+    wrong = tl.zeros((LANES,), tl.int32)
     for i in range(rounds):
         tl.store(data_ptr + p * LANES + lanes, i * G + p + lanes)
         if BARRIER:
@@ -69,9 +64,8 @@ def programs_of(device: torch.device) -> list[int]:
 @needs_gpu
 def test_every_program_sees_every_others_numbers() -> None:
     device = torch.device("cuda")
-    assert {programs: wrong_numbers(programs, ROUNDS, device) for programs in programs_of(device)} == dict.fromkeys(
-        programs_of(device), 0
-    )
+    wrong = {programs: wrong_numbers(programs, ROUNDS, device) for programs in programs_of(device)}
+    assert wrong == dict.fromkeys(programs_of(device), 0)
 
 
 @pytest.mark.cuda
@@ -83,18 +77,3 @@ def test_without_the_barrier_numbers_are_wrong() -> None:
 @pytest.mark.skipif(not interpreting(), reason="only in Triton's interpreter")
 def test_one_program_in_the_interpreter() -> None:
     assert wrong_numbers(1, 3, torch.device("cpu")) == 0
-
-
-@pytest.mark.cuda
-@needs_gpu
-@pytest.mark.parametrize("programs", [8, 16, 32, 64])
-def test_barrier(benchmark: Any, programs: int) -> None:
-    """A round is 2,000 barriers in one launch, and the wait for it."""
-    device = torch.device("cuda")
-
-    def barriers() -> None:
-        run_barriers(programs, BARRIERS, device)
-        torch.cuda.synchronize()
-
-    benchmark(barriers)
-    benchmark.extra_info["us per barrier"] = 1e6 * benchmark.stats.stats.min / BARRIERS

@@ -23,7 +23,6 @@ from bench import (
     record,
     recording,
     reference_loop,
-    scale,
     steps,
     suite,
     tables,
@@ -412,9 +411,9 @@ def test_the_losses_of_a_run_that_ends_with_another_are_not_recorded(monkeypatch
 def test_larger_training_that_ends_with_another_loss_than_eagers_gets_no_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runs = {"eager-raw": scale.Trained(2.0, 1000, 3.000005), "eager": scale.Trained(6.0, 2000, 3.0)}
-    monkeypatch.setattr(scale, "trained", lambda options, processes=1: runs[options[-1]])
-    case = scale.training_case("eager-raw", "eager-raw", DRY, ["--device", "cpu"], 27)
+    runs = {"eager-raw": processes.Trained(2.0, 1000, 3.000005), "eager": processes.Trained(6.0, 2000, 3.0)}
+    monkeypatch.setattr(processes, "trained", lambda options, processes=1: runs[options[-1]])
+    case = processes.training_case("eager-raw", "eager-raw", DRY, ["--device", "cpu"], 27)
     entry = case.entry(plain_timer, {})
     assert entry["ms"]["median"] == pytest.approx(2)
     assert entry["rivals"]["eager"]["ratio"] == pytest.approx(3)
