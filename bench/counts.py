@@ -24,7 +24,6 @@ BUDGETS is a promise: tests/gpuless/test_counts.py counts again, and fails where
 
 import argparse
 import functools
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -34,9 +33,11 @@ from typing import Any
 from bench import gpus, recording
 from bench.execution import KINDS, Launch, Row, add, rows_of
 from bench.gpus import GPUS, Gpu
+from bench.resources import require_compiler
+from bench.workloads import WORKLOADS
 from mlp_fast.cli import run_main
 from mlp_fast.errors import UserError
-from mlp_fast.kernels._runtime import LEAST_CAPABILITY, interpreting
+from mlp_fast.kernels._runtime import LEAST_CAPABILITY
 from mlp_fast.measure.table import table
 
 BUDGETS = Path(__file__).resolve().parent.parent / "tests" / "gpuless" / "budgets.json"
@@ -69,15 +70,11 @@ def counted(name: str, gpu: str, precision: str, programs: Sequence[int], phases
 
 
 @functools.cache
-def _launches(name: str, like: Gpu, precision: str) -> list[Launch]:
-    from bench.workloads import WORKLOADS
-
-    return WORKLOADS[name].launches(like, precision, WORKLOADS[name].B)
-
-
 def launches(name: str, gpu: Gpu, precision: str) -> list[Launch]:
     """A workload's, as they are on a GPU: GPUs of one architecture and as many multiprocessors have the same."""
-    return _launches(name, next(g for g in GPUS.values() if g[1:3] == (gpu.sm, gpu.processors)), precision)
+    like = next(g for g in GPUS.values() if g[1:3] == (gpu.sm, gpu.processors))
+    workload = WORKLOADS[name]
+    return workload.launches(gpu, precision, workload.B) if like == gpu else launches(name, like, precision)
 
 
 def count(name: str, gpu: Gpu, precision: str) -> Counted:
@@ -107,8 +104,6 @@ def worse(counted: Counted, budget: Counted) -> list[str]:
 
 def measured_us(counted: Counted, folder: Path = recording.RESULTS) -> float | None:
     """What a recording says of it on such a GPU: the latest that has it."""
-    from bench.workloads import WORKLOADS
-
     workload = WORKLOADS[counted["name"]]
     for recordings in recording.recorded(folder):
         if not gpus.is_measured_on(GPUS[counted["gpu"]], recordings[0].facts["device"]):
@@ -124,11 +119,11 @@ def measured_us(counted: Counted, folder: Path = recording.RESULTS) -> float | N
 
 def _cells(row: Mapping[str, Any], figures: str) -> list[str]:
     """Of a row's figures by name, with so many decimals: "wavefronts exposed.1"; pairs from the least to the most."""
-    names = [word.partition(".") for word in figures.split()]
-    values = [
-        (row[name] if isinstance(row[name], list) else [row[name]], int(digits or 0)) for name, _, digits in names
-    ]
-    return ["..".join(f"{x:,.{digits}f}" for x in dict.fromkeys(pair)) for pair, digits in values]
+    cells = []
+    for name, _, digits in (word.partition(".") for word in figures.split()):
+        pair = row[name] if isinstance(row[name], list) else [row[name]]
+        cells.append("..".join(f"{x:,.{digits or 0}f}" for x in dict.fromkeys(pair)))
+    return cells
 
 
 def phases_table(counted: Counted, figures: str, corner: str = "phase", least: float = 0) -> str:
@@ -199,8 +194,6 @@ OTHERS_ON = ("H100",)  # all but the steps are counted here
 
 def usual() -> Iterator[tuple[str, Gpu, str]]:
     """What BUDGETS holds: steps in two precisions on every GPU, all else in fp32."""
-    from bench.workloads import WORKLOADS
-
     for name in WORKLOADS:
         for gpu in GPUS.values():
             for precision in PRECISIONS if name in STEPS else ("fp32",):
@@ -236,16 +229,12 @@ def write(names: Sequence[str], label: str | None) -> None:
             workloads.append(before[name, gpu.name, precision])
     history = old["history"]
     if label is not None:
-        key = ("name", "gpu", "precision")
-        sums = [
-            {**{k: c[k] for k in key}, **c[SUM]} for c in workloads if c["name"] in STEPS and c["gpu"] in REMEMBERED
-        ]
+        remembered = [c for c in workloads if c["name"] in STEPS and c["gpu"] in REMEMBERED]
+        sums = [{**{key: c[key] for key in ("name", "gpu", "precision")}, **c[SUM]} for c in remembered]
         history.append({"label": label, "sums": sums})
-    text = ",\n".join(
-        f'"{name}": [\n' + ",\n".join(map(json.dumps, entries)) + "\n]"
-        for name, entries in (("workloads", workloads), ("history", history))
-    )
-    BUDGETS.write_text(f'{{"triton": "{version("triton")}",\n{text}\n}}\n')
+    first, second = (",\n".join(map(json.dumps, entries)) for entries in (workloads, history))
+    lists = f'"workloads": [\n{first}\n],\n"history": [\n{second}\n]'
+    BUDGETS.write_text(f'{{"triton": "{version("triton")}",\n{lists}\n}}\n')
     report.update(report.ROOT, recording.RESULTS, check=False)
 
 
@@ -260,12 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.label is not None and not arguments.write:
         raise UserError("--label names what --write keeps; add --write")
-    if interpreting():
-        raise UserError("TRITON_INTERPRET is set, so kernels would not be compiled; unset it")
-    if importlib.util.find_spec("triton") is None:
-        raise UserError("Triton is not installed, so kernels cannot be compiled; pip install triton")
-    from bench.workloads import WORKLOADS
-
+    require_compiler()
     if unknown := sorted(set(arguments.names) - set(WORKLOADS)):
         raise UserError(f"{unknown[0]}: nothing of that name is counted; choose from {', '.join(WORKLOADS)}")
     if arguments.write:

@@ -246,20 +246,23 @@ def table(resources: Sequence[Resources]) -> str:
     return markdown.table(header, rows, text_columns=4)
 
 
+def require_compiler() -> None:
+    """UserError where kernels cannot be compiled."""
+    if interpreting():
+        raise UserError("TRITON_INTERPRET is set, so kernels would not be compiled; unset it")
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("Triton is not installed, so kernels cannot be compiled; pip install triton")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 1 if a kernel must not be shipped as it is."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--modules", nargs="+", default=KERNELS, metavar="M", help="files of kernels/ (default: all)")
-    parser.add_argument(
-        "--sm", nargs="+", type=int, choices=ARCHITECTURES, default=list(ARCHITECTURES), help="default: all"
-    )
+    parser.add_argument("--sm", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
     args = parser.parse_args(argv)
-    if interpreting():
-        raise UserError("TRITON_INTERPRET is set, so kernels would not be compiled; unset it")
-    if importlib.util.find_spec("triton") is None:
-        raise UserError("Triton is not installed, so kernels cannot be compiled; pip install triton")
-    resources = measure_all([module_of(name) for name in args.modules], args.sm)
+    require_compiler()
+    resources = measure_all([module_of(name) for name in args.modules], list(args.sm))
     print(table(resources))
     faults = [f"{r.kernel} {r.precision} sm_{r.sm} ({r.constants}): {f}" for r in resources for f in r.faults()]
     if args.json:
