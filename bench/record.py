@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench import numerics, tables
-from bench.case import Plan, Skipped, plain_timer, reason
+from bench.case import Plan, Skipped, Work, plain_timer, reason
 from bench.processes import require_loss
 from bench.recording import Recording, default_path
 from bench.suite import OPTIONS, cases, chosen
@@ -36,11 +36,7 @@ ARITHMETIC_STEPS = 1000
 
 
 def record(
-    plan: Plan,
-    groups: Sequence[str],
-    extras: Mapping[str, Callable[[], Any]],
-    path: Path,
-    budget: float | None = None,
+    plan: Plan, groups: Sequence[str], extras: Mapping[str, Work], path: Path, budget: float | None = None
 ) -> Recording:
     """Measures cases and then further results, printing how it goes, and writes the recording after each.
 
@@ -56,34 +52,28 @@ def record(
     """
     start = time.perf_counter()
     recording = Recording.begin(torch.device(plan.device), dry=plan.dry)
-    planned = sorted((case for group in groups for case in cases(group, plan)), key=lambda case: case.slow)
-    # Group, id, and when it may begin, as a share of the budget.
-    jobs: list[tuple[str, str, float, Callable[[], Any]]] = [
-        (case.group, case.id, 0.5 if case.slow else 0.8, partial(case.entry, plain_timer, recording.probes))
-        for case in planned
-    ]
+    # Group, id, until when it may begin, as a share of the budget, and what it does.
+    jobs: list[tuple[str, str, float, Work]] = []
+    for case in sorted((case for group in groups for case in cases(group, plan)), key=lambda case: case.slow):
+        entry = partial(case.entry, plain_timer, recording.probes)
+        jobs.append((case.group, case.id, 0.5 if case.slow else 0.8, entry))
     jobs += [("extra", name, 1, extra) for name, extra in extras.items()]
-    recording.save(path)
     for group, id, share, work in jobs:
         begun = time.perf_counter()
+        if budget is not None and begun - start >= share * budget:
+            recording.skipped.append((group, id, f"the budget of {budget:g} s was spent"))
+            continue
         try:
-            if budget is not None and begun - start >= share * budget:
-                work = partial(_out_of, budget)
             found = recording.measure(group, id, work)
             outcome = "done" if group == "extra" else f"{found['ms']['median']:.4f} ms per {found['per']}"
-        except Skipped as error:
-            outcome = f"skipped: {error}"
         except Exception as error:
-            outcome = f"no number: {reason(error)}"
-            if not isinstance(error, NotEquivalent):
+            outcome = f"{'skipped' if isinstance(error, Skipped) else 'no number'}: {reason(error)}"
+            if not isinstance(error, Skipped | NotEquivalent):
                 traceback.print_exception(error)
         recording.save(path)
         print(f"{group:10} {id:36} {outcome}  [{time.perf_counter() - begun:.1f} s]", flush=True)
+    recording.save(path)
     return recording
-
-
-def _out_of(budget: float) -> None:
-    raise Skipped(f"the budget of {budget:g} s was spent")
 
 
 def comparison(plan: Plan) -> dict[str, Any]:
@@ -152,9 +142,7 @@ def arithmetic(plan: Plan) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 1 where something was refused or failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.record", description="Measure everything into one recording."
-    )
+    parser = argparse.ArgumentParser("python -m bench.record", description="Measure everything into one recording.")
     for name, attributes in OPTIONS.items():
         parser.add_argument(name, **attributes)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: cuda where there is one)")
@@ -167,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if plan.dry and arguments.out is None:
         raise UserError("--dry-run needs --out FILE: its times mean nothing and stay out of bench/results")
     path = arguments.out or default_path(torch.device(plan.device))
-    extras: dict[str, Callable[[], Any]] = {
+    extras: dict[str, Work] = {
         "profile": lambda: profiles(plan, arguments.trace),
         "compare": lambda: comparison(plan),
         "losses": lambda: losses(plan),

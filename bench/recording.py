@@ -71,12 +71,9 @@ class Recording:
 
     def fastest(self) -> str:
         """The backend whose step takes the least time in float32, by the step group; "" where none was timed."""
-        times = {
-            entry["backend"]: entry["ms"]["median"]
-            for entry in self.group("step")
-            if entry["precision"] == "fp32" and entry["backend"] in backends.REGISTRY
-        }
-        return min(times, key=times.__getitem__, default="")
+        fp32 = [entry for entry in self.group("step") if entry["precision"] == "fp32"]
+        own = [entry for entry in fp32 if entry["backend"] in backends.REGISTRY]
+        return min(own, key=lambda entry: entry["ms"]["median"])["backend"] if own else ""
 
     def save(self, path: Path) -> None:
         """Writes the file, with its folder; a process that is ended meanwhile leaves the last one."""

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from bench import lower_bound
-from bench.case import Case, Entry, Plan, Skipped, Timer, Work, require_supported, timed_beside
+from bench.case import Case, Entry, Plan, Skipped, Timer, Work, require_supported, timed_beside, waited
 from bench.lower_bound import Probes, Synchronisation
 from bench.reference_loop import ReferenceLoop
 from mlp_fast import backends
@@ -22,7 +21,7 @@ from mlp_fast.config import Config
 from mlp_fast.corpus.load import load
 from mlp_fast.measure.equivalence import BASELINE, Verifier
 from mlp_fast.measure.profiling import profile_steps
-from mlp_fast.measure.timing import Candidate, seconds
+from mlp_fast.measure.timing import seconds
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.windows import Tape
 
@@ -38,19 +37,6 @@ class Setting:
     config: Config  # without its backend
     vocab_size: int | None = None  # of a random tape; None for the embedded corpus
     threads: int = field(default_factory=torch.get_num_threads)  # that torch may use
-
-
-class Ready(NamedTuple):
-    """A candidate, checked and warm: a round of it has so many steps, and its entry these facts."""
-
-    backend: Backend
-    steps: int
-    facts: Entry
-
-    @property
-    def round(self) -> Work:
-        """The steps of a round."""
-        return partial(Candidate.of(self.backend).run, self.steps)
 
 
 class Candidates:
@@ -70,7 +56,7 @@ class Candidates:
         self.shape = Shape.of(config, V)
         self.tape = Tape(tokens, self.shape.T)
         self.verifier = Verifier(config, self.shape, self.tape)
-        self._ready: dict[str, Ready] = {}
+        self._ready: dict[str, tuple[Backend, int, Entry]] = {}
 
     def backend(self, name: str) -> tuple[Backend, Entry]:
         """The backend of that name, prepared and checked, at the initial state, and how long and how well that went.
@@ -93,8 +79,11 @@ class Candidates:
         seconds = time.perf_counter() - start
         return backend, {"first_step_seconds": seconds, "loss_error": self.verifier.check(backend)}
 
-    def ready(self, name: str, round_seconds: float, probes: Probes) -> Ready:
-        """The candidate of that name at the initial state; raises as backend()."""
+    def ready(self, name: str, round_seconds: float, probes: Probes) -> tuple[Work, int, Entry]:
+        """A round of the candidate of that name, which is at the initial state; its steps; facts for its entry.
+
+        Raises as backend().
+        """
         torch.set_num_threads(self.setting.threads)
         if name not in self._ready:
             config = self.setting.config
@@ -108,14 +97,15 @@ class Candidates:
             bound = lower_bound.step_bound(cost, probes, config.precision, self.setting.threads, sync)
             if bound is not None:
                 facts |= {"floor_ms": bound.total, "floor_parts_ms": bound._asdict()}
-            self._ready[name] = Ready(backend, steps, facts)
-        self._ready[name].backend.load(self.verifier.initial)
-        return self._ready[name]
+            self._ready[name] = backend, steps, facts
+        backend, steps, facts = self._ready[name]
+        backend.load(self.verifier.initial)
+        return waited(partial(backend.advance, steps), backend.device), steps, facts
 
     def _steps_per_round(self, backend: Backend, round_seconds: float) -> int:
         """As many as fill a round; on CUDA whole evaluation intervals, as training asks for them."""
         trial = 2 if backend.device.type == "cpu" else 200
-        run = partial(Candidate.of(backend).run, trial)
+        run = waited(partial(backend.advance, trial), backend.device)
         run()
         steps = round(round_seconds / (seconds(run) / trial))
         if trial == 200:
@@ -158,14 +148,12 @@ def step_case(
         threads, config = torch.get_num_threads(), setting.config
         try:
             of_setting = candidates(setting)
-            ready = of_setting.ready(name, plan.round_seconds, probes)
-            beside_it = {}
+            work, steps, facts = of_setting.ready(name, plan.round_seconds, probes)
+            works, counts = {}, {"": steps}
             for other in others:
                 with contextlib.suppress(Skipped):  # it has a case of its own, which says why
-                    beside_it[other] = of_setting.ready(other, plan.round_seconds, probes)
-            works = {other: one.round for other, one in beside_it.items()}
-            steps = {"": ready.steps, **{other: one.steps for other, one in beside_it.items()}}
-            entry = timed_beside(timer, ready.round, works, rounds or plan.rounds, steps)
+                    works[other], counts[other], _ = of_setting.ready(other, plan.round_seconds, probes)
+            entry = timed_beside(timer, work, works, rounds or plan.rounds, counts)
         finally:
             torch.set_num_threads(threads)
         entry |= {
@@ -176,9 +164,9 @@ def step_case(
             "compile_mode": config.compile_mode,
             "threads": setting.threads,
             "per": "step",
-            "steps_per_round": ready.steps,
+            "steps_per_round": steps,
             "samples_per_second": 1e3 * config.batch_size / entry["ms"]["median"],
-            **ready.facts,
+            **facts,
         }
         if "floor_ms" in entry:
             entry["x_floor"] = entry["ms"]["median"] / entry["floor_ms"]

@@ -153,26 +153,17 @@ def skipped(recording: Recording) -> str:
     return "\n".join(lines + [f"- {group}: {id}: no number: {reason}" for group, id, reason in recording.refused])
 
 
-def machine_line(recording: Recording, chinese: bool = False) -> str:
-    """Where and when, in a line."""
-    facts, comma = recording.facts, ("，" if chinese else ", ")
-    parts = [facts["device"]]
-    if facts["driver"] or facts["cuda"]:
-        parts.append(f"{('driver', '驱动')[chinese]} {facts['driver']}{comma}CUDA {facts['cuda']}")
-    parts.append(comma.join(f"{name} {version}" for name, version in facts["versions"].items() if version))
-    commit = facts["commit"] or ("unknown", "未知")[chinese]
-    parts += [facts["system"], f"{('commit', '提交')[chinese]} {commit}", facts["date"][:10]]
-    return ("；" if chinese else "; ").join(parts)
-
-
 def measured_on(recordings: Sequence[Recording], chinese: bool = False) -> str:
     """Where and when figures were measured, with the statement that belongs to them."""
-    lines = [machine_line(recording, chinese) for recording in recordings]
-    begin = ("Measured on:", "测量环境：")[chinese]
-    end = (
-        "Absolute times are that machine's; the ratios come from interleaved rounds on it.",
-        "绝对时间属于这台机器；比值来自在它上面交替进行的各轮测量。",
-    )[chinese]
+    begin, end, driver, commit, unknown = MEASURED_ON[chinese]
+    comma, lines = "，" if chinese else ", ", []
+    for facts in (recording.facts for recording in recordings):
+        parts = [facts["device"]]
+        if facts["driver"] or facts["cuda"]:
+            parts.append(f"{driver} {facts['driver']}{comma}CUDA {facts['cuda']}")
+        parts.append(comma.join(f"{name} {version}" for name, version in facts["versions"].items() if version))
+        parts += [facts["system"], f"{commit} {facts['commit'] or unknown}", facts["date"][:10]]
+        lines.append(("；" if chinese else "; ").join(parts))
     if len(lines) == 1:
         return f"{begin}{lines[0]}。{end}" if chinese else f"{begin} {lines[0]}. {end}"
     return "\n".join([begin, "", *(f"- {line}" for line in lines), "", end])
@@ -292,6 +283,13 @@ def result(recordings: Sequence[Recording], chinese: bool = False) -> str:
 
 # --- in Chinese -------------------------------------------------------------------------------------------------------
 
+MEASURED_ON = (
+    (
+        "Measured on:", "Absolute times are that machine's; the ratios come from interleaved rounds on it.",
+        "driver", "commit", "unknown",
+    ),
+    ("测量环境：", "绝对时间属于这台机器；比值来自在它上面交替进行的各轮测量。", "驱动", "提交", "未知"),
+)  # fmt: skip
 RESULT = (
     "On a CPU a step of `native` trains the n-gram MLP of LLM101n {eager} times as fast as eager PyTorch and {loop} "
     "times as fast as the reference's loop on Python lists (least and most; recordings: {recordings}, machines: "
