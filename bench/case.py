@@ -133,9 +133,6 @@ def compared(times: Sequence[float], others: Mapping[str, Sequence[float]]) -> E
     }
 
 
-# --- what is timed ----------------------------------------------------------------------------------------------------
-
-
 def waited(work: Work, device: torch.device) -> Work:
     """The work, and then a wait until the device has done it."""
 

@@ -20,8 +20,6 @@ KINDS = ("fp32", "tensor", "integer", "special", "shuffle", "shared", "global", 
 # Instructions that PTX has one by one as well: they tell how often their surroundings run.
 ANCHORS = ("shared", "global", "tensor", "shuffle")
 
-# --- phases ----------------------------------------------------------------------------------------------------------
-
 
 @functools.cache
 def _functions(file: str) -> list[tuple[range, str, bool]]:
@@ -51,9 +49,6 @@ def phase_of(location: str, kernel: str) -> str:
         if not composed:
             break
     return name.removesuffix("_phase").removesuffix("_kernel")
-
-
-# --- a launch --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -170,9 +165,6 @@ def chains(launch: Launch, gpu: Gpu, high: bool) -> list[Chain]:
             found[first:] = [walk(again) for again in launch.code[first : number + 1]]
             inner = number
     return found
-
-
-# --- its phases ------------------------------------------------------------------------------------------------------
 
 
 # A phase: what program 0 executes of it, and its time. By name:

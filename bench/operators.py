@@ -18,7 +18,7 @@ from bench.lower_bound import Probes
 from mlp_fast import ops
 from mlp_fast.config import Config
 from mlp_fast.measure import machine
-from mlp_fast.measure.equivalence import NotEquivalent
+from mlp_fast.measure.equivalence import require
 from mlp_fast.measure.timing import seconds
 from mlp_fast.model.mlp import B1, B2, W1, W2, WTE, Shape, initial_parameters
 from mlp_fast.model.schedule import BETA1, BETA2, EPS
@@ -148,13 +148,11 @@ def check(name: str, make: Maker, config: Config, device: torch.device) -> None:
     true = [t.double().cpu() for t in make(config, torch.device("cpu"), torch.float64, TORCH)()]
     errors = []
     for by in (FUSED, TORCH):
-        results = [t.double().cpu() for t in make(config, device, torch.float32, by)()]
-        scale = [max(t.abs().max().item(), 1e-30) for t in true]
-        errors.append([((r - t).abs().max().item() / s) for r, t, s in zip(results, true, scale, strict=True)])
+        results = zip(make(config, device, torch.float32, by)(), true, strict=True)
+        errors.append([((r.double().cpu() - t).abs().max() / t.abs().max().clamp(1e-30)).item() for r, t in results])
     slack = 1e-6 if config.precision != "tf32" else 2.0**-9  # torch may round its operands where the kernel cuts them
     for mine, theirs in zip(*errors, strict=True):
-        if not mine <= 2 * theirs + slack:
-            raise NotEquivalent(f"{name} is not equivalent: off by {mine:.1e}, torch by {theirs:.1e}")
+        require(name, "a result", mine, 2 * theirs + slack)
 
 
 def calls_of(work: Work, plan: Plan) -> int:

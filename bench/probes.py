@@ -126,8 +126,6 @@ def _grid_barrier(device: torch.device) -> dict[str, float]:
     return result
 
 
-# --- output -----------------------------------------------------------------------------------------------------------
-
 UNITS = {
     "fma_rate": (1e-9, "GFLOP/s", "fp32 multiply-adds, {key} threads"),
     "matmul_rate": (1e-9, "GFLOP/s", "fp32 matrix product"),

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -170,6 +170,14 @@ VOCABULARIES = (256, 1024, 4096, 16384, 65536)
 PROCESSES = (1, 2, 4)
 
 
+def logged(log: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of a run's --log-json by their event."""
+    events: dict[str, list[dict[str, Any]]] = {}
+    for event in map(json.loads, log.read_text().splitlines()):
+        events.setdefault(event["event"], []).append(event)
+    return events
+
+
 def word_corpus(tokens: int) -> Path:
     """The generated corpus of so many tokens, made once."""
     folder = token_cache.cache_folder() / f"generated-words-{tokens}"
@@ -196,10 +204,8 @@ def trained(options: Sequence[str], processes: int = 1) -> Trained:
         log = Path(folder) / "log"
         command = ["-m", "bench.processes", folder, "--quiet", "--log-json", str(log), *options]
         python([*(launcher if processes > 1 else []), *command])
-        events = [json.loads(line) for line in log.read_text().splitlines()]
-        peaks = [int(file.read_text()) for file in Path(folder).glob("peak-*")]
-    times = [event["ms_per_step"] for event in events if event["event"] == "eval"]
-    return Trained(times[-1], max(peaks), next(event["loss"] for event in events if event["event"] == "test"))
+        events, peaks = logged(log), [int(file.read_text()) for file in Path(folder).glob("peak-*")]
+    return Trained(events["eval"][-1]["ms_per_step"], max(peaks), events["test"][0]["loss"])
 
 
 def training_case(

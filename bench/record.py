@@ -11,7 +11,6 @@ import json
 import tempfile
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 from bench import numerics, tables
 from bench.case import Plan, Skipped, Work, plain_timer, reason
-from bench.processes import require_loss
+from bench.processes import logged, require_loss
 from bench.recording import Recording, default_path
 from bench.suite import OPTIONS, cases, chosen
 from mlp_fast import backends, compare, profile, train
@@ -119,18 +118,17 @@ def losses(plan: Plan) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         steps = "20" if plan.dry else "50000"
         train.main(["--quiet", "--num-steps", steps, "--log-json", file.name, *_sizes(plan)])
-        events: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for event in map(json.loads, Path(file.name).read_text().splitlines()):
-            events[event["event"]].append(event)
+        events = logged(Path(file.name))
     (config,), (test,) = events["config"], events["test"]
     if not plan.dry:
         require_loss(config["chosen_backend"], config["num_steps"], test["loss"])
+    evaluations = events.get("eval", [])
     return {
         "backend": config["chosen_backend"],
         "num_steps": config["num_steps"],
         "floor": config["floor"],
         "test_loss": test["loss"],
-        "evaluations": [{key: one[key] for key in ("step", "train_loss", "val_loss")} for one in events["eval"]],
+        "evaluations": [{key: one[key] for key in ("step", "train_loss", "val_loss")} for one in evaluations],
     }
 
 

@@ -266,11 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(resources))
     faults = [f"{r.kernel} {r.precision} sm_{r.sm} ({r.constants}): {f}" for r in resources for f in r.faults()]
     if args.json:
-        Path(args.json).write_text(
-            json.dumps(
-                {"ok": not faults, "kernels": [{**r._asdict(), "occupancy": r.occupancy} for r in resources]}, indent=1
-            )
-        )
+        kernels = [{**r._asdict(), "occupancy": r.occupancy} for r in resources]
+        Path(args.json).write_text(json.dumps({"ok": not faults, "kernels": kernels}, indent=1))
     for fault in faults:
         print(f"fault: {fault}", file=sys.stderr)
     print(f"{len(resources)} configurations, {len(faults)} faults")

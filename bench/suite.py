@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench.case import Case, Plan
-from bench.host import reading_cases, rng_cases
-from bench.inference import evaluation_cases, sampling_cases
 from bench.operators import kernel_cases
+from bench.other_work import evaluation_cases, reading_cases, rng_cases, sampling_cases
 from bench.processes import busy_cases, run_cases, scale_cases, start_up_cases
 from bench.steps import step_cases, sweep_cases, thread_cases
 from mlp_fast.errors import UserError

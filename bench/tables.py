@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from bench import probes
@@ -32,10 +33,6 @@ def _number(value: Any) -> str:
     return f"{value:.4f}" if value < 1 else f"{value:.4g}"
 
 
-def _median(entry: Entry) -> str:
-    return _number(entry["ms"]["median"])
-
-
 def _rounds(entry: Entry) -> str:
     ms = entry["ms"]
     return f"{_number(ms['min'])}..{_number(ms['max'])}" if ms["min"] < ms["max"] else "one round"
@@ -53,21 +50,16 @@ SWEPT = {"B": "B, windows a batch", "H": "H, hidden units", "T": "T, tokens a co
 # Columns by their headings: an entry's cell. Those of TEXT, and what stands before them, are to the left.
 CELLS: dict[str, Callable[[Entry], str]] = {
     "backend": label,
-    "group": lambda entry: entry["group"],
-    "case": lambda entry: entry["id"],
-    "per": lambda entry: entry["per"],
-    "beside": lambda entry: entry["beside"],
-    "ms/step": _median,
-    "ms, median": _median,
-    "ms": _median,
+    "case": itemgetter("id"),
+    **{heading: itemgetter(heading) for heading in ("group", "per", "beside")},
+    **dict.fromkeys(("ms/step", "ms, median", "ms"), lambda entry: _number(entry["ms"]["median"])),
     "fastest..slowest": _rounds,
     "eager, ms/step": lambda entry: _number(entry["rivals"].get(BASELINE, {}).get("ms", {}).get("median")),
     "ms of the other": lambda entry: _number(entry["rivals"][entry["beside"]]["ms"]["median"]),
     "x eager": _times_eager,
     "ratio": lambda entry: f"{entry['rivals'][entry['beside']]['ratio']:.2f}",
     "speed": lambda entry: ", ".join(f"{f['ratio']:.2f} x {n}" for n, f in entry.get("rivals", {}).items()) or "-",
-    "samples/s": lambda entry: f"{entry['samples_per_second']:,.0f}",
-    "tokens/s": lambda entry: f"{entry['samples_per_second']:,.0f}",
+    **dict.fromkeys(("samples/s", "tokens/s"), lambda entry: f"{entry['samples_per_second']:,.0f}"),
     "device ms/step": lambda entry: _number(entry.get("device_ms")),
     "launches/step": lambda entry: _number(entry.get("launches")),
     "lower bound, ms": lambda entry: _number(entry.get("floor_ms")),
@@ -89,43 +81,36 @@ def _pairs(recording: Recording) -> list[Entry]:
 # Tables by name: the entries that they are of, and the headings of their columns.
 TABLES: dict[str, tuple[Callable[[Recording], list[Entry]], str]] = {
     "steps": (
-        lambda recording: recording.group("step") + recording.group("threads"),
+        lambda r: r.group("step") + r.group("threads"),
         "backend | ms/step | fastest..slowest | x eager | samples/s | device ms/step | launches/step | "
         "lower bound, ms | x lower bound | first step, s | loss error",
     ),
     "ladder": (
-        lambda recording: [entry for entry in recording.group("step") if entry["precision"] == "fp32"],
+        lambda r: [entry for entry in r.group("step") if entry["precision"] == "fp32"],
         "backend | ms/step | x eager | lower bound, ms | x lower bound",
     ),
     "others": (
-        lambda recording: [e for e in recording.entries if e["group"] not in ("step", "threads", "sweep", "scale")],
+        lambda r: [entry for entry in r.entries if entry["group"] not in ("step", "threads", "sweep", "scale")],
         "group | case | per | ms, median | fastest..slowest | speed",
     ),
     "ratios": (_pairs, "case | beside | ms | ms of the other | ratio"),
-    "sweep": (
-        lambda recording: recording.group("sweep"),
-        "backend | ms/step | eager, ms/step | x eager | x lower bound",
-    ),
-    "scale": (
-        lambda recording: recording.group("scale"),
-        "case | ms/step | tokens/s | x eager | x lower bound | peak GiB",
-    ),
+    "sweep": (lambda r: r.group("sweep"), "backend | ms/step | eager, ms/step | x eager | x lower bound"),
+    "scale": (lambda r: r.group("scale"), "case | ms/step | tokens/s | x eager | x lower bound | peak GiB"),
 }
 
 
-def columns(entries: Sequence[Entry], headings: Sequence[str]) -> str:
+def columns(entries: Sequence[Entry], headings: str) -> str:
     """A table of entries, a line each, without columns that say nothing of any; "" where there are none."""
-    filled = [(heading, *(CELLS[heading](entry) for entry in entries)) for heading in headings]
+    filled = [(heading, *map(CELLS[heading], entries)) for heading in headings.split(" | ")]
     header, *rows = zip(*(column for column in filled if set(column[1:]) != {"-"}), strict=True)
     return table(header, rows, 1 + max(i for i, heading in enumerate(header) if heading in TEXT)) if rows else ""
 
 
 def shown(name: str, recording: Recording) -> str:
     """One of TABLES, with the sizes that it holds for; of the sweep a table for each size."""
-    choose, columns_ = TABLES[name]
-    entries, headings = choose(recording), columns_.split(" | ")
+    entries, headings = TABLES[name][0](recording), TABLES[name][1]
     if name == "sweep":
-        return "\n\n".join(columns(of, (SWEPT[letter], *headings)) for letter, of in swept(entries).items())
+        return "\n\n".join(columns(those, f"{SWEPT[size]} | {headings}") for size, those in swept(entries).items())
     text = columns(entries, headings)
     if name == "steps" and entries:
         return f"{_sizes(entries[0])}\n\n{text}"

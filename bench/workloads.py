@@ -75,9 +75,6 @@ def _launches(gpu: Gpu, run: Callable[[], object]) -> list[Launch]:
     return [launch_of(result, gpu.sm) for result in emulated(gpu.sm, run, programs=1)]
 
 
-# --- the step and the evaluation -------------------------------------------------------------------------------------
-
-
 def _step(gpu: Gpu, precision: str, B: int, module: str, **changes: Any) -> list[Launch]:
     """A training step in the middle of a run."""
     kernels = importlib.import_module(f"mlp_fast.kernels.{module}")
@@ -114,9 +111,6 @@ def _evaluation(gpu: Gpu, precision: str, B: int) -> list[Launch]:
     return _launches(
         gpu, lambda: inference.mean_loss(weights, windows.rows, windows.counts, finished, precision=precision)
     )
-
-
-# --- the operators ---------------------------------------------------------------------------------------------------
 
 
 def _operator(gpu: Gpu, precision: str, B: int, name: str) -> list[Launch]:

@@ -15,9 +15,9 @@ from fake_backends import Slow, Wrong, register
 from torch import Tensor
 
 from bench import (
-    inference,
     lower_bound,
     operators,
+    other_work,
     probes,
     processes,
     record,
@@ -360,10 +360,10 @@ def test_a_sample_that_rounding_took_across_a_border_is_right() -> None:
         tokens = SimpleNamespace(random=lambda: next(shifted))
         return sample(lambda context: model(torch.tensor([context]))[0][0].detach(), prompt, 50, tokens, 3)  # type: ignore[arg-type]
 
-    assert inference.sample_error(drawn(0), prompt, 50, model, 3) <= 0
+    assert other_work.sample_error(drawn(0), prompt, 50, model, 3) <= 0
     moved = drawn(0.01)  # as logits that are off by as much would
     assert moved != drawn(0)
-    assert 0 < inference.sample_error(moved, prompt, 50, model, 3) <= 0.01
+    assert 0 < other_work.sample_error(moved, prompt, 50, model, 3) <= 0.01
 
 
 def test_the_loop_on_python_lists_ends_with_the_loss_that_runs_are_held_to(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,14 @@
-"""What a backend does besides steps, as cases: the loss of the val split, and text drawn from the model."""
+"""Cases of what is done besides steps: the loss of the val split and text drawn from the model, by backend; random
+numbers; and a corpus read into tokens."""
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -12,9 +17,10 @@ from bench.lower_bound import Probes
 from bench.steps import Setting, candidates
 from mlp_fast import backends
 from mlp_fast.backends.base import Backend
-from mlp_fast.corpus.load import Corpus
+from mlp_fast.corpus.load import SPLITS, Corpus, load
 from mlp_fast.corpus.prompt import default_prompt
-from mlp_fast.measure.equivalence import BASELINE, require
+from mlp_fast.data import synthesize
+from mlp_fast.measure.equivalence import BASELINE, NotEquivalent, require
 from mlp_fast.model.mlp import MLP
 from mlp_fast.model.rng import RNG
 from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED
@@ -100,3 +106,55 @@ def sample_error(drawn: Sequence[int], prompt: Sequence[int], length: int, model
     below = above - probabilities.gather(1, tokens)[:, 0]
     uniforms = torch.from_numpy(RNG(SAMPLE_SEED).fill_uniform(length))
     return torch.maximum(below - uniforms, uniforms - above).max().item()
+
+
+ENGLISH, CHINESE = synthesize.EMBEDDED / "train.txt", "天地玄黄宇宙洪荒日月盈昃辰宿列张\n"
+
+
+def rng_cases(plan: Plan) -> Iterator[Case]:
+    """Filling an array with random numbers, beside drawing them one by one."""
+    many, few = (10_000, 100) if plan.dry else (10_000_000, 100_000)
+
+    def drawn(count: int) -> list[float]:
+        rng = RNG(1337)
+        return [rng.random() for _ in range(count)]
+
+    def case(id: str, work: Work, count: int) -> Case:
+        def run(timer: Timer, probes: Probes) -> Entry:
+            if not (RNG(1337).fill_uniform(1000) == drawn(1000)).all():
+                raise NotEquivalent("the fill's numbers are not those of the scalar generator")
+            entry = timed_beside(timer, work, {}, min(plan.rounds, 5))
+            return {"per": f"{count:,} uniforms", **entry, "uniforms_per_second": 1e3 * count / entry["ms"]["min"]}
+
+        return Case("rng", f"{id} {count:,}", run)
+
+    yield case("fill", lambda: RNG(1337).fill_uniform(many), many)
+    yield case("scalar", lambda: drawn(few), few)
+
+
+def plain(folder: Path) -> dict[str, np.ndarray]:
+    """split -> tokens, as Python reads text and looks characters up."""
+    texts = {split: (folder / f"{split}.txt").read_text(encoding="utf-8") for split in SPLITS}
+    tokens = {character: token for token, character in enumerate(sorted(set(texts["train"])))}
+    return {split: np.array([tokens[c] for c in text], np.uint8) for split, text in texts.items()}
+
+
+def reading_cases(plan: Plan) -> Iterator[Case]:
+    """A folder of megabytes of text, one byte a character and three, beside plain Python and its dictionary."""
+    size = 20_000 if plan.dry else 5_000_000
+
+    def run(timer: Timer, probes: Probes, line: str) -> Entry:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            content = line * (size // len(line.encode()) + 1)
+            for split in SPLITS:
+                (folder / f"{split}.txt").write_text(content if split == "train" else line, encoding="utf-8")
+            expected, loaded = plain(folder), load(place)
+            if any((loaded.tapes[split].numpy() != expected[split]).any() for split in SPLITS):
+                raise NotEquivalent("the tokens are not those of plain Python")
+            others = {"python": partial(plain, folder)}
+            entry = timed_beside(timer, partial(load, place), others, min(plan.rounds, 5))
+        return {"per": f"{size:,} bytes", **entry, "bytes_per_second": 1e3 * size / entry["ms"]["min"]}
+
+    yield Case("reading", "names", partial(run, line=ENGLISH.read_text()[:4096]))
+    yield Case("reading", "Chinese", partial(run, line=CHINESE))
