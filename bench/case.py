@@ -9,6 +9,7 @@ import torch
 
 from bench.lower_bound import Probes
 from mlp_fast import backends
+from mlp_fast.backends.device_loop import captured
 from mlp_fast.config import Config
 from mlp_fast.measure.equivalence import NotEquivalent
 from mlp_fast.measure.timing import Spread, rest, seconds
@@ -146,12 +147,12 @@ def waited(work: Work, device: torch.device) -> Work:
 
 def repeated(work: Work, device: torch.device, calls: int) -> Work:
     """So many times the work, which is done before; on CUDA as a captured graph, without a wait for it."""
+
+    def repeat() -> None:
+        for _ in range(calls):
+            work()
+
     if device.type == "cpu":
-
-        def repeat() -> None:
-            for _ in range(calls):
-                work()
-
         work()
         return repeat
     side = torch.cuda.Stream()
@@ -160,12 +161,9 @@ def repeated(work: Work, device: torch.device, calls: int) -> Work:
         for _ in range(3):
             work()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            work()
-    waited(graph.replay, device)()
-    return graph.replay
+    replay = captured(repeat).replay
+    waited(replay, device)()
+    return replay
 
 
 @contextlib.contextmanager

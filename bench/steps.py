@@ -76,8 +76,8 @@ class Candidates:
             require_supported(name, config, self.shape)
             backend = backends.create(config, self.shape, self.tape, self.verifier.initial)
         backend.prepare()
-        seconds = time.perf_counter() - start
-        return backend, {"first_step_seconds": seconds, "loss_error": self.verifier.check(backend)}
+        first = time.perf_counter() - start
+        return backend, {"first_step_seconds": first, "loss_error": self.verifier.check(backend)}
 
     def ready(self, name: str, round_seconds: float, probes: Probes) -> tuple[Work, int, Entry]:
         """A round of the candidate of that name, which is at the initial state; its steps; facts for its entry.
