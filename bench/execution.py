@@ -167,16 +167,8 @@ def chains(launch: Launch, gpu: Gpu, high: bool) -> list[Chain]:
     return found
 
 
-# A phase: what program 0 executes of it, and its time. By name:
-#     those of KINDS        instructions of a warp
-#     issue                 clocks of a scheduler
-#     wavefronts_low, _high of the program
-#     sectors               of the program
-#     exposed               latencies of a load from L2 that a warp alone waits out
-#     barriers              of the block
-#     grid_barriers         of all programs
-#     atomics               lanes
-#     us_low, us_high       microseconds
+# A phase: what program 0 executes of it, and its time; the figures that bench/counts.py lists, by name. Instructions
+# are under their KINDS, the ends of a pair under its name with _low and _high.
 Row = dict[str, float]
 
 

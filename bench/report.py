@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +111,7 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
             parts.append(said)
             if block in PICTURES:
                 link = f"bench/results/{machine.folder_name(device)}/{block}.png"
-                parts.append(f"![{PICTURES[block].alt[chinese]}]({'../' if name.startswith('docs/') else ''}{link})")
+                parts.append(f"![{ALTS[block][chinese]}]({'../' if name.startswith('docs/') else ''}{link})")
         text = "\n\n".join(tables.narrow(part).strip() for part in parts if part)
         text = tables.translated(text) if chinese else text
         return f"{match['begin']}\n{text}\n\n{match['end']}" if text else match["begin"] + match["end"]
@@ -132,14 +132,14 @@ def update(root: Path, results: Path, *, check: bool) -> list[str]:
             if not check:
                 path.write_text(new, encoding="utf-8")
     for recordings in devices:
-        for block, picture in PICTURES.items():
-            record = next((record for record in recordings if picture.data(record)), None)
+        for block, (data, _) in PICTURES.items():
+            record = next((record for record in recordings if data(record)), None)
             path = results / machine.folder_name(recordings[0].facts["device"]) / f"{block}.png"
-            if record is None or (path.is_file() and _digest(picture.data(record)).encode() in path.read_bytes()):
+            if record is None or (path.is_file() and _digest(data(record)).encode() in path.read_bytes()):
                 continue
             stale.append(str(path))
             if not check:
-                picture.save(path, record)
+                draw(path, record, block)
     return stale
 
 
@@ -200,28 +200,7 @@ def draw_sweep(panels: Any, record: Recording, entries: Sequence[Entry]) -> None
     panels[0].figure.suptitle(f"Time of a training step by size\n{record.facts['device']}")
 
 
-class Picture(NamedTuple):
-    """A plot of a recording: what it shows, in both languages; the data that it is drawn from; and who draws it."""
-
-    alt: tuple[str, str]
-    data: Callable[[Recording], list[Entry]]
-    draw: Callable[[Any, Recording, list[Entry]], None]
-
-    def save(self, path: Path, record: Recording) -> None:
-        """Draws it into a file."""
-        from matplotlib import rc_context
-
-        data = self.data(record)
-        panels = len(tables.swept(data)) if self.draw is draw_sweep else 1
-        rows = -(-panels // 2)
-        height = 1.4 + 3 * rows if self.draw is draw_sweep else 1.6 + 0.36 * len(data)
-        height = 4.5 if self.draw is draw_losses else height
-        metadata = {"Description": f"drawn from recorded data {_digest(data)}", "Software": None}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with rc_context({"font.size": 11}), plot.figure(path, WIDTH, height, rows, min(2, panels), metadata) as axes:
-            self.draw(axes, record, data)
-
-
+# What a picture shows, in both languages.
 ALTS = {
     "losses": (
         "Curves: train and validation loss over the steps of a run, and the entropy of the validation text's source",
@@ -240,12 +219,26 @@ ALTS = {
         "折线图：每步的毫秒数随各个尺寸的变化，对数坐标",
     ),
 }
-PICTURES = {
-    "losses": Picture(ALTS["losses"], lambda r: r.extra.get("losses", {}).get("evaluations", []), draw_losses),
-    "ladder": Picture(ALTS["ladder"], tables.TABLES["ladder"][0], draw_steps),
-    "steps": Picture(ALTS["steps"], tables.TABLES["steps"][0], draw_steps),
-    "sweep": Picture(ALTS["sweep"], tables.TABLES["sweep"][0], draw_sweep),
+# The data that it is drawn from, and who draws it.
+PICTURES: dict[str, tuple[Callable[[Recording], list[Entry]], Callable[[Any, Recording, list[Entry]], None]]] = {
+    "losses": (lambda record: record.extra.get("losses", {}).get("evaluations", []), draw_losses),
+    **{name: (tables.TABLES[name][0], draw_steps) for name in ("ladder", "steps")},
+    "sweep": (tables.TABLES["sweep"][0], draw_sweep),
 }
+
+
+def draw(path: Path, record: Recording, block: str) -> None:
+    """Draws one of PICTURES into a file."""
+    from matplotlib import rc_context
+
+    data = PICTURES[block][0](record)
+    panels = len(tables.swept(data)) if block == "sweep" else 1
+    rows, across = -(-panels // 2), min(2, panels)
+    height = {"losses": 4.5, "sweep": 1.4 + 3 * rows}.get(block, 1.6 + 0.36 * len(data))
+    metadata = {"Description": f"drawn from recorded data {_digest(data)}", "Software": None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"font.size": 11}), plot.figure(path, WIDTH, height, rows, across, metadata) as axes:
+        PICTURES[block][1](axes, record, data)
 
 
 # --- two recordings ---------------------------------------------------------------------------------------------------
