@@ -118,6 +118,13 @@ def test_every_swept_size_has_a_table_of_its_own(project: Path) -> None:
     assert len(second.splitlines()) == 3
 
 
+def test_a_column_that_says_nothing_of_any_entry_is_left_out() -> None:
+    record = Recording(FACTS, entries=[step("native", 0.25), step("triton-step", 0.5, device_ms=0.125)])
+    header, _, *rows = tables.shown("steps", record).split("\n\n")[1].splitlines()
+    assert "| samples/s | device ms/step | lower bound, ms |" in header  # and no launches/step
+    assert ["| - |" in row for row in rows] == [True, False]
+
+
 @pytest.mark.parametrize(("columns", "widths"), [(6, [6]), (7, [4, 4]), (9, [5, 5]), (12, [5, 5, 4]), (1, [1])])
 def test_wide_tables_are_cut_and_keep_their_first_column(columns: int, widths: list[int]) -> None:
     rows = [[f"{row}{column}" for column in range(columns)] for row in "abc"]
