@@ -63,16 +63,15 @@ def embed_linear_tanh(
     """h = tanh(linear(embedding)) of the first layer."""
     x = _inputs(config, device, dtype)
     idx, weights = x["idx"], [x[WTE], x[W1], x[B1]]
+    forward: Callable[[], Tensor]
+    if by == FUSED:
+        forward = partial(ops.embed_linear_tanh, idx, *weights, form=form, precision=config.precision)
+    elif by == NAIVE:
+        from mlp_fast.kernels.embed_linear_tanh import embed_linear_tanh_1
 
-    def forward() -> Tensor:
-        if by == FUSED:
-            return ops.embed_linear_tanh(idx, *weights, form=form, precision=config.precision)
-        if by == NAIVE:
-            from mlp_fast.kernels.embed_linear_tanh import embed_linear_tanh_1
-
-            return embed_linear_tanh_1(idx, *(weight.detach() for weight in weights))
-        return torch.tanh(F.linear(F.embedding(idx, x[WTE]).flatten(1), x[W1], x[B1]))
-
+        forward = partial(embed_linear_tanh_1, idx, *(weight.detach() for weight in weights))
+    else:
+        forward = lambda: torch.tanh(F.linear(F.embedding(idx, x[WTE]).flatten(1), x[W1], x[B1]))  # noqa: E731
     return _passes(forward, weights, x["h"].detach(), backward)
 
 
@@ -81,19 +80,18 @@ def linear_cross_entropy(config: Config, device: torch.device, dtype: torch.dtyp
     x = _inputs(config, device, dtype)
     targets, operands = x["targets"], [x["h"], x[W2], x[B2]]
     h, weight, bias = operands
+    forward: Callable[[], Tensor]
+    if by == FUSED:
+        forward = partial(ops.linear_cross_entropy, h, weight, bias, targets, precision=config.precision)
+    elif by == NAIVE:
+        from mlp_fast.kernels.linear_cross_entropy import linear_cross_entropy_1
 
-    def forward() -> Tensor:
-        if by == FUSED:
-            return ops.linear_cross_entropy(h, weight, bias, targets, precision=config.precision)
-        if by == NAIVE:
-            from mlp_fast.kernels.linear_cross_entropy import linear_cross_entropy_1
-
-            return linear_cross_entropy_1(h.detach(), weight.detach(), bias.detach(), targets)
-        if by == CHUNKED:
-            options = torch.nn.LinearCrossEntropyOptions()
-            return F.linear_cross_entropy(h, weight, targets, linear_bias=bias, options=options)
-        return F.cross_entropy(F.linear(h, weight, bias), targets)
-
+        forward = partial(linear_cross_entropy_1, h.detach(), weight.detach(), bias.detach(), targets)
+    elif by == CHUNKED:
+        options = torch.nn.LinearCrossEntropyOptions()
+        forward = partial(F.linear_cross_entropy, h, weight, targets, linear_bias=bias, options=options)
+    else:
+        forward = lambda: F.cross_entropy(F.linear(h, weight, bias), targets)  # noqa: E731
     return _passes(forward, operands, None, backward)
 
 
@@ -105,7 +103,7 @@ def adamw(config: Config, device: torch.device, dtype: torch.dtype, by: str) -> 
     held = [p.detach() for p in params]
     first, second = ([torch.zeros_like(p) for p in held] for _ in range(2))
     step, rate = torch.ones((), device=device), torch.tensor(config.learning_rate, dtype=torch.float64, device=device)
-    lr, betas, decay = config.learning_rate, (BETA1, BETA2), config.weight_decay
+    betas, decay = (BETA1, BETA2), config.weight_decay
     if by == FUSED:
         update: Callable[[], object] = partial(
             ops.adamw_, held, grads, first, second, step, rate, betas=betas, eps=EPS, weight_decay=decay
@@ -119,7 +117,7 @@ def adamw(config: Config, device: torch.device, dtype: torch.dtype, by: str) -> 
             p.grad = gradient
         cuda = device.type == "cuda"
         update = torch.optim.AdamW(
-            params, lr, betas=betas, eps=EPS, weight_decay=decay, fused=cuda or None, capturable=cuda
+            params, config.learning_rate, betas=betas, eps=EPS, weight_decay=decay, fused=cuda or None, capturable=cuda
         ).step
 
     def work() -> list[Tensor]:
@@ -210,7 +208,7 @@ def kernel_cases(plan: Plan) -> Iterator[Case]:
         for name, make in OPERATORS.items():
             if name == "adamw" and precision != "fp32":
                 continue  # it has no products
-            more = [CHUNKED] if name.startswith("linear_cross_entropy") and hasattr(F, CHUNKED[2:]) else []
+            more = [CHUNKED] if name.startswith("linear_cross_entropy") and hasattr(F, "linear_cross_entropy") else []
             if not name.endswith("backward") and precision == "fp32" and plan.device != "cpu":
                 more.append(NAIVE)
             yield operator_case(name, make, plan.config(precision=precision), plan, *more)
