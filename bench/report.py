@@ -222,8 +222,8 @@ ALTS = {
 # The data that it is drawn from, and who draws it.
 PICTURES: dict[str, tuple[Callable[[Recording], list[Entry]], Callable[[Any, Recording, list[Entry]], None]]] = {
     "losses": (lambda record: record.extra.get("losses", {}).get("evaluations", []), draw_losses),
-    **{name: (tables.TABLES[name][0], draw_steps) for name in ("ladder", "steps")},
-    "sweep": (tables.TABLES["sweep"][0], draw_sweep),
+    **{name: (tables.TABLES[name][1], draw_steps) for name in ("ladder", "steps")},
+    "sweep": (tables.TABLES["sweep"][1], draw_sweep),
 }
 
 

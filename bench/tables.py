@@ -78,24 +78,27 @@ def _pairs(recording: Recording) -> list[Entry]:
     return [{**e, "id": f"{e['group']}: {e['id']}", "beside": name} for e in entries for name in e.get("rivals", {})]
 
 
-# Tables by name: the entries that they are of, and the headings of their columns.
-TABLES: dict[str, tuple[Callable[[Recording], list[Entry]], str]] = {
+# Tables by name: the title in print, the entries that they are of, and the headings of their columns.
+TABLES: dict[str, tuple[str, Callable[[Recording], list[Entry]], str]] = {
     "steps": (
+        "Steps",
         lambda r: r.group("step") + r.group("threads"),
         "backend | ms/step | fastest..slowest | x eager | samples/s | device ms/step | launches/step | "
         "lower bound, ms | x lower bound | first step, s | loss error",
     ),
     "ladder": (
+        "",
         lambda r: [entry for entry in r.group("step") if entry["precision"] == "fp32"],
         "backend | ms/step | x eager | lower bound, ms | x lower bound",
     ),
     "others": (
+        "Other work",
         lambda r: [entry for entry in r.entries if entry["group"] not in ("step", "threads", "sweep", "scale")],
         "group | case | per | ms, median | fastest..slowest | speed",
     ),
-    "ratios": (_pairs, "case | beside | ms | ms of the other | ratio"),
-    "sweep": (lambda r: r.group("sweep"), "backend | ms/step | eager, ms/step | x eager | x lower bound"),
-    "scale": (lambda r: r.group("scale"), "case | ms/step | tokens/s | x eager | x lower bound | peak GiB"),
+    "ratios": ("Ratios, from interleaved rounds", _pairs, "case | beside | ms | ms of the other | ratio"),
+    "sweep": ("Sweep", lambda r: r.group("sweep"), "backend | ms/step | eager, ms/step | x eager | x lower bound"),
+    "scale": ("Scale", lambda r: r.group("scale"), "case | ms/step | tokens/s | x eager | x lower bound | peak GiB"),
 }
 
 
@@ -108,7 +111,8 @@ def columns(entries: Sequence[Entry], headings: str) -> str:
 
 def shown(name: str, recording: Recording) -> str:
     """One of TABLES, with the sizes that it holds for; of the sweep a table for each size."""
-    entries, headings = TABLES[name][0](recording), TABLES[name][1]
+    _, choose, headings = TABLES[name]
+    entries = choose(recording)
     if name == "sweep":
         return "\n\n".join(columns(those, f"{SWEPT[size]} | {headings}") for size, those in swept(entries).items())
     text = columns(entries, headings)
@@ -158,11 +162,7 @@ def whole(recording: Recording) -> str:
     """All tables, with headings, as printed after a run."""
     parts = [
         ("", measured_on([recording])),
-        ("Steps", shown("steps", recording)),
-        ("Other work", shown("others", recording)),
-        ("Ratios, from interleaved rounds", shown("ratios", recording)),
-        ("Sweep", shown("sweep", recording)),
-        ("Scale", shown("scale", recording)),
+        *((title, shown(name, recording)) for name, (title, _, _) in TABLES.items() if title),
         ("What the machine can do", probes.table(recording.probes)),
         ("Promises", claims([recording])),
         ("Not measured", skipped(recording)),
