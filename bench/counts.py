@@ -45,7 +45,6 @@ FIGURES = ("instructions", "issue", "wavefronts", "sectors", "exposed", "barrier
 ALL_FIGURES = "instructions issue wavefronts sectors exposed.1 barriers grid_barriers atomics us.2"
 SUM = "sum"
 
-
 Counted = dict[str, Any]  # as counted() makes it, and as BUDGETS has it
 
 
@@ -106,9 +105,7 @@ def measured_us(counted: Counted, folder: Path = recording.RESULTS) -> float | N
     """What a recording says of it on such a GPU: the latest that has it."""
     workload = WORKLOADS[counted["name"]]
     for recordings in recording.recorded(folder):
-        if not gpus.is_measured_on(GPUS[counted["gpu"]], recordings[0].facts["device"]):
-            continue
-        for record in recordings:
+        for record in recordings if gpus.is_measured_on(GPUS[counted["gpu"]], recordings[0].facts["device"]) else ():
             if entry := record.entry(workload.group, workload.id_of(counted["precision"])):
                 return 1e3 * float(entry["ms"]["median"])
     return None
@@ -127,20 +124,17 @@ def _cells(row: Mapping[str, Any], figures: str) -> list[str]:
 
 
 def phases_table(counted: Counted, figures: str, corner: str = "phase", least: float = 0) -> str:
-    """The phases of a workload that take at most so many microseconds or more, and the sum."""
-    rows = [
-        [phase, *_cells(row, figures)]
-        for phase, row in {**counted["phases"], SUM: counted[SUM]}.items()
-        if row["us"][1] >= least
-    ]
+    """The phases of a workload whose time may be so many microseconds or more, and the sum."""
+    every = {**counted["phases"], SUM: counted[SUM]}
+    rows = [[phase, *_cells(row, figures)] for phase, row in every.items() if row["us"][1] >= least]
     return table([corner, *(word.split(".")[0].replace("grid_barriers", "grid") for word in figures.split())], rows)
 
 
 def brief_phases(name: str, gpu: str) -> str:
     """The phases that take time, of a workload in every precision that is kept."""
-    corner = f"{name}, {{}}, {gpu}"
     figures = "instructions wavefronts exposed.1 us.1"
-    return "\n\n".join(phases_table(c, figures, corner.format(c["precision"]), 0.1) for c in chosen(name, gpu))
+    tables = [phases_table(c, figures, f"{name}, {c['precision']}, {gpu}", 0.1) for c in chosen(name, gpu)]
+    return "\n\n".join(tables)
 
 
 def times_table(kept: Sequence[Counted], folder: Path = recording.RESULTS) -> str:

@@ -137,22 +137,22 @@ class Workload(NamedTuple):
         return self.id.format(name=self.name, B=self.B, precision=precision)
 
 
-def _workloads() -> list[Workload]:
-    persistent = functools.partial(_step, module="persistent_step")
-    step = functools.partial(_step, module="train_step")
-    found = [
-        Workload("triton-persistent", 128, persistent, "step"),
-        Workload("triton-persistent-through-L2", 128, functools.partial(persistent, resident=False), ""),
-        Workload("triton-step", 128, step, "step"),
-        Workload("triton-step-by-rows", 1024, step, ""),
+_PERSISTENT = functools.partial(_step, module="persistent_step")
+_BY_PHASES = functools.partial(_step, module="train_step")
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("triton-persistent", 128, _PERSISTENT, "step"),
+        Workload("triton-persistent-through-L2", 128, functools.partial(_PERSISTENT, resident=False), ""),
+        Workload("triton-step", 128, _BY_PHASES, "step"),
+        Workload("triton-step-by-rows", 1024, _BY_PHASES, ""),
         Workload("evaluation", 128, _evaluation, "evaluation", "triton-persistent"),
         Workload("adamw", 128, functools.partial(_operator, name="adamw"), "kernels"),
-    ]
-    for B, prefix in ((128, ""), (LARGE_B, "large-")):
-        for operator in ("embed_linear_tanh-table", "embed_linear_tanh-gather", "linear_cross_entropy"):
-            name = f"{operator}-and-backward"
-            found.append(Workload(prefix + name, B, functools.partial(_operator, name=name), "kernels"))
-    return found
-
-
-WORKLOADS = {workload.name: workload for workload in _workloads()}
+        *(
+            Workload(prefix + name, B, functools.partial(_operator, name=name), "kernels")
+            for prefix, B in (("", 128), ("large-", LARGE_B))
+            for name in OPERATORS
+            if name.endswith("-and-backward")
+        ),
+    )
+}

@@ -604,9 +604,9 @@ def test_a_long_run_of_the_reference_is_scaled_from_the_short_one() -> None:
     short = entry_of("run", "5000 steps", 4000.0, steps=5000)
     short["rivals"] = {"reference-loop": {"ms": {"median": 17_000.0}, "ratio": 4.25}}
     record_.entries = [short, entry_of("run", "50000 steps", 15_200.0, steps=50_000)]
-    assert tables.measured(record_, tables.LONG_RUN, "reference-loop") is None  # the start is not known
+    assert tables.measured(record_, ("run", "50000 steps"), "reference-loop") is None  # the start is not known
     record_.entries.append(entry_of("start-up", "import mlp_fast.train", 2000.0))
-    ratio, scaled = tables.measured(record_, tables.LONG_RUN, "reference-loop") or (math.nan, False)
+    ratio, scaled = tables.measured(record_, ("run", "50000 steps"), "reference-loop") or (math.nan, False)
     assert scaled
     assert ratio == pytest.approx((2000 + 15_000 * 10) / 15_200)
     assert tables.measured(record_, ("run", "5000 steps"), "reference-loop") == (4.25, False)
