@@ -58,8 +58,8 @@ class DeviceLoop(Backend):
     def prepare(self) -> None:
         """Compiles, warms up and captures steps, evaluations and samples, leaving the state as it was."""
         super().prepare()
-        # The first layer has a form for few windows, and one for more of them than there are tokens; products have tiles
-        # for few and for many.
+        # The first layer has a form for few windows, and one for more of them than there are tokens; products have
+        # tiles for few and for many.
         for count in sorted({1, min(self.shape.V + 1, self.evaluation_rows), self.evaluation_rows}):
             self.evaluate_zeros(count)
         if self.device.type == "cuda" and self.world.size == 1:  # several exchange gradients at every step
