@@ -153,6 +153,17 @@ def times_table(kept: Sequence[Counted], folder: Path = recording.RESULTS) -> st
     return table(("us", *shown), rows)
 
 
+def bounds_table(kept: Sequence[Counted]) -> str:
+    """Microseconds of workloads on a GPU, beside the bound of each."""
+    rows = []
+    for c in kept:
+        bound = gpus.bound_us(GPUS[c["gpu"]], WORKLOADS[c["name"]].cost, c["precision"])
+        measured = measured_us(c)
+        cells = [f"{bound:,.2f}", *_cells(c[SUM], "us.1"), f"{measured:,.1f}" if measured else "–"]
+        rows.append([f"{c['name']}, {c['precision']}, {c['gpu']}", *cells])
+    return table(("us", "lower bound", "counted", "measured"), rows)
+
+
 def history_table(entries: Sequence[dict[str, Any]]) -> str:
     """The persistent step as it was counted, change by change."""
     parts = []

@@ -30,6 +30,8 @@ Assumed, for want of a document:
 import math
 from typing import NamedTuple
 
+from bench.lower_bound import Cost
+
 WAIT_US = 1.3  # at most, of a grid barrier or the end of a kernel
 NODE_US = 0.5  # at least, of the end of a kernel
 SCHEDULERS = 4
@@ -104,6 +106,14 @@ def wait_us(gpu: Gpu, what: str, high: bool) -> float:
 def memory_us(gpu: Gpu, footprint: float) -> float:
     """Of moving so many bytes to or from device memory once; none where they stay in L2."""
     return footprint / gpu.dram / 1000 if footprint > gpu.l2 * 2**20 else 0.0
+
+
+def bound_us(gpu: Gpu, cost: Cost, precision: str) -> float:
+    """The lower bound: operations at the documented rate, bytes through L2, or device memory where they do not fit."""
+    products = {"fp32": gpu.fp32, "tf32": gpu.tf32, "tf32x3": max(gpu.tf32 / 3, gpu.fp32)}[precision]
+    clocks_a_us = 1000 * gpu.ghz * gpu.processors
+    through_l2 = cost.bytes / 64 / clocks_a_us
+    return max(cost.operations / 2 / products / clocks_a_us, through_l2, memory_us(gpu, cost.bytes))
 
 
 def is_measured_on(gpu: Gpu, device: str) -> bool:

@@ -1,4 +1,4 @@
-"""The least time a step can take, from what the machine was measured to do (probes.py).
+"""The least time a step can take, from what the machine was measured to do (probes.py); likewise operators.
 
     lower bound = max(operations / rate, bytes / bandwidth) + synchronisation
 
@@ -33,7 +33,7 @@ Probes = Mapping[str, Any]
 
 
 class Cost(NamedTuple):
-    """What a step asks for at the least."""
+    """What is asked for at the least."""
 
     operations: float
     bytes: float
@@ -64,10 +64,33 @@ class LowerBound(NamedTuple):
 def step_cost(shape: Shape, batch_size: int, form: str) -> Cost:
     """Operations and bytes of a step in a form of the first layer, "table" or "gather"."""
     B, V, T, E, H = batch_size, shape.V, shape.T, shape.E, shape.H
-    first = 6 * T * V * E * H + 2 * B * T * H if form == "table" else 6 * B * T * E * H
     direct = 6 * B * V * T * E if shape.direct else 0
     P = shape.num_parameters
-    return Cost(first + 6 * B * V * H + direct + ADAMW_OPERATIONS * P, STATE_BYTES * P)
+    operations = _first_layer(shape, B, form) + 6 * B * V * H + direct + ADAMW_OPERATIONS * P
+    return Cost(operations, STATE_BYTES * P)
+
+
+def _first_layer(shape: Shape, B: int, form: str) -> float:
+    T, E, H = shape.T, shape.E, shape.H
+    return 6 * T * shape.V * E * H + 2 * B * T * H if form == "table" else 6 * B * T * E * H
+
+
+def operator_cost(name: str, shape: Shape, batch_size: int) -> Cost:
+    """Of an operator in float32 with its backward pass, or of AdamW: each pass reads and writes a tensor once."""
+    B, V, T, E, H = batch_size, shape.V, shape.T, shape.E, shape.H
+    if name == "adamw":
+        return Cost(ADAMW_OPERATIONS * shape.num_parameters, (STATE_BYTES + 4) * shape.num_parameters)
+    if name.startswith("linear_cross_entropy"):  # h, weight and bias; their gradients; targets
+        return Cost(6 * B * V * H, 4 * 3 * (B * H + V * H + V) + 2 * 8 * B)
+    form = "table" if "-table" in name else "gather"
+    # h; h and dh; wte, weight and bias, and their gradients; tokens
+    return Cost(_first_layer(shape, B, form), 4 * 3 * (B * H + V * E + T * E * H + H) + 2 * 8 * B * T)
+
+
+def evaluation_cost(shape: Shape, windows: int) -> Cost:
+    """Of the mean loss over so many windows, in float32."""
+    forward = shape.T * shape.E * shape.H + shape.H * shape.V
+    return Cost(2 * windows * forward, 4 * shape.num_parameters + 8 * windows * (shape.T + 2))
 
 
 def form_of(backend: str, form: str, shape: Shape, batch_size: int) -> str:

@@ -76,7 +76,7 @@ OVERALL: dict[str, Callable[[Sequence[Recording], bool], str]] = {
     "promises": lambda records, chinese: tables.claims([r for r in records if r.group("step") and r.group("run")]),
     "counted-phases": lambda *_: counts.brief_phases("triton-persistent", "H100"),
     "counted-times": lambda *_: counts.times_table([c for c in counts.chosen() if c["name"] in counts.STEPS]),
-    "counted-others": lambda *_: counts.times_table([c for c in counts.chosen() if c["name"] not in counts.STEPS]),
+    "counted-others": lambda *_: counts.bounds_table(counts.chosen(gpu="H100")),
     "counted-history": lambda *_: counts.history_table(counts.kept()["history"]),
     "counted-work": lambda *_: counts.work_table(counts.chosen(gpu="H100")),
 }

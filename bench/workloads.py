@@ -18,6 +18,7 @@ import torch
 from bench import machine_code
 from bench.execution import Launch, phase_of
 from bench.gpus import Gpu
+from bench.lower_bound import Cost, evaluation_cost, operator_cost, step_cost
 from bench.operators import FUSED, OPERATORS
 from bench.rungs import on_kernels
 from mlp_fast.config import Config
@@ -25,10 +26,11 @@ from mlp_fast.corpus.load import load
 from mlp_fast.model.mlp import PARAMETER_NAMES, Shape, initial_parameters
 from mlp_fast.model.schedule import update_scalars
 from mlp_fast.model.state import TrainState
-from mlp_fast.model.windows import Tape, evaluated_windows
+from mlp_fast.model.windows import Tape, WeightedWindows, evaluated_windows
 
 EMULATOR = Path(__file__).resolve().parent.parent / "tests" / "gpuless"
-V, T, E, H = 27, 3, 48, 512
+SHAPE = Shape(V=27, T=3, E=48, H=512)
+V, T, E, H = SHAPE.V, SHAPE.T, SHAPE.E, SHAPE.H
 LARGE_B = 65536
 
 
@@ -83,7 +85,7 @@ def _step(gpu: Gpu, precision: str, B: int, module: str, **changes: Any) -> list
     C = kernels.default_config(B, V, T, E, H, precision=precision, processors=gpu.processors, **options)
     C = dataclasses.replace(C, **changes)
     tape = torch.randint(0, V, (20_000,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    state = TrainState.initial(Shape(V, T, E, H), 1337)
+    state = TrainState.initial(SHAPE, 1337)
     planes = [[part[n] for n in PARAMETER_NAMES] for part in state.parts.values()]
     scalars = update_scalars(Config(context_length=T, embedding_size=E, hidden_size=H, batch_size=B, num_steps=10))
 
@@ -105,12 +107,16 @@ def _evaluation(gpu: Gpu, precision: str, B: int) -> list[Launch]:
     """The mean loss of the embedded corpus' val split."""
     from mlp_fast.kernels import inference
 
-    weights = inference.Weights(*initial_parameters(Shape(V, T, E, H), seed=7).values())
-    windows = evaluated_windows(Tape(load("embedded").val, T), B)
+    weights = inference.Weights(*initial_parameters(SHAPE, seed=7).values())
+    windows = _evaluated(B)
     finished = torch.zeros(1, dtype=torch.int32)
     return _launches(
         gpu, lambda: inference.mean_loss(weights, windows.rows, windows.counts, finished, precision=precision)
     )
+
+
+def _evaluated(B: int) -> WeightedWindows:
+    return evaluated_windows(Tape(load("embedded").val, T), B)
 
 
 def _operator(gpu: Gpu, precision: str, B: int, name: str) -> list[Launch]:
@@ -123,12 +129,14 @@ def _operator(gpu: Gpu, precision: str, B: int, name: str) -> list[Launch]:
 class Workload(NamedTuple):
     """What is counted together.
 
+    cost: what it asks for at the least.
     group, id: of its entries in recordings; the id with the precision in it.
     """
 
     name: str
     B: int
     launches: Callable[[Gpu, str, int], list[Launch]]
+    cost: Cost
     group: str
     id: str = "{name}-{B}-{precision}"
 
@@ -137,19 +145,26 @@ class Workload(NamedTuple):
         return self.id.format(name=self.name, B=self.B, precision=precision)
 
 
+def _of_operator(name: str, B: int, prefix: str = "") -> Workload:
+    run = functools.partial(_operator, name=name)
+    return Workload(prefix + name, B, run, operator_cost(name, SHAPE, B), "kernels")
+
+
 _PERSISTENT = functools.partial(_step, module="persistent_step")
 _BY_PHASES = functools.partial(_step, module="train_step")
+_STEP = step_cost(SHAPE, 128, "table")
+_EVALUATION = evaluation_cost(SHAPE, len(_evaluated(128).rows))
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("triton-persistent", 128, _PERSISTENT, "step"),
-        Workload("triton-persistent-through-L2", 128, functools.partial(_PERSISTENT, resident=False), ""),
-        Workload("triton-step", 128, _BY_PHASES, "step"),
-        Workload("triton-step-by-rows", 1024, _BY_PHASES, ""),
-        Workload("evaluation", 128, _evaluation, "evaluation", "triton-persistent"),
-        Workload("adamw", 128, functools.partial(_operator, name="adamw"), "kernels"),
+        Workload("triton-persistent", 128, _PERSISTENT, _STEP, "step"),
+        Workload("triton-persistent-through-L2", 128, functools.partial(_PERSISTENT, resident=False), _STEP, ""),
+        Workload("triton-step", 128, _BY_PHASES, _STEP, "step"),
+        Workload("triton-step-by-rows", 1024, _BY_PHASES, step_cost(SHAPE, 1024, "table"), ""),
+        Workload("evaluation", 128, _evaluation, _EVALUATION, "evaluation", "triton-persistent"),
+        _of_operator("adamw", 128),
         *(
-            Workload(prefix + name, B, functools.partial(_operator, name=name), "kernels")
+            _of_operator(name, B, prefix)
             for prefix, B in (("", 128), ("large-", LARGE_B))
             for name in OPERATORS
             if name.endswith("-and-backward")
