@@ -54,18 +54,23 @@ def launch_of(result: Any, capability: int, less: Any = None) -> Launch:
     program, kernel = result.program, result.shipped.kernel.fn.__name__
     counts: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     phases: dict[int, str] = {}
-    arrivals = 0.0
+    warps, arrivals, looks, waiting = result.threads // 32, 0.0, 1.0, False
     for n, line in enumerate(program.ptx_lines):
         phases[line] = phase_of(program.lines[n], kernel)
-        for name in ("executions", "lanes", "wavefronts_low", "wavefronts_high", "sectors"):
-            more = getattr(result.counts[n], name) - (getattr(less.counts[n], name) if less else 0)
-            counts[line][name] += more
-            arrivals += more * (name == "executions" and program.texts[n].startswith("red.release"))
-    warps = result.threads // 32
-    # How long a program spins says nothing of its own work: it is taken to look once.
-    for line in (line for line, phase in phases.items() if phase == "grid_barrier"):
-        counts[line]["executions"] = min(counts[line]["executions"], warps * arrivals)
-        counts[line]["sectors"] = min(counts[line]["sectors"], arrivals)
+        more = {
+            name: getattr(result.counts[n], name) - (getattr(less.counts[n], name) if less else 0)
+            for name in ("executions", "lanes", "wavefronts_low", "wavefronts_high", "sectors")
+        }
+        # How long a program spins says nothing of its own work: it is taken to look once, and what runs at some looks
+        # only, such as reading the clock, is a share of that. One warp looks, but all of them wait for it.
+        if program.texts[n].startswith("red.release"):
+            arrivals = more["executions"]
+        elif program.texts[n].startswith("ld.acquire"):
+            looks, waiting = max(more["executions"] / arrivals, 1.0), True
+        elif program.texts[n].startswith("bar.sync"):
+            looks, waiting = 1.0, False
+        for name, count in more.items():
+            counts[line][name] += count / looks * (warps if waiting and name == "executions" else 1)
     made = machine_code.compiled(result.shipped, capability)
     return Launch(
         kernel, warps, result.blocks, result.footprint, made.code, made.registers, made.shared, counts, phases

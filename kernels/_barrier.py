@@ -13,6 +13,8 @@ load may be hoisted out of its loop, and a volatile one does not acquire.
                     ld.acquire.gpu   counter, in a loop     sees what the others published; drops stale L1 lines
     bar.sync        (debug_barrier)                         orders that before every thread's later loads
 
+The clock is read at every 256th look only: most programs wait for less, and reading it takes time.
+
 A program that waits longer than TIMEOUT_NS sets the error word and goes on; whoever still waits sees the word and goes
 on too, and so does everybody at the barriers after it. So a hang becomes a kernel that ends soon, with garbage, and the
 launcher raises an error (BarrierTimeout).
@@ -42,7 +44,7 @@ _ARRIVE_AND_WAIT: tl.constexpr = tl.constexpr(
     setp.ne.u32 %done, %thread, 0;
     @%done bra DONE;
     red.release.gpu.global.add.u32 [$1], 1;
-    mov.u64 %start, %globaltimer;
+    mov.u64 %start, 0;
     mov.u32 %looks, 0;
 SPIN:
     ld.acquire.gpu.global.u32 %count, [$1];
@@ -57,6 +59,8 @@ SPIN:
     setp.ne.u32 %done, %count, 0;
     @%done bra DONE;
     mov.u64 %now, %globaltimer;
+    setp.eq.u64 %waited, %start, 0;
+    @%waited mov.u64 %start, %now;
     sub.u64 %now, %now, %start;
     setp.lt.u64 %waited, %now, $4;
     @%waited bra SPIN;
