@@ -32,24 +32,24 @@ from torch import Tensor
 from . import train_step
 from ._barrier import BarrierTimeout, grid_barrier
 from ._runtime import MAX_REGISTERS, interpreting
-from .adamw import adamw_update
 from .train_step import (
-    BETA1,
-    BETA2,
     DEFAULT_PROGRAMS,
-    EPS,
     StepConfig,
     TrainStep,
+    adamw_of,
     embedding_gradient_phase,
     embedding_phase,
     forward_phase,
     gradient_phase,
     hidden_bias_gradient,
     hidden_weight_gradient,
+    load_three,
     output_bias_phase,
     output_weight_gradient,
     softmax_phase,
+    store_moments,
     update_phase,
+    window_of_step,
     zero_of_step,
 )
 
@@ -63,16 +63,17 @@ def persistent_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_
     first = tl.load(buf.clock)
     for i in range(steps):
         s = first + i
+        window = window_of_step(s, num_windows, C)
         if i > 0:
             embedding_phase(p, s - 1, buf, C)
-        forward_phase(p, s, buf, num_windows, C)
+        forward_phase(p, s, buf, window, num_windows, C)
         arrivals += C.PROGRAMS
         grid_barrier(counter_ptr, error_ptr, arrivals)
         if C.rows:
-            softmax_phase(p, s, buf, num_windows, C)
+            softmax_phase(p, s, buf, window, num_windows, C)
             arrivals += C.PROGRAMS
             grid_barrier(counter_ptr, error_ptr, arrivals)
-        gradient_phase(p, s, buf, num_windows, C)
+        gradient_phase(p, s, buf, window, num_windows, C)
         if C.R > 1:
             arrivals += C.PROGRAMS
             grid_barrier(counter_ptr, error_ptr, arrivals)
@@ -119,31 +120,6 @@ def share_of(p, s, C: tl.constexpr):
         v[:, None] * C.H + unit[None, :],
         in_v[:, None] & (unit[None, :] < C.H),
     )
-
-
-@triton.jit
-def load_three(ptr, PLANE: tl.constexpr, offsets, mask):
-    """Parameters and their moments."""
-    param = tl.load(ptr + offsets, mask=mask, other=0.0)
-    m = tl.load(ptr + PLANE + offsets, mask=mask, other=0.0)
-    v = tl.load(ptr + 2 * PLANE + offsets, mask=mask, other=0.0)
-    return param, m, v
-
-
-@triton.jit
-def adamw_of(three, grad, ptr, offsets, mask, scalars_ptr):
-    """AdamW of parameters and moments in registers; the parameters are stored too, for the products to load."""
-    decay, step_size, root = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
-    three = adamw_update(three[0], grad, three[1], three[2], decay, step_size, root, BETA1, BETA2, EPS)
-    tl.store(ptr + offsets, three[0], mask=mask)
-    return three
-
-
-@triton.jit
-def store_moments(three, ptr, PLANE: tl.constexpr, offsets, mask):
-    """Stores both moments, one and two planes behind the parameters."""
-    tl.store(ptr + PLANE + offsets, three[1], mask=mask)
-    tl.store(ptr + 2 * PLANE + offsets, three[2], mask=mask)
 
 
 @triton.jit
@@ -202,16 +178,17 @@ def resident_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_pr
     w2 = load_three(buf.state + C.W2_OFFSET, C.PLANE, own.w2, own.in_w2)
     for i in range(steps):
         s = first + i
+        window = window_of_step(s, num_windows, C)
         if i > 0:
             embedding_phase(p, s - 1, buf, C)
-        forward_phase(p, s, buf, num_windows, C)
+        forward_phase(p, s, buf, window, num_windows, C)
         arrivals += C.PROGRAMS
         grid_barrier(counter_ptr, error_ptr, arrivals)
         if C.rows:
-            softmax_phase(p, s, buf, num_windows, C)
+            softmax_phase(p, s, buf, window, num_windows, C)
             arrivals += C.PROGRAMS
             grid_barrier(counter_ptr, error_ptr, arrivals)
-        gradient_phase(p, s, buf, num_windows, C)
+        gradient_phase(p, s, buf, window, num_windows, C)
         if C.R > 1:
             arrivals += C.PROGRAMS
             grid_barrier(counter_ptr, error_ptr, arrivals)

@@ -88,7 +88,8 @@ class StepConfig:
     G tiles of hidden units are worked on at a time, each in R groups of rows: G * R programs. BLOCK_* are powers of
     two, at least 16. With `rows` the softmax is a phase of its own, by rows; without, it is computed for every tile
     again: no exchange, but G times the work. `resident` is of persistent_step.py. With `ahead` the operands of all
-    positions are loaded before the first product, which hides latencies and takes registers.
+    positions are loaded before the first product, which hides latencies and takes registers. `short_tape`: a batch may
+    wrap round the tape more than once; TrainStep finds out.
     """
 
     B: int
@@ -108,6 +109,7 @@ class StepConfig:
     num_warps: int = 8
     R: int = 1
     ahead: bool = True
+    short_tape: bool = False
 
     @property
     def PROGRAMS(self) -> int:
@@ -128,6 +130,16 @@ class StepConfig:
     def gather(self) -> bool:
         """Whether a group multiplies the embeddings of its rows, for want of rows that would make a table pay."""
         return self.R > 1 and self.GROUP <= 2 * self.VP and self.T * self.E_BLOCKS <= MAX_GATHERED
+
+    @property
+    def whole(self) -> bool:
+        """Whether a block has all of the vocabulary, so that what is summed over it or by it takes one pass."""
+        return self.BLOCK_V == self.VP
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether a program goes through its rows once for all gradients, and so keeps dlogits and dpre on chip."""
+        return self.gather and self.whole and not self.rows and self.OWNED == 1
 
     @property
     def E_BLOCKS(self) -> int:
@@ -165,6 +177,11 @@ class StepConfig:
         return -(-self.H // self.BLOCK_H)
 
     @property
+    def OWNED(self) -> int:
+        """Tiles of a program at most; past the last tile there are no units."""
+        return -(-self.TILES // self.G)
+
+    @property
     def VP(self) -> int:
         """A row of logits, padded to a power of two."""
         return max(16, triton.next_power_of_2(self.V))
@@ -184,6 +201,11 @@ class StepConfig:
         """Rows of logits that are turned into dlogits at a time; with `rows` so few that every program has some."""
         share = max(1, self.B // self.PROGRAMS).bit_length() - 1
         return min(self.BLOCK_D, 2**share) if self.rows else min(self.BLOCK_D, triton.next_power_of_2(self.GROUP))
+
+    @property
+    def ROW(self) -> int:
+        """Length of a row of the sum of the logits: V, padded so that several numbers are loaded at once."""
+        return -(-self.V // 4) * 4
 
     # Where W1, b1, W2 and b2 begin in a plane of `state`, and its length, in floats; rounded up for alignment.
     @property
@@ -232,8 +254,8 @@ class Buffers(NamedTuple):
     db1: Tensor  # (R, H), float32: partial sums of the gradient of b1
     hidden: Tensor  # (B, H), float32: h
     dpre: Tensor  # (B, H), float32
-    logits: Tensor  # (2, B, V), sum
-    dlogits: Tensor  # (B, V) with rows, else (G, B, V), float32: a copy for every tile
+    logits: Tensor  # (2, B, ROW), sum
+    dlogits: Tensor  # (B, V) with rows and in one pass, else (G, B, V), float32: a copy for every tile
     row_losses: Tensor  # (B,), float32
     dwte: Tensor  # (2, V, E), sum
     fault: Tensor  # (2,), int32: not 0 once a partial sum of the logits, of dwte did not fit
@@ -253,22 +275,42 @@ def zero_of_step(s):
 
 
 @triton.jit
+def load_three(ptr, PLANE: tl.constexpr, offsets, mask):
+    """Parameters and their moments, which lie one and two planes further."""
+    param = tl.load(ptr + offsets, mask=mask, other=0.0)
+    m = tl.load(ptr + PLANE + offsets, mask=mask, other=0.0)
+    v = tl.load(ptr + 2 * PLANE + offsets, mask=mask, other=0.0)
+    return param, m, v
+
+
+@triton.jit
+def adamw_of(three, grad, ptr, offsets, mask, scalars_ptr):
+    """AdamW of parameters and moments in registers; the parameters are stored too, for the products to load."""
+    decay, step_size, root = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
+    three = adamw_update(three[0], grad, three[1], three[2], decay, step_size, root, BETA1, BETA2, EPS)
+    tl.store(ptr + offsets, three[0], mask=mask)
+    return three
+
+
+@triton.jit
+def store_moments(three, ptr, PLANE: tl.constexpr, offsets, mask):
+    """Stores both moments, one and two planes behind the parameters."""
+    tl.store(ptr + PLANE + offsets, three[1], mask=mask)
+    tl.store(ptr + 2 * PLANE + offsets, three[2], mask=mask)
+
+
+@triton.jit
 def adamw_at(ptr, PLANE: tl.constexpr, offsets, mask, grad, scalars_ptr, REPLICATED: tl.constexpr = False):
     """AdamW of the parameters at ptr + offsets, whose moments lie one and two planes further.
 
     Blocks of fewer numbers than the program has threads are REPLICATED: several threads load a number, one stores it.
     """
-    param = tl.load(ptr + offsets, mask=mask, other=0.0)
-    m = tl.load(ptr + PLANE + offsets, mask=mask, other=0.0)
-    v = tl.load(ptr + 2 * PLANE + offsets, mask=mask, other=0.0)
+    three = load_three(ptr, PLANE, offsets, mask)
     if REPLICATED:
         tl.debug_barrier()  # all threads have loaded before any of them stores
-    decay, step_size, root = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
-    param, m, v = adamw_update(param, grad, m, v, decay, step_size, root, BETA1, BETA2, EPS)
-    tl.store(ptr + offsets, param, mask=mask)
-    tl.store(ptr + PLANE + offsets, m, mask=mask)
-    tl.store(ptr + 2 * PLANE + offsets, v, mask=mask)
-    return param
+    three = adamw_of(three, grad, ptr, offsets, mask, scalars_ptr)
+    store_moments(three, ptr, PLANE, offsets, mask)
+    return three[0]
 
 
 @triton.jit
@@ -287,12 +329,13 @@ def add_to_sum(sum_ptr, offsets, mask, value, fault_ptr, SCALE: tl.constexpr, LI
 @triton.jit
 def read_sum(sum_ptr, offsets, mask, fault_ptr, SCALE: tl.constexpr, C: tl.constexpr):
     """The value of a finished sum, fp32."""
-    value = tl.load(sum_ptr + offsets, mask=mask, other=0)
     if C.deterministic:
+        fault = tl.load(fault_ptr)
         # value = sum / SCALE
-        value = value.to(tl.float32) * (1.0 / SCALE)
-        value = tl.where(tl.load(fault_ptr) != 0, float("nan"), value)
-    return value
+        value = tl.load(sum_ptr + offsets, mask=mask, other=0).to(tl.float32) * (1.0 / SCALE)
+        return tl.where(fault != 0, float("nan"), value)
+    else:
+        return tl.load(sum_ptr + offsets, mask=mask, other=0)
 
 
 @triton.jit
@@ -304,11 +347,20 @@ def clear_sum(p, sum_ptr, SIZE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def window_starts(s, rows, num_windows, C: tl.constexpr):
-    """Where on the tape the windows of these batch rows begin at step s, int32."""
-    # start = (s B + b) mod num_windows
-    first = ((s * C.B) % num_windows).to(tl.int32)
-    return (first + rows) % num_windows
+def window_of_step(s, num_windows, C: tl.constexpr):
+    """The number of the first window of step s, (s B) mod num_windows, int32."""
+    return ((s * C.B) % num_windows).to(tl.int32)
+
+
+@triton.jit
+def window_starts(window, rows, num_windows, C: tl.constexpr):
+    """Where on the tape the windows of these batch rows begin, int32; `window` is that of row 0."""
+    # start = (window + b) mod num_windows
+    start = window + rows
+    if C.short_tape:
+        return start % num_windows
+    else:
+        return tl.where(start < num_windows, start, start - num_windows)
 
 
 @triton.jit
@@ -337,7 +389,7 @@ def cross_entropy(logits, is_target, C: tl.constexpr):
     total = tl.sum(exponential, axis=1)
     losses = tl.log(total) - tl.sum(tl.where(is_target, shifted, 0.0), axis=1)
     # dlogits = (exp(z) / sum_v exp(z_v) - onehot(y)) / B   (rows, VP)
-    dlogits = (exponential / total[:, None] - tl.where(is_target, 1.0, 0.0)) * (1.0 / C.B)
+    dlogits = (exponential * (1.0 / total)[:, None] - tl.where(is_target, 1.0, 0.0)) * (1.0 / C.B)
     return losses, dlogits
 
 
@@ -420,94 +472,80 @@ def gathered_sum(acc, unit, start, first, p, s, buf, C: tl.constexpr, T: tl.cons
 
 
 @triton.jit
-def hidden_phase(p, s, buf, num_windows, C: tl.constexpr):
-    """h = tanh(b1 + sum_t table[t, x_t]) for program p's units and rows."""
-    zero = zero_of_step(s)
-    table = buf.table + p % C.R * (C.T * C.V * C.H)
-    for tile in range(p // C.R, C.TILES, C.G):
-        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
-        bias = tl.load(buf.state + C.B1_OFFSET + unit, mask=unit < C.H, other=0.0)
-        for b0 in range(0, C.GROUP, C.BLOCK_B):
-            b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
-            mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
-            start = window_starts(s, b, num_windows, C)
-            # h = tanh(b1 + sum_t wte[x_t] @ W1[:, t]^T)   (BLOCK_B, BLOCK_H)
-            pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
-            if C.gather and C.ahead:
-                pre = gathered_sum(pre, unit, start, 0, p, s, buf, C, C.T, C.E_BLOCKS)
-            elif C.gather:
-                for t in range(C.T):
-                    pre = gathered_sum(pre, unit, start, t, p, s, buf, C, 1, C.E_BLOCKS)
-            else:
-                for t in range(C.T):
-                    token = tl.load(buf.tape + start + t).to(tl.int32)
-                    pre += tl.load(table + (t * C.V + token[:, None]) * C.H + unit[None, :], mask=mask, other=0.0)
-            tl.store(buf.hidden + b[:, None] * C.H + unit[None, :], tanh(pre), mask=mask)
-    tl.debug_barrier()
+def hidden_block(b, unit, start, mask, p, s, buf, C: tl.constexpr):
+    """h = tanh(b1 + sum_t table[t, x_t]) of these rows, whose windows begin at `start`, and these units."""
+    bias = tl.load(buf.state + C.B1_OFFSET + unit, mask=unit < C.H, other=0.0)
+    # h = tanh(b1 + sum_t wte[x_t] @ W1[:, t]^T)   (BLOCK_B, BLOCK_H)
+    pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
+    if C.gather and C.ahead:
+        pre = gathered_sum(pre, unit, start, 0, p, s, buf, C, C.T, C.E_BLOCKS)
+    elif C.gather:
+        for t in range(C.T):
+            pre = gathered_sum(pre, unit, start, t, p, s, buf, C, 1, C.E_BLOCKS)
+    else:
+        table = buf.table + p % C.R * (C.T * C.V * C.H)
+        for t in range(C.T):
+            token = tl.load(buf.tape + start + t).to(tl.int32)
+            pre += tl.load(table + (t * C.V + token[:, None]) * C.H + unit[None, :], mask=mask, other=0.0)
+    return tanh(pre)
 
 
 @triton.jit
-def logits_phase(p, s, buf, C: tl.constexpr):
-    """Adds h @ W2^T over program p's units to the logits of step s, for its rows; the first tile's programs add b2.
+def hidden_phase(p, s, buf, window, num_windows, C: tl.constexpr):
+    """h of program p's units and rows; adds h @ W2^T to the logits of step s, the first tile's programs b2 as well.
 
     Clears the other sum.
     """
     zero = zero_of_step(s)
-    sum_ptr = buf.logits + (s % 2) * (C.B * C.V)
+    sum_ptr = buf.logits + (s % 2) * (C.B * C.ROW)
+    v = zero + tl.arange(0, C.VP)
+    bias = tl.load(buf.state + C.B2_OFFSET + v, mask=(v < C.V) & (p < C.R), other=0.0)
     for b0 in range(0, C.GROUP, C.BLOCK_B):
         b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
-        for v0 in range(0, C.V, C.BLOCK_V):
-            v = v0 + (zero + tl.arange(0, C.BLOCK_V))
-            bias = tl.load(buf.state + C.B2_OFFSET + v, mask=(v < C.V) & (p < C.R), other=0.0)
-            acc = tl.full((C.BLOCK_B, C.BLOCK_V), 0.0, tl.float32) + bias[None, :]
-            for tile in range(p // C.R, C.TILES, C.G):
-                unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
-                h = tl.load(
-                    buf.hidden + b[:, None] * C.H + unit[None, :],
-                    mask=(b[:, None] < C.B) & (unit[None, :] < C.H),
-                    other=0.0,
-                )
-                weight = tl.load(
-                    buf.w2t + unit[:, None] * C.V + v[None, :],
-                    mask=(v[None, :] < C.V) & (unit[:, None] < C.H),
-                    other=0.0,
-                )
-                # logits += h @ W2^T over the tile   (BLOCK_B, BLOCK_V)
-                acc = dot(h, weight, acc, C)
-            mask = (b[:, None] < C.B) & (v[None, :] < C.V)
-            add_to_sum(sum_ptr, b[:, None] * C.V + v[None, :], mask, acc, buf.fault, LOGITS_SCALE, LOGITS_LIMIT, C)
-    clear_sum(p, buf.logits + ((s + 1) % 2) * (C.B * C.V), C.B * C.V, C)
+        start = window_starts(window, b, num_windows, C)
+        acc = tl.full((C.BLOCK_B, C.VP), 0.0, tl.float32) + bias[None, :]
+        for i in range(0, C.OWNED):
+            unit = (p // C.R + i * C.G) * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+            weight = tl.load(
+                buf.w2t + unit[:, None] * C.V + v[None, :], mask=(v[None, :] < C.V) & (unit[:, None] < C.H), other=0.0
+            )
+            mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
+            h = hidden_block(b, unit, start, mask, p, s, buf, C)
+            tl.store(buf.hidden + b[:, None] * C.H + unit[None, :], h, mask=mask)
+            # logits += h @ W2^T over the tile   (BLOCK_B, VP)
+            acc = dot(h, weight, acc, C)
+        mask = (b[:, None] < C.B) & (v[None, :] < C.V)
+        add_to_sum(sum_ptr, b[:, None] * C.ROW + v[None, :], mask, acc, buf.fault, LOGITS_SCALE, LOGITS_LIMIT, C)
+    clear_sum(p, buf.logits + ((s + 1) % 2) * (C.B * C.ROW), C.B * C.ROW, C)
 
 
 @triton.jit
 def dlogits_for(p, buf, C: tl.constexpr):
     """The dlogits that program p works on: with `rows` there is one copy, else one for every tile in work."""
-    if C.rows:
+    if C.rows or C.one_pass:
         return buf.dlogits
     else:
         return buf.dlogits + p // C.R * (C.B * C.V)
 
 
 @triton.jit
-def softmax_block(b, dlogits_ptr, first, s, buf, num_windows, C: tl.constexpr):
-    """Losses and dlogits of these rows; with `first` the losses are stored, else another program stores the same."""
+def softmax_block(b, first, s, buf, window, num_windows, C: tl.constexpr):
+    """dlogits of these rows, their offsets and mask; with `first` losses are stored, else another program does that."""
     zero = zero_of_step(s)
     v = zero + tl.arange(0, C.VP)
-    offsets = b[:, None] * C.V + v[None, :]
-    mask = (b[:, None] < C.B) & (v[None, :] < C.V)
-    logits = read_sum(buf.logits + (s % 2) * (C.B * C.V), offsets, mask, buf.fault, LOGITS_SCALE, C)
+    target = tl.load(buf.tape + window_starts(window, b, num_windows, C) + C.T).to(tl.int32)
+    logits = read_sum(
+        buf.logits + (s % 2) * (C.B * C.ROW), b[:, None] * C.ROW + v[None, :],
+        (b[:, None] < C.B) & (v[None, :] < C.ROW), buf.fault, LOGITS_SCALE, C,
+    )  # fmt: skip
     logits = tl.where(v[None, :] < C.V, logits, float("-inf"))
-    start = window_starts(s, b, num_windows, C)
-    target = tl.load(buf.tape + start + C.T).to(tl.int32)
-    is_target = v[None, :] == target[:, None]
-
-    losses, dlogits = cross_entropy(logits, is_target, C)
-    tl.store(dlogits_ptr + offsets, dlogits, mask=mask)
+    losses, dlogits = cross_entropy(logits, v[None, :] == target[:, None], C)
     tl.store(buf.row_losses + b, losses, mask=(b < C.B) & first)
+    return dlogits, b[:, None] * C.V + v[None, :], (b[:, None] < C.B) & (v[None, :] < C.V)
 
 
 @triton.jit
-def softmax_phase(p, s, buf, num_windows, C: tl.constexpr):
+def softmax_phase(p, s, buf, window, num_windows, C: tl.constexpr):
     """Row losses and dlogits = (softmax(logits) - onehot(y)) / B: of program p's rows, once for each row.
 
     Without `rows`: of all rows of p's group, into a copy for p's tiles.
@@ -517,11 +555,13 @@ def softmax_phase(p, s, buf, num_windows, C: tl.constexpr):
     if C.rows:
         for b0 in range(p * C.BLOCK_R, C.B, C.PROGRAMS * C.BLOCK_R):
             b = b0 + (zero + tl.arange(0, C.BLOCK_R))
-            softmax_block(b, dlogits_ptr, True, s, buf, num_windows, C)
+            dlogits, offsets, mask = softmax_block(b, True, s, buf, window, num_windows, C)
+            tl.store(dlogits_ptr + offsets, dlogits, mask=mask)
     else:
         for b0 in range(0, C.GROUP, C.BLOCK_R):
             b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_R))
-            softmax_block(b, dlogits_ptr, p < C.R, s, buf, num_windows, C)
+            dlogits, offsets, mask = softmax_block(b, p < C.R, s, buf, window, num_windows, C)
+            tl.store(dlogits_ptr + offsets, dlogits, mask=mask)
     tl.debug_barrier()
 
 
@@ -610,46 +650,24 @@ def output_gradient_phase(p, s, buf, C: tl.constexpr):
 
 
 @triton.jit
-def table_gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
+def table_gradient_phase(p, s, buf, window, num_windows, C: tl.constexpr):
     """dtable[t, v] = sum of dpre[b] over program p's rows with x_bt = v, as one-hot products; in the table's place."""
     zero = zero_of_step(s)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         for v0 in range(0, C.V, C.BLOCK_V):
             v = v0 + (zero + tl.arange(0, C.BLOCK_V))
-            if C.gather:
-                table_gradients(v, unit, p, s, buf, num_windows, C, C.T)
-            else:
-                for t in range(C.T):
-                    acc = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
-                    for b0 in range(0, C.GROUP, C.BLOCK_B):
-                        b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
-                        token = tl.load(buf.tape + window_starts(s, b, num_windows, C) + t).to(tl.int32)
-                        # dtable[t] += onehot(x_t)^T @ dpre   (BLOCK_V, BLOCK_H)
-                        acc = dot_one_hot(one_hot(v, token), gradient_rows(b, unit, buf, C), acc, C)
-                    store_table_gradient(t, v, unit, acc, p, buf, C)
+            for t in range(C.T):
+                acc = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
+                for b0 in range(0, C.GROUP, C.BLOCK_B):
+                    b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
+                    token = tl.load(buf.tape + window_starts(window, b, num_windows, C) + t).to(tl.int32)
+                    mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
+                    dpre = tl.load(buf.dpre + b[:, None] * C.H + unit[None, :], mask=mask, other=0.0)
+                    # dtable[t] += onehot(x_t)^T @ dpre   (BLOCK_V, BLOCK_H)
+                    acc = dot_one_hot(one_hot(v, token), dpre, acc, C)
+                store_table_gradient(t, v, unit, acc, p, buf, C)
     tl.debug_barrier()
-
-
-@triton.jit
-def table_gradients(v, unit, p, s, buf, num_windows, C: tl.constexpr, T: tl.constexpr):
-    """dtable of these tokens and units at all positions; dpre is loaded once for all of them."""
-    zero = zero_of_step(s)
-    sums = ()
-    for _ in tl.static_range(T):
-        sums += (tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32),)
-    for b0 in range(0, C.GROUP, C.BLOCK_B):
-        b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
-        start = window_starts(s, b, num_windows, C)
-        dpre = gradient_rows(b, unit, buf, C)
-        added = ()
-        for t in tl.static_range(T):
-            token = tl.load(buf.tape + start + t).to(tl.int32)
-            # dtable[t] += onehot(x_t)^T @ dpre   (BLOCK_V, BLOCK_H)
-            added += (dot_one_hot(one_hot(v, token), dpre, sums[t], C),)
-        sums = added
-    for t in tl.static_range(T):
-        store_table_gradient(t, v, unit, sums[t], p, buf, C)
 
 
 @triton.jit
@@ -659,18 +677,50 @@ def one_hot(v, token):
 
 
 @triton.jit
-def gradient_rows(b, unit, buf, C: tl.constexpr):
-    """dpre of these rows and units."""
-    mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
-    return tl.load(buf.dpre + b[:, None] * C.H + unit[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def store_table_gradient(t, v, unit, gradient, p, buf, C: tl.constexpr):
     """Stores dtable[t] of these tokens and units, summed over program p's rows."""
     mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
     table = buf.table + p % C.R * (C.T * C.V * C.H)
     tl.store(table + (t * C.V + v[:, None]) * C.H + unit[None, :], gradient, mask=mask)
+
+
+@triton.jit
+def row_gradients_phase(p, s, buf, window, num_windows, C: tl.constexpr, T: tl.constexpr):
+    """What the phases from softmax to here do, in one pass over program p's rows: dlogits and dpre stay on chip."""
+    zero = zero_of_step(s)
+    unit = p // C.R * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+    v = zero + tl.arange(0, C.BLOCK_V)
+    in_w2 = (v[:, None] < C.V) & (unit[None, :] < C.H)
+    weight = tl.load(buf.state + C.W2_OFFSET + v[:, None] * C.H + unit[None, :], mask=in_w2, other=0.0)
+    db1 = tl.full((C.BLOCK_H,), 0.0, tl.float32)
+    dw2 = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
+    dtable = ()
+    for _ in tl.static_range(T):
+        dtable += (tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32),)
+    for b0 in range(0, C.GROUP, C.BLOCK_B):
+        b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
+        mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
+        h = tl.load(buf.hidden + b[:, None] * C.H + unit[None, :], mask=mask, other=0.0)
+        start = window_starts(window, b, num_windows, C)
+        tokens = ()
+        for t in tl.static_range(T):
+            tokens += (tl.load(buf.tape + start + t).to(tl.int32),)
+        dlogits, offsets, mask = softmax_block(b, p < C.R, s, buf, window, num_windows, C)
+        tl.store(buf.dlogits + offsets, dlogits, mask=mask & (p < C.R))
+        dlogits = tl.where(b[:, None] < C.B, dlogits, 0.0)
+        # dpre = (dlogits @ W2) (1 - h^2),  db1 = sum_b dpre[b],  dW2 = dlogits^T @ h
+        dpre = dot(dlogits, weight, tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32), C) * (1.0 - h * h)
+        db1 += tl.sum(dpre, axis=0)
+        dw2 = dot(tl.trans(dlogits), h, dw2, C)
+        added = ()
+        for t in tl.static_range(T):
+            # dtable[t] += onehot(x_t)^T @ dpre   (BLOCK_V, BLOCK_H)
+            added += (dot_one_hot(one_hot(v, tokens[t]), dpre, dtable[t], C),)
+        dtable = added
+    tl.store(buf.db1 + p % C.R * C.H + unit, db1, mask=unit < C.H)
+    tl.store(buf.dw2 + (p % C.R * C.V + v[:, None]) * C.H + unit[None, :], dw2, mask=in_w2)
+    for t in tl.static_range(T):
+        store_table_gradient(t, v, unit, dtable[t], p, buf, C)
 
 
 @triton.jit
@@ -790,23 +840,25 @@ def hidden_weight_phase(p, s, buf, C: tl.constexpr):
 
 
 @triton.jit
-def forward_phase(p, s, buf, num_windows, C: tl.constexpr):
+def forward_phase(p, s, buf, window, num_windows, C: tl.constexpr):
     """From the parameters to the sum of the logits."""
     if not C.gather:
         table_phase(p, s, buf, C)
-    hidden_phase(p, s, buf, num_windows, C)
-    logits_phase(p, s, buf, C)
+    hidden_phase(p, s, buf, window, num_windows, C)
 
 
 @triton.jit
-def gradient_phase(p, s, buf, num_windows, C: tl.constexpr):
+def gradient_phase(p, s, buf, window, num_windows, C: tl.constexpr):
     """From the sum of the logits to the gradients of b1, W2 and the table, each the sum over program p's rows."""
-    if not C.rows:
-        softmax_phase(p, s, buf, num_windows, C)
-    output_phase(p, s, buf, C)
-    output_gradient_phase(p, s, buf, C)
-    tl.debug_barrier()  # dpre is read by other threads than wrote it
-    table_gradient_phase(p, s, buf, num_windows, C)
+    if C.one_pass:
+        row_gradients_phase(p, s, buf, window, num_windows, C, C.T)
+    else:
+        if not C.rows:
+            softmax_phase(p, s, buf, window, num_windows, C)
+        output_phase(p, s, buf, C)
+        output_gradient_phase(p, s, buf, C)
+        tl.debug_barrier()  # dpre is read by other threads than wrote it
+        table_gradient_phase(p, s, buf, window, num_windows, C)
 
 
 @triton.jit
@@ -829,7 +881,7 @@ def forward_kernel(buf, num_windows, C: tl.constexpr, UPDATE: tl.constexpr):
     s = tl.load(buf.clock)
     if UPDATE:
         embedding_phase(p, s - 1, buf, C)
-    forward_phase(p, s, buf, num_windows, C)
+    forward_phase(p, s, buf, window_of_step(s, num_windows, C), num_windows, C)
     if p == 0:
         # No kernel writes the word that it reads, so no program can see the clock move.
         tl.store(buf.clock + 1, s)
@@ -838,7 +890,8 @@ def forward_kernel(buf, num_windows, C: tl.constexpr, UPDATE: tl.constexpr):
 @triton.jit(do_not_specialize=["num_windows"])
 def softmax_kernel(buf, num_windows, C: tl.constexpr):
     """The softmax phase by rows."""
-    softmax_phase(tl.program_id(0), tl.load(buf.clock + 1), buf, num_windows, C)
+    s = tl.load(buf.clock + 1)
+    softmax_phase(tl.program_id(0), s, buf, window_of_step(s, num_windows, C), num_windows, C)
 
 
 @triton.jit(do_not_specialize=["num_windows"])
@@ -846,7 +899,7 @@ def backward_kernel(buf, num_windows, C: tl.constexpr):
     """The gradients and, where there is one group of rows, the updates."""
     p = tl.program_id(0)
     s = tl.load(buf.clock + 1)
-    gradient_phase(p, s, buf, num_windows, C)
+    gradient_phase(p, s, buf, window_of_step(s, num_windows, C), num_windows, C)
     if C.R == 1:
         update_phase(p, s, buf, C)
         if p == 0:
@@ -948,8 +1001,9 @@ class TrainStep:
         check_tape(len(tape))
         if len(tape) <= C.T:
             raise ValueError(f"the tape has {len(tape)} tokens: too few for one window of {C.T} and its target")
-        self.config = C
         self.num_windows = len(tape) - C.T
+        # A row's window wraps round at most once where there are as many windows as rows, with those of padding.
+        self.config = replace(C, short_tape=self.num_windows < C.R * C.GROUP + C.BLOCK_R)
         self.launches = 0
         self.buffers = self._allocate(tape, scalars)
 
@@ -974,8 +1028,8 @@ class TrainStep:
             db1=empty(C.R, C.H),
             hidden=empty(C.B, C.H),
             dpre=empty(C.B, C.H),
-            logits=empty(2, C.B, C.V, dtype=sum_type),
-            dlogits=empty(C.B, C.V) if C.rows else empty(C.G, C.B, C.V),
+            logits=empty(2, C.B, C.ROW, dtype=sum_type),
+            dlogits=empty(C.B, C.V) if C.rows or C.one_pass else empty(C.G, C.B, C.V),
             row_losses=empty(C.B),
             dwte=empty(2, C.V, C.E, dtype=sum_type),
             fault=empty(2, dtype=torch.int32),
