@@ -87,8 +87,10 @@ class Launch:
             anchors = [i for i in known if i.kind in ANCHORS]
             times = [self.counts[i.line]["executions"] / self.copies[i.line, i.root] for i in anchors]
             times = times or [self.counts[i.line]["executions"] for i in known]
-            aside = segment.in_subroutine or segment.ends_in == "CALL" or (after_call and not segment.labels)
-            after_call = segment.ends_in == "CALL"
+            # A CALL of a label is a jump, out of a loop.
+            call = segment.ends_in == "CALL" and not segment.target.startswith(".L")
+            aside = segment.in_subroutine or call or (after_call and not segment.labels)
+            after_call = call
             usual = statistics.median(times) / self.warps if times else found[-1] if found else 1.0
             found.append(0.0 if aside else usual)
         return found

@@ -1,10 +1,10 @@
 """Many training steps in one launch: the phases of train_step.py with a grid barrier between them.
 
-    for every step      [wte update of the step before] -> h -> partial logits                barrier
+    for every step      h -> partial logits                                                   barrier
                         [softmax by rows                                                      barrier]
                         softmax -> dpre -> dW2, db1, dtable by groups of rows        [barrier if R > 1]
                         dW2, db2, db1, dW1 -> AdamW -> partial dwte                           barrier
-    at the end          wte update of the last step
+                        wte update
 
 A barrier takes the place of a kernel's end, so the data flow is that of train_step.py. The launch is cooperative: all
 programs run at the same time, or it fails.
@@ -34,22 +34,30 @@ from ._barrier import BarrierTimeout, grid_barrier
 from ._runtime import MAX_REGISTERS, interpreting
 from .train_step import (
     DEFAULT_PROGRAMS,
+    MAX_GROUPS,
     StepConfig,
     TrainStep,
     adamw_of,
-    embedding_gradient_phase,
+    add_dwte,
+    clear_sum,
     embedding_phase,
     forward_phase,
     gradient_phase,
     hidden_bias_gradient,
-    hidden_weight_gradient,
+    load_replica,
     load_three,
+    load_w1,
     output_bias_phase,
     output_weight_gradient,
     softmax_phase,
     store_moments,
+    store_replica_moments,
+    store_w1_moments,
     update_phase,
+    update_replica,
+    update_w1,
     window_of_step,
+    window_starts,
     zero_of_step,
 )
 
@@ -61,11 +69,9 @@ def persistent_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_
     """`steps` steps, at least 1. `arrivals` is what the barrier's counter shows before the launch."""
     p = first_program + tl.program_id(0)
     first = tl.load(buf.clock)
+    window = window_of_step(first, num_windows, C)
     for i in range(steps):
         s = first + i
-        window = window_of_step(s, num_windows, C)
-        if i > 0:
-            embedding_phase(p, s - 1, buf, C)
         forward_phase(p, s, buf, window, num_windows, C)
         arrivals += C.PROGRAMS
         grid_barrier(counter_ptr, error_ptr, arrivals)
@@ -80,7 +86,8 @@ def persistent_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_
         update_phase(p, s, buf, C)
         arrivals += C.PROGRAMS
         grid_barrier(counter_ptr, error_ptr, arrivals)
-    embedding_phase(p, first + steps - 1, buf, C)
+        embedding_phase(p, s, buf, C)
+        window = window_starts(window, C.B, num_windows, C)
     if p == 0:
         # Every program has read the clock: it has passed a barrier since.
         tl.store(buf.clock, first + steps)
@@ -96,8 +103,6 @@ class Share(NamedTuple):
     in_b1: tl.tensor
     e: tl.tensor  # (SHARE_E,)
     v: tl.tensor  # (SHARE_VP,)
-    w1: tl.tensor  # offsets (BLOCK_H, SHARE_E) at position 0; the next positions are E further each
-    in_w1: tl.tensor
     w2: tl.tensor  # offsets (v, BLOCK_H)
     in_w2: tl.tensor
 
@@ -115,40 +120,9 @@ def share_of(p, s, C: tl.constexpr):
         (unit < C.H) & (p % C.R == 0),
         e,
         v,
-        unit[:, None] * (C.T * C.E) + e[None, :],
-        (unit[:, None] < C.H) & (e[None, :] < C.E),
         v[:, None] * C.H + unit[None, :],
         in_v[:, None] & (unit[None, :] < C.H),
     )
-
-
-@triton.jit
-def load_w1(own, buf, C: tl.constexpr, T: tl.constexpr):
-    """W1 and its moments, three tensors for every position: positions are not padded, and one at a time is updated."""
-    w1 = ()
-    for t in tl.static_range(T):
-        w1 += (load_three(buf.state + C.W1_OFFSET + t * C.E, C.PLANE, own.w1, own.in_w1),)
-    return w1
-
-
-@triton.jit
-def update_w1(w1, own, p, s, buf, C: tl.constexpr, T: tl.constexpr):
-    """W1 and its moments after AdamW."""
-    wte = buf.replicas + p * (3 * C.V * C.E)
-    new = ()
-    for t in tl.static_range(T):
-        dw1 = hidden_weight_gradient(t, own.unit, own.e, s, wte, buf, C)
-        three = adamw_of(w1[t], dw1, buf.state + C.W1_OFFSET + t * C.E, own.w1, own.in_w1, buf.scalars + 3 * s)
-        tl.store(buf.w1t + (t * C.E + own.e[None, :]) * C.H + own.unit[:, None], three[0], mask=own.in_w1)
-        new += (three,)
-    return new
-
-
-@triton.jit
-def store_w1_moments(w1, own, buf, C: tl.constexpr, T: tl.constexpr):
-    """Stores both moments of W1, one and two planes behind it."""
-    for t in tl.static_range(T):
-        store_moments(w1[t], buf.state + C.W1_OFFSET + t * C.E, C.PLANE, own.w1, own.in_w1)
 
 
 @triton.jit
@@ -162,9 +136,20 @@ def resident_update(p, s, buf, w1, b1, w2, C: tl.constexpr):
     dw2 = output_weight_gradient(own.v, own.unit, buf, C)
     w2 = adamw_of(w2, dw2, buf.state + C.W2_OFFSET, own.w2, own.in_w2, scalars)
     tl.store(buf.w2t + own.unit[None, :] * C.V + own.v[:, None], w2[0], mask=own.in_w2)
-    embedding_gradient_phase(p, s, buf, C)
-    w1 = update_w1(w1, own, p, s, buf, C, C.T)
+    dwte = tl.full((C.BLOCK_V, C.SHARE_E), 0.0, tl.float32)
+    w1, dwte = update_w1(w1, dwte, 0, own.unit, own.e, p, s, buf, C, C.T)
+    if p % C.R * C.SHARE_E < C.E:
+        add_dwte(dwte, own.e, s, buf, C)
+    clear_sum(p, buf.dwte + ((s + 1) % 2) * (C.V * C.E), C.V * C.E, C)
     return w1, b1, w2
+
+
+@triton.jit
+def resident_embedding(wte, p, s, buf, C: tl.constexpr):
+    """embedding_phase with the program's replica of wte and its moments in registers; returns them."""
+    wte = update_replica(wte, 0, p, s, buf, C, C.PIECES)
+    tl.debug_barrier()  # the products read what other threads of the program wrote
+    return wte
 
 
 @triton.jit(do_not_specialize=["num_windows", "arrivals", "first_program", "steps"])
@@ -173,14 +158,13 @@ def resident_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_pr
     p = first_program + tl.program_id(0)
     first = tl.load(buf.clock)
     own = share_of(p, first, C)
-    w1 = load_w1(own, buf, C, C.T)
+    w1 = load_w1(0, own.unit, own.e, buf, C, C.T)
     b1 = load_three(buf.state + C.B1_OFFSET, C.PLANE, own.unit, own.in_b1)
     w2 = load_three(buf.state + C.W2_OFFSET, C.PLANE, own.w2, own.in_w2)
+    wte = load_replica(0, p, first, buf, C, C.PIECES)
+    window = window_of_step(first, num_windows, C)
     for i in range(steps):
         s = first + i
-        window = window_of_step(s, num_windows, C)
-        if i > 0:
-            embedding_phase(p, s - 1, buf, C)
         forward_phase(p, s, buf, window, num_windows, C)
         arrivals += C.PROGRAMS
         grid_barrier(counter_ptr, error_ptr, arrivals)
@@ -195,11 +179,13 @@ def resident_kernel(buf, counter_ptr, error_ptr, num_windows, arrivals, first_pr
         w1, b1, w2 = resident_update(p, s, buf, w1, b1, w2, C)
         arrivals += C.PROGRAMS
         grid_barrier(counter_ptr, error_ptr, arrivals)
-    embedding_phase(p, first + steps - 1, buf, C)
+        wte = resident_embedding(wte, p, s, buf, C)
+        window = window_starts(window, C.B, num_windows, C)
     own = share_of(p, first + steps, C)
-    store_w1_moments(w1, own, buf, C, C.T)
+    store_w1_moments(w1, 0, own.unit, own.e, buf, C, C.T)
     store_moments(b1, buf.state + C.B1_OFFSET, C.PLANE, own.unit, own.in_b1)
     store_moments(w2, buf.state + C.W2_OFFSET, C.PLANE, own.w2, own.in_w2)
+    store_replica_moments(wte, 0, p, first + steps, buf, C, C.PIECES)
     if p == 0:
         tl.store(buf.clock, first + steps)
 
@@ -211,11 +197,11 @@ def default_config(
     B: int, V: int, T: int, E: int, H: int, *, precision: str = "fp32", deterministic: bool = True,
     capability: int = 80, processors: int = DEFAULT_PROGRAMS,
 ) -> StepConfig:  # fmt: skip
-    """train_step.default_config() for a device, resident where its machine code then spills no register.
+    """train_step.default_config() for a device, resident where that is quicker and its machine code spills no register.
 
-    That is so for one tile per program, V to 32, T to 3 and E to 64, with deterministic sums, on sm_75 to sm_90: on
-    sm_100 and sm_120 the same code takes more registers than there are. The interpreter, which runs programs one after
-    another, gets one.
+    That is so for one tile per program in four groups of few rows, V to 32, T to 3 and E to 64, with deterministic sums
+    and fp32, on sm_75 to sm_90. With fewer groups a program has more of W1; code for sm_100 and sm_120 takes more
+    registers, as do operands of tensor cores. The interpreter, which runs programs one after another, gets one.
 
     Args:
         capability: the device's compute capability, 90 for sm_90.
@@ -225,22 +211,25 @@ def default_config(
         B, V, T, E, H, precision=precision, deterministic=deterministic, processors=processors
     )
     fits = config.VP <= 32 and T <= 3 and config.EP <= 64 and deterministic and H <= RESIDENT_UNITS * DEFAULT_PROGRAMS
-    config = replace(config, resident=fits and config.TILES == config.G and capability < 100)
+    fits = fits and config.TILES == config.G and capability < 100
     if interpreting():
-        return config
-    # The code for sm_75, sm_86, sm_89 and that since sm_100, and tf32x3, whose operands are in two parts, ask for more
-    # registers: they get smaller tiles.
-    if capability < 80 or capability >= 100:
-        config = replace(config, BLOCK_V=16 if V <= 32 else 32, BLOCK_E=16)
-    tight = capability not in (80, 90) or config.precision == "tf32x3"
-    return replace(config, BLOCK_B=16, BLOCK_E=16, ahead=False) if tight else config
+        return replace(config, resident=fits)
+    fp32 = config.precision == "ieee"
+    config = replace(config, resident=fits and config.one_pass and config.R == MAX_GROUPS and fp32, BLOCK_E=16)
+    # What follows keeps within the registers: all phases are one kernel.
+    if capability >= 100:
+        config = replace(config, BLOCK_B=16, BLOCK_V=16 if V <= 32 and not fp32 else config.BLOCK_V, ahead=fp32)
+    elif config.BLOCK_B > 32:
+        config = replace(config, BLOCK_B=config.BLOCK_B if fp32 else 16, ahead=False)
+    return config
 
 
 class PersistentStep(TrainStep):
     """TrainStep in one launch per run(); see there.
 
     Raises:
-        ValueError: as TrainStep, and for a resident form whose programs are not as many as its tiles.
+        ValueError: as TrainStep, and for a resident form whose programs are not as many as its tiles, or whose blocks
+            do not hold the vocabulary.
     """
 
     def __init__(self, config: StepConfig, tape: Tensor, scalars: Tensor) -> None:
@@ -248,6 +237,11 @@ class PersistentStep(TrainStep):
             raise ValueError(
                 f"the resident form takes one tile of hidden units a program (got {config.TILES} tiles and "
                 f"{config.G} programs)"
+            )
+        if config.resident and not config.whole:
+            raise ValueError(
+                f"the resident form takes the vocabulary in one block (got blocks of {config.BLOCK_V} and a vocabulary "
+                f"of {config.V})"
             )
         super().__init__(config, tape, scalars)
         self.counter = tape.new_zeros(1, dtype=self.buffers.fault.dtype)

@@ -87,9 +87,9 @@ class StepConfig:
 
     G tiles of hidden units are worked on at a time, each in R groups of rows: G * R programs. BLOCK_* are powers of
     two, at least 16. With `rows` the softmax is a phase of its own, by rows; without, it is computed for every tile
-    again: no exchange, but G times the work. `resident` is of persistent_step.py. With `ahead` the operands of all
-    positions are loaded before the first product, which hides latencies and takes registers. `short_tape`: a batch may
-    wrap round the tape more than once; TrainStep finds out.
+    again: no exchange, but G times the work. `resident` is of persistent_step.py. With `ahead` the embeddings of all
+    positions are loaded before the first product, which hides latencies and takes registers. With `short_tape` a batch
+    may wrap round the tape more than once; TrainStep finds out.
     """
 
     B: int
@@ -124,7 +124,7 @@ class StepConfig:
     @property
     def GROUP(self) -> int:
         """Rows of a group; the last ones may have fewer."""
-        return -(-self.B // (self.R * self.BLOCK_B)) * self.BLOCK_B
+        return -(-self.B // self.R)
 
     @property
     def gather(self) -> bool:
@@ -203,6 +203,29 @@ class StepConfig:
         return min(self.BLOCK_D, 2**share) if self.rows else min(self.BLOCK_D, triton.next_power_of_2(self.GROUP))
 
     @property
+    def T_AHEAD(self) -> int:
+        """Positions of which W1 and its gradient are loaded before the first of them is updated.
+
+        Operands of tensor cores take more registers: there it is one at a time.
+        """
+        return self.T if self.T <= 4 and self.precision == "ieee" else 1
+
+    @property
+    def PIECE(self) -> int:
+        """Numbers of an embedding table that are updated at a time: two a thread."""
+        return 64 * self.num_warps
+
+    @property
+    def PIECES(self) -> int:
+        """Pieces of the embedding table."""
+        return -(-self.V * self.E // self.PIECE)
+
+    @property
+    def PIECES_AHEAD(self) -> int:
+        """Pieces that are loaded before the first of them is updated."""
+        return min(4, self.PIECES)
+
+    @property
     def ROW(self) -> int:
         """Length of a row of the sum of the logits: V, padded so that several numbers are loaded at once."""
         return -(-self.V // 4) * 4
@@ -269,7 +292,7 @@ def zero_of_step(s):
     """0, int32, of step s; every phase adds it to its ranges.
 
     s >> 62 is always 0, but it makes addresses depend on the step. So the compiler of the persistent kernel cannot
-    compute the addresses of all phases before the loop over steps, where they would fill the registers and spill.
+    compute the addresses of all phases before its loop over steps, where they would fill the registers and spill.
     """
     return tl.multiple_of((s >> 62).to(tl.int32), 16)
 
@@ -347,6 +370,12 @@ def clear_sum(p, sum_ptr, SIZE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def rows_end(p, C: tl.constexpr):
+    """Where the rows of program p's group end, which begin at p % R * GROUP."""
+    return tl.minimum(p % C.R * C.GROUP + C.GROUP, C.B)
+
+
+@triton.jit
 def window_of_step(s, num_windows, C: tl.constexpr):
     """The number of the first window of step s, (s B) mod num_windows, int32."""
     return ((s * C.B) % num_windows).to(tl.int32)
@@ -397,16 +426,46 @@ def cross_entropy(logits, is_target, C: tl.constexpr):
 
 
 @triton.jit
+def load_replica(first, p, s, buf, C: tl.constexpr, PIECES: tl.constexpr):
+    """wte and its moments in program p's replica, from number `first` on, in pieces of PIECE."""
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        offsets = first + i * C.PIECE + (zero_of_step(s) + tl.arange(0, C.PIECE))
+        pieces += (load_three(buf.replicas + p * (3 * C.V * C.E), C.V * C.E, offsets, offsets < C.V * C.E),)
+    return pieces
+
+
+@triton.jit
+def update_replica(pieces, first, p, s, buf, C: tl.constexpr, PIECES: tl.constexpr):
+    """These pieces after AdamW with the finished gradient of step s; wte is stored too."""
+    grads = ()
+    for i in tl.static_range(PIECES):
+        offsets = first + i * C.PIECE + (zero_of_step(s) + tl.arange(0, C.PIECE))
+        sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
+        grads += (read_sum(sum_ptr, offsets, offsets < C.V * C.E, buf.fault + 1, DWTE_SCALE, C),)
+    new = ()
+    for i in tl.static_range(PIECES):
+        offsets = first + i * C.PIECE + (zero_of_step(s) + tl.arange(0, C.PIECE))
+        wte = buf.replicas + p * (3 * C.V * C.E)
+        new += (adamw_of(pieces[i], grads[i], wte, offsets, offsets < C.V * C.E, buf.scalars + 3 * s),)
+    return new
+
+
+@triton.jit
+def store_replica_moments(pieces, first, p, s, buf, C: tl.constexpr, PIECES: tl.constexpr):
+    """Stores both moments of these pieces."""
+    for i in tl.static_range(PIECES):
+        offsets = first + i * C.PIECE + (zero_of_step(s) + tl.arange(0, C.PIECE))
+        store_moments(pieces[i], buf.replicas + p * (3 * C.V * C.E), C.V * C.E, offsets, offsets < C.V * C.E)
+
+
+@triton.jit
 def embedding_phase(p, s, buf, C: tl.constexpr):
     """AdamW of program p's replica of wte with the finished gradient of step s."""
-    zero = zero_of_step(s)
-    replica = buf.replicas + p * (3 * C.V * C.E)
-    sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
-    for first in range(0, C.V * C.E, 1024):
-        offsets = first + (zero + tl.arange(0, 1024))
-        mask = offsets < C.V * C.E
-        grad = read_sum(sum_ptr, offsets, mask, buf.fault + 1, DWTE_SCALE, C)
-        adamw_at(replica, C.V * C.E, offsets, mask, grad, buf.scalars + 3 * s)
+    for first in range(0, C.V * C.E, C.PIECES_AHEAD * C.PIECE):
+        pieces = load_replica(first, p, s, buf, C, C.PIECES_AHEAD)
+        pieces = update_replica(pieces, first, p, s, buf, C, C.PIECES_AHEAD)
+        store_replica_moments(pieces, first, p, s, buf, C, C.PIECES_AHEAD)
     tl.debug_barrier()  # the tables read what other threads of the program wrote
 
 
@@ -496,7 +555,7 @@ def hidden_phase(p, s, buf, window, num_windows, C: tl.constexpr):
 
     Clears the other sum.
     """
-    zero = zero_of_step(s)
+    zero, end = zero_of_step(s), rows_end(p, C)
     sum_ptr = buf.logits + (s % 2) * (C.B * C.ROW)
     v = zero + tl.arange(0, C.VP)
     bias = tl.load(buf.state + C.B2_OFFSET + v, mask=(v < C.V) & (p < C.R), other=0.0)
@@ -509,12 +568,12 @@ def hidden_phase(p, s, buf, window, num_windows, C: tl.constexpr):
             weight = tl.load(
                 buf.w2t + unit[:, None] * C.V + v[None, :], mask=(v[None, :] < C.V) & (unit[:, None] < C.H), other=0.0
             )
-            mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
+            mask = (b[:, None] < end) & (unit[None, :] < C.H)
             h = hidden_block(b, unit, start, mask, p, s, buf, C)
             tl.store(buf.hidden + b[:, None] * C.H + unit[None, :], h, mask=mask)
             # logits += h @ W2^T over the tile   (BLOCK_B, VP)
             acc = dot(h, weight, acc, C)
-        mask = (b[:, None] < C.B) & (v[None, :] < C.V)
+        mask = (b[:, None] < end) & (v[None, :] < C.V)
         add_to_sum(sum_ptr, b[:, None] * C.ROW + v[None, :], mask, acc, buf.fault, LOGITS_SCALE, LOGITS_LIMIT, C)
     clear_sum(p, buf.logits + ((s + 1) % 2) * (C.B * C.ROW), C.B * C.ROW, C)
 
@@ -529,19 +588,19 @@ def dlogits_for(p, buf, C: tl.constexpr):
 
 
 @triton.jit
-def softmax_block(b, first, s, buf, window, num_windows, C: tl.constexpr):
-    """dlogits of these rows, their offsets and mask; with `first` losses are stored, else another program does that."""
+def softmax_block(b, end, first, s, buf, window, num_windows, C: tl.constexpr):
+    """dlogits of these rows up to `end`, their offsets and mask; with `first` the losses are stored too."""
     zero = zero_of_step(s)
     v = zero + tl.arange(0, C.VP)
     target = tl.load(buf.tape + window_starts(window, b, num_windows, C) + C.T).to(tl.int32)
     logits = read_sum(
         buf.logits + (s % 2) * (C.B * C.ROW), b[:, None] * C.ROW + v[None, :],
-        (b[:, None] < C.B) & (v[None, :] < C.ROW), buf.fault, LOGITS_SCALE, C,
+        (b[:, None] < end) & (v[None, :] < C.ROW), buf.fault, LOGITS_SCALE, C,
     )  # fmt: skip
     logits = tl.where(v[None, :] < C.V, logits, float("-inf"))
     losses, dlogits = cross_entropy(logits, v[None, :] == target[:, None], C)
-    tl.store(buf.row_losses + b, losses, mask=(b < C.B) & first)
-    return dlogits, b[:, None] * C.V + v[None, :], (b[:, None] < C.B) & (v[None, :] < C.V)
+    tl.store(buf.row_losses + b, losses, mask=(b < end) & first)
+    return dlogits, b[:, None] * C.V + v[None, :], (b[:, None] < end) & (v[None, :] < C.V)
 
 
 @triton.jit
@@ -555,12 +614,12 @@ def softmax_phase(p, s, buf, window, num_windows, C: tl.constexpr):
     if C.rows:
         for b0 in range(p * C.BLOCK_R, C.B, C.PROGRAMS * C.BLOCK_R):
             b = b0 + (zero + tl.arange(0, C.BLOCK_R))
-            dlogits, offsets, mask = softmax_block(b, True, s, buf, window, num_windows, C)
+            dlogits, offsets, mask = softmax_block(b, C.B, True, s, buf, window, num_windows, C)
             tl.store(dlogits_ptr + offsets, dlogits, mask=mask)
     else:
         for b0 in range(0, C.GROUP, C.BLOCK_R):
             b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_R))
-            dlogits, offsets, mask = softmax_block(b, p < C.R, s, buf, window, num_windows, C)
+            dlogits, offsets, mask = softmax_block(b, rows_end(p, C), p < C.R, s, buf, window, num_windows, C)
             tl.store(dlogits_ptr + offsets, dlogits, mask=mask)
     tl.debug_barrier()
 
@@ -589,7 +648,7 @@ def output_bias_phase(s, buf, C: tl.constexpr):
 @triton.jit
 def output_phase(p, s, buf, C: tl.constexpr):
     """dpre = (dlogits @ W2) (1 - h^2) for program p's units and rows; their sums over the rows are db1's part."""
-    zero = zero_of_step(s)
+    zero, end = zero_of_step(s), rows_end(p, C)
     dlogits_ptr = dlogits_for(p, buf, C)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
@@ -601,7 +660,7 @@ def output_phase(p, s, buf, C: tl.constexpr):
                 v = v0 + (zero + tl.arange(0, C.BLOCK_V))
                 dlogits = tl.load(
                     dlogits_ptr + b[:, None] * C.V + v[None, :],
-                    mask=(b[:, None] < C.B) & (v[None, :] < C.V),
+                    mask=(b[:, None] < end) & (v[None, :] < C.V),
                     other=0.0,
                 )
                 weight = tl.load(
@@ -611,7 +670,7 @@ def output_phase(p, s, buf, C: tl.constexpr):
                 )
                 # dh += dlogits @ W2   (BLOCK_B, BLOCK_H)
                 dh = dot(dlogits, weight, dh, C)
-            mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
+            mask = (b[:, None] < end) & (unit[None, :] < C.H)
             offsets = b[:, None] * C.H + unit[None, :]
             h = tl.load(buf.hidden + offsets, mask=mask, other=0.0)
             # dpre = dh (1 - h^2),  db1 = sum_b dpre[b]
@@ -624,7 +683,7 @@ def output_phase(p, s, buf, C: tl.constexpr):
 @triton.jit
 def output_gradient_phase(p, s, buf, C: tl.constexpr):
     """dW2 = dlogits^T @ h of program p's units, summed over its rows."""
-    zero = zero_of_step(s)
+    zero, end = zero_of_step(s), rows_end(p, C)
     dlogits_ptr = dlogits_for(p, buf, C)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
@@ -635,12 +694,12 @@ def output_gradient_phase(p, s, buf, C: tl.constexpr):
                 b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
                 dlogits = tl.load(
                     dlogits_ptr + b[None, :] * C.V + v[:, None],
-                    mask=(b[None, :] < C.B) & (v[:, None] < C.V),
+                    mask=(b[None, :] < end) & (v[:, None] < C.V),
                     other=0.0,
                 )
                 h = tl.load(
                     buf.hidden + b[:, None] * C.H + unit[None, :],
-                    mask=(b[:, None] < C.B) & (unit[None, :] < C.H),
+                    mask=(b[:, None] < end) & (unit[None, :] < C.H),
                     other=0.0,
                 )
                 # dW2 += dlogits^T @ h   (BLOCK_V, BLOCK_H)
@@ -652,7 +711,7 @@ def output_gradient_phase(p, s, buf, C: tl.constexpr):
 @triton.jit
 def table_gradient_phase(p, s, buf, window, num_windows, C: tl.constexpr):
     """dtable[t, v] = sum of dpre[b] over program p's rows with x_bt = v, as one-hot products; in the table's place."""
-    zero = zero_of_step(s)
+    zero, end = zero_of_step(s), rows_end(p, C)
     for tile in range(p // C.R, C.TILES, C.G):
         unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
         for v0 in range(0, C.V, C.BLOCK_V):
@@ -662,7 +721,7 @@ def table_gradient_phase(p, s, buf, window, num_windows, C: tl.constexpr):
                 for b0 in range(0, C.GROUP, C.BLOCK_B):
                     b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
                     token = tl.load(buf.tape + window_starts(window, b, num_windows, C) + t).to(tl.int32)
-                    mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
+                    mask = (b[:, None] < end) & (unit[None, :] < C.H)
                     dpre = tl.load(buf.dpre + b[:, None] * C.H + unit[None, :], mask=mask, other=0.0)
                     # dtable[t] += onehot(x_t)^T @ dpre   (BLOCK_V, BLOCK_H)
                     acc = dot_one_hot(one_hot(v, token), dpre, acc, C)
@@ -687,7 +746,7 @@ def store_table_gradient(t, v, unit, gradient, p, buf, C: tl.constexpr):
 @triton.jit
 def row_gradients_phase(p, s, buf, window, num_windows, C: tl.constexpr, T: tl.constexpr):
     """What the phases from softmax to here do, in one pass over program p's rows: dlogits and dpre stay on chip."""
-    zero = zero_of_step(s)
+    zero, end = zero_of_step(s), rows_end(p, C)
     unit = p // C.R * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
     v = zero + tl.arange(0, C.BLOCK_V)
     in_w2 = (v[:, None] < C.V) & (unit[None, :] < C.H)
@@ -699,15 +758,15 @@ def row_gradients_phase(p, s, buf, window, num_windows, C: tl.constexpr, T: tl.c
         dtable += (tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32),)
     for b0 in range(0, C.GROUP, C.BLOCK_B):
         b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
-        mask = (b[:, None] < C.B) & (unit[None, :] < C.H)
+        mask = (b[:, None] < end) & (unit[None, :] < C.H)
         h = tl.load(buf.hidden + b[:, None] * C.H + unit[None, :], mask=mask, other=0.0)
         start = window_starts(window, b, num_windows, C)
         tokens = ()
         for t in tl.static_range(T):
             tokens += (tl.load(buf.tape + start + t).to(tl.int32),)
-        dlogits, offsets, mask = softmax_block(b, p < C.R, s, buf, window, num_windows, C)
+        dlogits, offsets, mask = softmax_block(b, end, p < C.R, s, buf, window, num_windows, C)
         tl.store(buf.dlogits + offsets, dlogits, mask=mask & (p < C.R))
-        dlogits = tl.where(b[:, None] < C.B, dlogits, 0.0)
+        dlogits = tl.where(b[:, None] < end, dlogits, 0.0)
         # dpre = (dlogits @ W2) (1 - h^2),  db1 = sum_b dpre[b],  dW2 = dlogits^T @ h
         dpre = dot(dlogits, weight, tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32), C) * (1.0 - h * h)
         db1 += tl.sum(dpre, axis=0)
@@ -840,6 +899,77 @@ def hidden_weight_phase(p, s, buf, C: tl.constexpr):
 
 
 @triton.jit
+def load_w1(first, unit, e, buf, C: tl.constexpr, T: tl.constexpr):
+    """W1 and its moments, three tensors (units, e) for each of T positions from `first`."""
+    w1 = ()
+    for t in tl.static_range(T):
+        offsets = unit[:, None] * (C.T * C.E) + (first + t) * C.E + e[None, :]
+        mask = (unit[:, None] < C.H) & (e[None, :] < C.E)
+        w1 += (load_three(buf.state + C.W1_OFFSET, C.PLANE, offsets, mask),)
+    return w1
+
+
+@triton.jit
+def update_w1(w1, dwte, first, unit, e, p, s, buf, C: tl.constexpr, T: tl.constexpr):
+    """W1 and its moments at these positions, units and columns after AdamW, and dwte + sum_t dtable[t] @ W1[:, t].
+
+    dtable is loaded once, and before any of W1 is stored, so that the loads need not wait for each other.
+    """
+    zero = zero_of_step(s)
+    v = zero + tl.arange(0, C.BLOCK_V)
+    mask = (v[:, None] < C.V) & (e[None, :] < C.E)
+    wte = tl.load(buf.replicas + p * (3 * C.V * C.E) + v[:, None] * C.E + e[None, :], mask=mask, other=0.0)
+    dtable = ()
+    for t in tl.static_range(T):
+        dtable += (table_gradient(first + t, v[:, None], unit[None, :], buf, C),)
+    new = ()
+    for t in tl.static_range(T):
+        # dwte += dtable[t] @ W1[:, t],  dW1[:, t] = dtable[t]^T @ wte
+        dwte = dot(dtable[t], w1[t][0], dwte, C)
+        dw1 = dot(tl.trans(dtable[t]), wte, tl.full((unit.shape[0], e.shape[0]), 0.0, tl.float32), C)
+        offsets = unit[:, None] * (C.T * C.E) + (first + t) * C.E + e[None, :]
+        mask = (unit[:, None] < C.H) & (e[None, :] < C.E)
+        three = adamw_of(w1[t], dw1, buf.state + C.W1_OFFSET, offsets, mask, buf.scalars + 3 * s)
+        tl.store(buf.w1t + ((first + t) * C.E + e[None, :]) * C.H + unit[:, None], three[0], mask=mask)
+        new += (three,)
+    return new, dwte
+
+
+@triton.jit
+def store_w1_moments(w1, first, unit, e, buf, C: tl.constexpr, T: tl.constexpr):
+    """Stores both moments of W1 at these positions, units and columns."""
+    for t in tl.static_range(T):
+        offsets = unit[:, None] * (C.T * C.E) + (first + t) * C.E + e[None, :]
+        store_moments(w1[t], buf.state + C.W1_OFFSET, C.PLANE, offsets, (unit[:, None] < C.H) & (e[None, :] < C.E))
+
+
+@triton.jit
+def add_dwte(dwte, e, s, buf, C: tl.constexpr):
+    """Adds a program's part of dwte, of the columns e, to the sum of step s."""
+    v = zero_of_step(s) + tl.arange(0, C.BLOCK_V)
+    sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
+    mask = (v[:, None] < C.V) & (e[None, :] < C.E)
+    add_to_sum(sum_ptr, v[:, None] * C.E + e[None, :], mask, dwte, buf.fault + 1, DWTE_SCALE, DWTE_LIMIT, C)
+
+
+@triton.jit
+def first_layer_phase(p, s, buf, C: tl.constexpr):
+    """embedding_gradient_phase and hidden_weight_phase in one pass over dtable, for a vocabulary in one block."""
+    zero = zero_of_step(s)
+    for e0 in range(0, C.SHARE_E if p % C.R * C.SHARE_E < C.E else 0, C.BLOCK_S):
+        e = p % C.R * C.SHARE_E + e0 + (zero + tl.arange(0, C.BLOCK_S))
+        dwte = tl.full((C.BLOCK_V, C.BLOCK_S), 0.0, tl.float32)
+        for i in range(0, C.OWNED):
+            unit = (p // C.R + i * C.G) * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+            for t in range(0, C.T, C.T_AHEAD):
+                w1 = load_w1(t, unit, e, buf, C, C.T_AHEAD)
+                w1, dwte = update_w1(w1, dwte, t, unit, e, p, s, buf, C, C.T_AHEAD)
+                store_w1_moments(w1, t, unit, e, buf, C, C.T_AHEAD)
+        add_dwte(dwte, e, s, buf, C)
+    clear_sum(p, buf.dwte + ((s + 1) % 2) * (C.V * C.E), C.V * C.E, C)
+
+
+@triton.jit
 def forward_phase(p, s, buf, window, num_windows, C: tl.constexpr):
     """From the parameters to the sum of the logits."""
     if not C.gather:
@@ -867,8 +997,11 @@ def update_phase(p, s, buf, C: tl.constexpr):
     if p == C.R - 1:  # of the first tile's programs the one with the smallest share
         output_bias_phase(s, buf, C)
     output_weight_phase(p, s, buf, C)
-    embedding_gradient_phase(p, s, buf, C)
-    hidden_weight_phase(p, s, buf, C)
+    if C.whole:
+        first_layer_phase(p, s, buf, C)
+    else:
+        embedding_gradient_phase(p, s, buf, C)
+        hidden_weight_phase(p, s, buf, C)
 
 
 # --- kernels of a step, PROGRAMS programs each ----------------------------------------------------------------------
@@ -961,11 +1094,11 @@ def default_config(
             B, V, T, E, H, 1, _block(B, MAX_B), _block(V, MAX_V), _block(E, MAX_E), _block(H, MAX_H),
             arithmetic, deterministic, rows,
         )  # fmt: skip
-    block_b, block_h = _block(B, 32), 16
+    block_h = 16
     programs = min(DEFAULT_PROGRAMS, processors, -(-H // block_h))
-    groups = max(1, min(MAX_GROUPS, processors // programs, B // block_b))
-    if (groups - 1) * -(-B // (groups * block_b)) * block_b >= B:  # the last group would have no rows
-        block_b = 16
+    groups = max(1, min(MAX_GROUPS, processors // programs, B // 32))
+    # One block for a small group's rows: its loads are all under way at once.
+    block_b = _block(-(-B // groups), 64 if groups > 1 and 64 * groups >= B else 32)
     # Blocks of 16 fit E = 48 better; tf32x3 would have more operands to split for them.
     block_e = _block(E, 16 if V > 32 or (E % 32 and (groups > 1 or arithmetic == "ieee")) else 32)
     return StepConfig(
@@ -1003,7 +1136,8 @@ class TrainStep:
             raise ValueError(f"the tape has {len(tape)} tokens: too few for one window of {C.T} and its target")
         self.num_windows = len(tape) - C.T
         # A row's window wraps round at most once where there are as many windows as rows, with those of padding.
-        self.config = replace(C, short_tape=self.num_windows < C.R * C.GROUP + C.BLOCK_R)
+        rows = C.R * C.GROUP + max(C.BLOCK_B, C.BLOCK_R)
+        self.config = replace(C, short_tape=self.num_windows < rows)
         self.launches = 0
         self.buffers = self._allocate(tape, scalars)
 

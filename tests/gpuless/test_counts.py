@@ -212,6 +212,8 @@ def test_copies_of_an_unrolled_loop_share_its_executions() -> None:
     assert twice.visits == [5.0]  # 10 a warp
     call = Segment([], [i("CALL.REL", 3)])
     assert launch(call, Segment([], [i("BRA", 3)]), Segment([".L"], [i("FADD", 2)])).visits == [0, 0, 1]
+    jump = Segment([], [i("FADD", 1), i("CALL.REL.NOINC", 3, operands=" `(.L_x_3)")])
+    assert launch(jump, Segment([], [i("BRA", 4)])).visits == [1, 1]
 
 
 def test_phases_are_functions_that_are_not_made_of_phases() -> None:

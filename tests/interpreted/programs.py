@@ -18,7 +18,10 @@ from torch import Tensor
 
 from mlp_fast.kernels.persistent_step import PersistentStep
 
-PHASES = ("embedding_phase", "forward_phase", "softmax_phase", "gradient_phase", "update_phase", "resident_update")
+PHASES = (
+    "forward_phase", "softmax_phase", "gradient_phase", "update_phase", "embedding_phase",
+    "resident_update", "resident_embedding",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,11 @@ def test_steps_follow_float64(sizes: tuple[int, int, int, int, int], steps: int,
 
 def test_the_default_model_is_resident_where_it_fits() -> None:
     default = (128, 27, 3, 48, 512)
-    assert all(default_config(*default, precision=p).resident for p in ("fp32", "tf32x3", "tf32"))
-    assert not default_config(*default, capability=100).resident
+    assert default_config(*default, capability=90, processors=132).resident
+    for changes in ({"precision": "tf32x3"}, {"precision": "tf32"}, {"processors": 108}):  # more registers, or groups
+        chosen = default_config(*default, **{"capability": 90, "processors": 132} | changes)
+        assert chosen.resident == interpreting()
+    assert not default_config(*default, capability=100, processors=132).resident
     assert not default_config(*default, processors=20).resident or interpreting()  # which has one program at any rate
     assert not default_config(*default, deterministic=False).resident
     for sizes in [

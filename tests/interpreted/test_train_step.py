@@ -118,7 +118,7 @@ def test_every_phase_follows_float64_at_odd_sizes_in_many_tiles(rows: bool, redu
     ("sizes", "changes"),
     [
         (ODD, SMALL_TILES | {"R": 2}),  # gathers
-        (ODD, SMALL_TILES | {"R": 3, "rows": True}),  # the last group has no rows
+        (ODD, SMALL_TILES | {"R": 3, "rows": True}),  # groups of fewer rows than a block
         ((70, 18, 2, 40, 37), SMALL_TILES | {"R": 2}),  # tables, and several blocks of a share
         ((70, 33, 2, 21, 37), SMALL_TILES | {"R": 4, "G": 1}),
         (ODD, SMALL_TILES | {"R": 2, "BLOCK_V": 32, "G": 3}),  # in one pass over the rows
