@@ -69,7 +69,8 @@ def shipped(name: str, kernel: str, sm: int, precision: str, **sizes: int) -> li
 @pytest.mark.parametrize(
     ("name", "kernel", "sm", "precision", "sizes"),
     [
-        ("persistent_step", "resident_kernel", 75, "fp32", DEFAULT),
+        ("persistent_step", "resident_kernel", 90, "fp32", DEFAULT),
+        ("persistent_step", "persistent_kernel", 80, "fp32", DEFAULT),
         ("persistent_step", "persistent_kernel", 120, "tf32x3", DEFAULT),
         ("embed_linear_tanh", "embed_lookup_tanh_kernel", 86, "bf16", {}),
         ("inference", "mean_loss_kernel", 120, "fp32", {"V": 256}),
