@@ -12,9 +12,9 @@ programs run at the same time, or it fails.
 Two forms:
 
     through L2   persistent_kernel    the phases of train_step.py as they are, to the bit
-    resident     resident_kernel      one tile of units a program; its W1, b1, W2 and their moments stay in registers
-                                      from the first step to the last. The products still load W1 and W2 from memory,
-                                      in layouts of their own, so AdamW stores the weights; it loads nothing.
+    resident     resident_kernel      one tile of units a program; its wte, W1, b1, W2 and their moments stay in
+                                      registers from the first step to the last. The products still load weights from
+                                      memory, in layouts of their own, so AdamW stores them; it loads nothing.
 
 The kernel takes the number of its first program beside tl.program_id, and the number of programs from its
 configuration. So N processes that each interpret a grid of one, over tensors in shared memory, run it as N programs do,

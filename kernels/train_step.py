@@ -22,6 +22,9 @@ the R programs then adds them up and updates a share of the tile: some rows of W
     backward kernel   dlogits -> dpre -> dW2, db1 and dtable, summed over the rows of a group
     update kernel     dW2, db1, dW1 -> AdamW -> partial dwte, added up in `dwte`; of the backward kernel where R is 1
 
+Where the vocabulary fits one block, dtable is loaded once for both of its products. Where, besides, a program has one
+tile and makes no tables, it goes through its rows once, softmax to dtable, and keeps dlogits and dpre on chip.
+
 h comes from the tables where a program has many rows. Where it has few beside the vocabulary's tokens (`gather`),
 tables would save little, and h is the product of the rows' embeddings, gathered, and W1. W1 and W2 are stored
 transposed as well, since operands of a product are read fastest along the dimension over which nothing is summed.

@@ -86,11 +86,6 @@ def why_redundant(mutant: Mutant, ptx: str) -> str | None:
     own = barriers[mutant.number]
     if mutant.number + 1 == len(barriers):
         return "it is the last one: what other threads have stored, nobody reads behind it"
-    if "_barrier.py" in mutant.line and "red.release" in ptx[own.end() : barriers[mutant.number + 1].start()]:
-        return (
-            "it stands before the arrival of a step's last barrier: what others will read, dwte, was added before the "
-            "barriers of hidden_weight_phase, and what comes after these is the program's own"
-        )
     start = barriers[mutant.number - 1].end() if mutant.number else 0
     before, after = ptx[start : own.start()], ptx[own.end() : barriers[mutant.number + 1].start()]
     if "cp.async.wait_group" in before and not {("shared", "st"), ("shared", "stmatrix")} & accesses(before):
