@@ -16,6 +16,17 @@ LEAST_CAPABILITY = {"fp32": 75, "tf32x3": 80, "tf32": 80, "bf16": 80, "fp16": 75
 MAX_REGISTERS = 255
 
 
+class CompileTimeConfig:
+    """Base of a kernel's compile-time argument: a frozen dataclass, whose properties the kernel reads as well."""
+
+    @property
+    def cache_key(self) -> str:
+        """Under what Triton keeps compiled code on disk; without it, under str(), which lacks the properties: after a
+        change of what one of them computes, code of before would be found."""
+        properties = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
+        return repr((self, [(name, getattr(self, name)) for name in properties]))
+
+
 def input_precision(precision: str) -> str:
     """Returns tl.dot's `input_precision` for a precision's name.
 

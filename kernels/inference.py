@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._math import tanh
-from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision, interpreting
+from ._runtime import INPUT_PRECISION, MAX_REGISTERS, CompileTimeConfig, input_precision, interpreting
 
 MULTIPLIER: tl.constexpr = tl.constexpr(0x2545F4914F6CDD1D)
 OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": MAX_REGISTERS}
@@ -31,7 +31,7 @@ MAX_PROGRAMS = 4096  # of one loss launch; each takes several blocks of rows whe
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(CompileTimeConfig):
     """Sizes and tiles, the compile-time argument of the kernels.
 
     BLOCK_* are powers of two, at least 16; BLOCK_R at least 8 in ieee.

@@ -62,7 +62,7 @@ from torch import Tensor
 
 from . import _model
 from ._math import tanh
-from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision, interpreting
+from ._runtime import INPUT_PRECISION, MAX_REGISTERS, CompileTimeConfig, input_precision, interpreting
 from .adamw import adamw_update
 
 MAX_B, MAX_V, MAX_T, MAX_E, MAX_H = 8192, 256, 16, 256, 4096
@@ -85,7 +85,7 @@ DWTE_LIMIT: tl.constexpr = tl.constexpr(2.0**11)
 
 
 @dataclass(frozen=True)
-class StepConfig:
+class StepConfig(CompileTimeConfig):
     """Sizes, tiles and arithmetic of a step: the one compile-time argument of its kernels.
 
     G tiles of hidden units are worked on at a time, each in R groups of rows: G * R programs. BLOCK_* are powers of

@@ -1,15 +1,21 @@
-"""The machine code of the persistent kernel: what the grid barrier became. Spills are bench.resources' subject."""
+"""The machine code of the persistent kernel: what the grid barrier became, and under what the code is kept on disk.
+
+Spills are bench.resources' subject.
+"""
 
 import re
 from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 
 pytest.importorskip("triton")
 
+from triton.backends.compiler import GPUTarget
+
 from bench import resources
-from mlp_fast.kernels import persistent_step
+from mlp_fast.kernels import inference, persistent_step
 from mlp_fast.kernels._aot import Shipped
 from mlp_fast.kernels._runtime import interpreting
 
@@ -34,6 +40,21 @@ def compiled(capability: int) -> tuple[str, list[Instruction]]:
     disassembly = resources.told(kernel.asm["cubin"], "cuobjdump", "-sass")
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", disassembly, re.MULTILINE)
     return kernel.asm["ptx"], [Instruction(int(address, 16), text) for address, text in found]
+
+
+@pytest.mark.parametrize("module", [persistent_step, inference])
+def test_code_is_not_found_again_where_a_property_computes_something_else(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = next(iter(module.shipped()))
+
+    def name() -> str:
+        return launch._specialized(GPUTarget("cuda", 90, 32))[0].hash()
+
+    before = name()
+    assert before == name()
+    monkeypatch.setattr(type(launch.arguments["C"]), "VP", property(lambda config: 128))
+    assert before != name()
 
 
 def positions(sass: list[Instruction], pattern: str) -> list[int]:
