@@ -163,7 +163,6 @@ WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("triton-persistent", 128, _PERSISTENT, _STEP, "step"),
-        Workload("triton-persistent-through-L2", 128, functools.partial(_PERSISTENT, resident=False), _STEP, ""),
         Workload("triton-step", 128, _BY_PHASES, _STEP, "step"),
         Workload("triton-step-by-rows", 1024, _BY_PHASES, step_cost(SHAPE, 1024, "table"), ""),
         Workload("evaluation", 128, _evaluation, _EVALUATION, "evaluation", "triton-persistent"),

@@ -90,9 +90,9 @@ class StepConfig(CompileTimeConfig):
 
     G tiles of hidden units are worked on at a time, each in R groups of rows: G * R programs. BLOCK_* are powers of
     two, at least 16. With `rows` the softmax is a phase of its own, by rows; without, it is computed for every tile
-    again: no exchange, but G times the work. `resident` is of persistent_step.py. With `ahead` the embeddings of all
-    positions are loaded before the first product, which hides latencies and takes registers. With `short_tape` a batch
-    may wrap round the tape more than once; TrainStep finds out.
+    again: no exchange, but G times the work. With `ahead` the embeddings of all positions are loaded before the first
+    product, which hides latencies and takes registers. With `short_tape` a batch may wrap round the tape more than
+    once; TrainStep finds out.
     """
 
     B: int
@@ -108,7 +108,6 @@ class StepConfig(CompileTimeConfig):
     precision: str = "ieee"
     deterministic: bool = True
     rows: bool = False
-    resident: bool = False
     num_warps: int = 8
     R: int = 1
     ahead: bool = True

@@ -45,7 +45,7 @@ class Case:
     """A configuration of the step kernels, and the problem that they run on."""
 
     sizes: Sizes = DEFAULT
-    form: str = "step"  # step, persistent (through L2), resident
+    form: str = "step"  # step or persistent
     capability: int = 90
     precision: str = "fp32"
     deterministic: bool = True
@@ -63,7 +63,7 @@ class Case:
         if self.form == "step":
             return replace(train_step.default_config(*self.sizes, **options), **changes)
         C = persistent_step.default_config(*self.sizes, **options, capability=self.capability)
-        return replace(C, **{"resident": self.form == "resident"} | changes)
+        return replace(C, **changes)
 
     @property
     def task(self) -> Problem:

@@ -30,7 +30,7 @@ CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 UPDATING = {
     "adamw": ("adamw_kernel",),
     "train_step": ("forward_kernel", "backward_kernel", "update_kernel", "embedding_kernel"),
-    "persistent_step": ("persistent_kernel", "resident_kernel"),
+    "persistent_step": ("persistent_kernel",),
 }
 
 

@@ -58,7 +58,7 @@ def test_the_operator_has_the_bits_of_torch(launcher: Callable[..., None], step:
         Difference.of(flat(held), expected, expected).check(name, largest=2, equal=equal)
 
 
-@pytest.mark.parametrize("form", ["step", "persistent", "resident"])
+@pytest.mark.parametrize("form", ["step", "persistent"])
 def test_the_step_kernels_have_the_bits_that_torch_makes_of_their_moments(form: str) -> None:
     """One step each from 16 random states of a small model: 12,000 parameters."""
     case = Case((20, 5, 1, 16, 32), form, tiles=SMALL, steps=1)

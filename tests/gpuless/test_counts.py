@@ -290,7 +290,7 @@ def test_no_count_is_worse_than_its_budget(key: tuple[str, str, str]) -> None:
 
 @pytest.mark.usefixtures("engine", "one_thread")
 def test_machine_code_runs_as_often_as_the_ptx_that_it_comes_from() -> None:
-    """Loads, stores, products and shuffles of the resident step, line by line."""
+    """Loads, stores, products and shuffles of the persistent step, line by line."""
     (launch,) = counts.launches("triton-persistent", H100, "fp32")
     runs: dict[int, float] = {}
     for segment, visits in zip(launch.code, launch.visits, strict=True):

@@ -91,8 +91,7 @@ def check_barriers(run: Run, part: slice = slice(None)) -> None:
     ("form", "rows", "tiles"),
     [
         ("persistent", True, SMALL),
-        *(pytest.param(form, None, SMALL, marks=pytest.mark.long) for form in ("persistent", "resident")),
-        *(pytest.param(form, None, GROUPED, marks=pytest.mark.long) for form in ("persistent", "resident")),
+        *(pytest.param("persistent", None, tiles, marks=pytest.mark.long) for tiles in (SMALL, GROUPED)),
     ],
 )
 def test_every_half_of_a_grid_barrier_is_missed(
@@ -108,12 +107,12 @@ def test_every_half_of_a_grid_barrier_is_missed(
 
 def test_a_part_of_the_block_barriers_is_missed() -> None:
     """The quick form of the next test: every sixth barrier of one kernel."""
-    check_barriers(of_steps(Case(TWO_TILES, "resident", tiles=SMALL)), slice(1, None, 6))
+    check_barriers(of_steps(Case(TWO_TILES, "persistent", tiles=SMALL)), slice(1, None, 6))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("rows", [None, True], ids=["redundant", "rows"])
-@pytest.mark.parametrize("form", ["step", "persistent", "resident"])
+@pytest.mark.parametrize("form", ["step", "persistent"])
 def test_every_block_barrier_is_missed_or_redundant(form: str, rows: bool | None) -> None:
     check_barriers(of_steps(Case(TWO_TILES, form, rows=rows, tiles=SMALL, steps=3)))
 

@@ -7,7 +7,6 @@ the racing load returns by NaN changes no bit (`poison_racing`; the runs compare
 from dataclasses import replace
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
@@ -24,7 +23,6 @@ from kernels_under_test import (
 )
 from steps import Problem
 
-from mlp_fast.kernels.persistent_step import PersistentStep
 from mlp_fast.model.mlp import W1, WTE
 
 pytestmark = pytest.mark.usefixtures("engine", "one_thread")
@@ -35,12 +33,10 @@ TWO_TILES = (20, 5, 1, 16, 32)  # B, V, T, E, H
 FORMS = [
     Case(TWO_TILES, "step", tiles=SMALL),
     Case(TWO_TILES, "persistent", tiles=SMALL),
-    Case(TWO_TILES, "resident", tiles=SMALL),
     Case(TWO_TILES, "persistent", rows=True, tiles=SMALL),
-    Case(TWO_TILES, "resident", tiles=GROUPED),
-    *(pytest.param(Case(TWO_TILES, form, tiles=GROUPED), marks=pytest.mark.long) for form in ("step", "persistent")),
+    Case(TWO_TILES, "persistent", tiles=GROUPED),
+    pytest.param(Case(TWO_TILES, "step", tiles=GROUPED), marks=pytest.mark.long),
     pytest.param(Case(TWO_TILES, "step", rows=True, tiles=SMALL), marks=pytest.mark.long),
-    pytest.param(Case(TWO_TILES, "resident", rows=True, tiles=SMALL), marks=pytest.mark.long),
 ]
 ODD, LARGE, WIDE = (19, 29, 2, 13, 37), (320, 27, 3, 48, 512), (33, 65, 2, 20, 130)
 
@@ -61,9 +57,9 @@ def check(case: Case, *schedules: Schedule) -> None:
 @pytest.mark.parametrize(
     ("precision", "steps"), [("fp32", 2), *(pytest.param(p, 3, marks=pytest.mark.long) for p in ("fp32", "tf32x3"))]
 )
-def test_the_default_resident_steps_follow_float64(precision: str, steps: int) -> None:
+def test_the_default_steps_follow_float64(precision: str, steps: int) -> None:
     """128 programs. One run: no load may race here, so there is nothing to replace by NaN and compare."""
-    case = Case(form="resident", precision=precision, steps=steps, tokens=2000)
+    case = Case(form="persistent", precision=precision, steps=steps, tokens=2000)
     assert (case.config.G, case.config.R) == (32, 4)
     outcome = run_case(case, ADVERSE)
     assert [str(finding) for finding in outcome.findings if not finding.same_value] == []
@@ -78,7 +74,7 @@ def test_every_form_follows_float64_under_every_schedule(case: Case) -> None:
 CASES = [
     *(
         Case(form=form, capability=capability, precision=precision)
-        for form in ("step", "persistent", "resident")
+        for form in ("step", "persistent")
         for capability, precisions in (
             (75, ("fp32",)),
             (80, ("fp32", "tf32x3", "tf32")),
@@ -92,13 +88,13 @@ CASES = [
         for p in ("fp32", "tf32x3", "tf32")
     ),
     *(Case(form=form, deterministic=False, capability=c) for form in ("step", "persistent") for c in (75, 80, 90, 100)),
-    *(Case(LARGE, form, tokens=1000) for form in ("step", "persistent", "resident")),
+    *(Case(LARGE, form, tokens=1000) for form in ("step", "persistent")),
     *(Case(ODD, form, tiles=(*SMALL, ("BLOCK_H", 16), ("G", 2)), steps=3) for form in ("step", "persistent")),
-    *(Case(ODD, form, precision="tf32x3", rows=True, steps=3) for form in ("step", "persistent", "resident")),
+    *(Case(ODD, form, precision="tf32x3", rows=True, steps=3) for form in ("step", "persistent")),
     *(Case(WIDE, form, precision="tf32x3", capability=80) for form in ("step", "persistent")),
     Case((5, 200, 1, 100, 70), "step"),
-    Case((50, 5, 2, 4, 8), "resident", tokens=9, steps=3),  # the windows wrap round the tape more than once
-    *(Case((1, 1, 1, 1, 1), form, steps=3) for form in ("step", "persistent", "resident")),
+    Case((50, 5, 2, 4, 8), "persistent", tokens=9, steps=3),  # the windows wrap round the tape more than once
+    *(Case((1, 1, 1, 1, 1), form, steps=3) for form in ("step", "persistent")),
     *(Case((1, 2, 16, 3, 5), form, steps=3) for form in ("step", "persistent")),
 ]
 
@@ -114,14 +110,6 @@ def test_steps_follow_float64(case: Case) -> None:
 def test_errors_of_approximate_instructions_do_not_add_up(precision: str) -> None:
     """Exponentials and quotients off by up to 2 ulp, which is what PTX allows."""
     check(Case(form="persistent", precision=precision), Schedule(approximation=2))
-
-
-def test_a_resident_form_with_other_programs_than_tiles_is_refused() -> None:
-    C = replace(Case(form="resident").config, G=16)
-    tape, scalars = torch.zeros(100, dtype=torch.int32), torch.zeros(10, 3)
-    with pytest.raises(ValueError, match="got 32 tiles and 16 programs"):
-        PersistentStep(C, tape, scalars)
-    PersistentStep(replace(C, G=32), tape, scalars)
 
 
 # --- what diverges ---------------------------------------------------------------------------------------------------

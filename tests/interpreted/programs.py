@@ -18,10 +18,7 @@ from torch import Tensor
 
 from mlp_fast.kernels.persistent_step import PersistentStep
 
-PHASES = (
-    "forward_phase", "softmax_phase", "gradient_phase", "update_phase", "embedding_phase",
-    "resident_update", "resident_embedding",
-)  # fmt: skip
+PHASES = ("forward_phase", "softmax_phase", "gradient_phase", "update_phase", "embedding_phase")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mlp_fast import backends
 from mlp_fast.errors import UserError
 from mlp_fast.kernels import _barrier, train_step
 from mlp_fast.kernels._runtime import interpreting
-from mlp_fast.kernels.persistent_step import BarrierTimeout, PersistentStep, default_config, wrapped
+from mlp_fast.kernels.persistent_step import BarrierTimeout, PersistentStep, wrapped
 from mlp_fast.kernels.train_step import StepConfig, TrainStep
 from mlp_fast.model.schedule import update_scalars
 
@@ -69,39 +69,17 @@ def test_one_program_does_what_the_step_kernels_do_to_the_bit(rows: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("sizes", "steps", "resident"),
-    [
-        ((128, 27, 3, 48, 512), 2, False),
-        ((128, 27, 3, 48, 512), 2, True),
-        ((19, 29, 2, 13, 37), 8, False),
-        ((19, 29, 2, 13, 37), 50, True),
-        ((1, 1, 1, 1, 1), 3, True),
-    ],
+    ("sizes", "steps"),
+    [((128, 27, 3, 48, 512), 2), ((19, 29, 2, 13, 37), 50), ((1, 1, 1, 1, 1), 3)],
 )
-def test_steps_follow_float64(sizes: tuple[int, int, int, int, int], steps: int, resident: bool) -> None:
+def test_steps_follow_float64(sizes: tuple[int, int, int, int, int], steps: int) -> None:
     task = problem(*sizes, n=50)
-    reference, kernels = Reference(task), loaded(PersistentStep, task, config(task, resident=resident))
+    reference, kernels = Reference(task), loaded(PersistentStep, task, config(task))
     losses = reference.advance(steps)
     kernels.run(1)
     kernels.run(steps - 1)
     torch.testing.assert_close(kernels.buffers.losses[:steps].double().cpu(), losses, rtol=0, atol=2e-6)
     reference.check(kernels.planes())
-
-
-def test_the_default_model_is_resident_where_it_fits() -> None:
-    default = (128, 27, 3, 48, 512)
-    assert default_config(*default, capability=90, processors=132).resident
-    for changes in ({"precision": "tf32x3"}, {"precision": "tf32"}, {"processors": 108}):  # more registers, or groups
-        chosen = default_config(*default, **{"capability": 90, "processors": 132} | changes)
-        assert chosen.resident == interpreting()
-    assert not default_config(*default, capability=100, processors=132).resident
-    assert not default_config(*default, processors=20).resident or interpreting()  # which has one program at any rate
-    assert not default_config(*default, deterministic=False).resident
-    for sizes in [
-        (128, 33, 3, 48, 512), (128, 27, 4, 48, 512), (128, 27, 12, 16, 512), (128, 27, 3, 65, 512),
-        (128, 27, 1, 128, 512), (128, 27, 3, 48, 1025),
-    ]:  # fmt: skip
-        assert not default_config(*sizes).resident
 
 
 @interpreted
@@ -134,16 +112,15 @@ def programs() -> Iterator[Programs]:
 
 
 def concurrently(
-    programs: Programs, experiment: Experiment, rows: bool, resident: bool, steps: int, arrivals: int = 0,
-    groups: int = 1,
-) -> bool:  # fmt: skip
+    programs: Programs, experiment: Experiment, rows: bool, steps: int, arrivals: int = 0, groups: int = 1
+) -> bool:
     """Whether the programs, run at the same time, end with the bits of the step kernels.
 
     `arrivals` is what the barrier's counter shows before; `groups` are those of rows, one program for each or one.
     """
     task = problem(*(SIZES if groups == 1 else GROUPED), n=40)
     G = PROGRAMS // groups
-    C = config(task, rows=rows, resident=resident, G=G, R=groups, BLOCK_H=16 if G > 1 else 64, BLOCK_B=16)
+    C = config(task, rows=rows, G=G, R=groups, BLOCK_H=16 if G > 1 else 64, BLOCK_B=16)
     assert not rows or C.B > (PROGRAMS - 1) * C.BLOCK_R, "a program without rows would never be late"
     step, persistent = loaded(TrainStep, task, C), loaded(PersistentStep, task, C)
     persistent._arrivals = arrivals
@@ -155,43 +132,39 @@ def concurrently(
 
 @interpreted
 @pytest.mark.parametrize(
-    ("rows", "resident", "longest", "groups"),
+    ("rows", "longest", "groups"),
     [
-        (False, False, 0.0, 1),
-        (False, True, 0.05, 1),
-        (True, False, 0.05, 1),
-        (True, True, 0.05, 1),
-        (False, True, 0.05, PROGRAMS),
-        (True, False, 0.05, PROGRAMS),
+        (False, 0.0, 1),
+        (False, 0.05, 1),
+        (True, 0.05, 1),
+        (False, 0.05, PROGRAMS),
+        (True, 0.05, PROGRAMS),
     ],
 )
 def test_concurrent_programs_agree_with_the_step_kernels_to_the_bit(
-    programs: Programs, rows: bool, resident: bool, longest: float, groups: int
+    programs: Programs, rows: bool, longest: float, groups: int
 ) -> None:
-    assert concurrently(programs, Experiment(late="all", longest=longest), rows, resident, steps=4, groups=groups)
+    assert concurrently(programs, Experiment(late="all", longest=longest), rows, steps=4, groups=groups)
 
 
 @interpreted
 @pytest.mark.parametrize("change", ["removed", "moved"])
 @pytest.mark.parametrize(
-    ("rows", "resident", "phase", "groups"),
+    ("rows", "phase", "groups"),
     [
-        (False, True, "forward_phase", 1),
-        (False, True, "resident_update", 1),
-        (True, False, "forward_phase", 1),
-        (True, False, "softmax_phase", 1),
-        (True, False, "update_phase", 1),
-        (True, True, "softmax_phase", 1),
-        (True, True, "resident_update", 1),
-        (False, False, "gradient_phase", PROGRAMS),
-        (False, True, "gradient_phase", PROGRAMS),
+        (False, "forward_phase", 1),
+        (False, "update_phase", 1),
+        (True, "forward_phase", 1),
+        (True, "softmax_phase", 1),
+        (True, "update_phase", 1),
+        (False, "gradient_phase", PROGRAMS),
     ],
 )
 def test_a_barrier_taken_out_or_moved_is_noticed(
-    programs: Programs, change: str, rows: bool, resident: bool, phase: str, groups: int
+    programs: Programs, change: str, rows: bool, phase: str, groups: int
 ) -> None:
     experiment = Experiment(late=phase, longest=20.0, **{change: phase})
-    assert not concurrently(programs, experiment, rows, resident, steps=2, groups=groups)
+    assert not concurrently(programs, experiment, rows, steps=2, groups=groups)
 
 
 # --- the barrier ------------------------------------------------------------------------------------------------------
@@ -221,7 +194,7 @@ def test_the_counter_may_wrap(programs: Programs) -> None:
     kernels.wait()
     assert kernels.counter.item() == kernels._arrivals == wrapped(2**31 + 3) < 0
     late = Experiment(late="all", longest=0.05)
-    assert concurrently(programs, late, rows=False, resident=False, steps=2, arrivals=2**31 - 1 - 2 * PROGRAMS)
+    assert concurrently(programs, late, rows=False, steps=2, arrivals=2**31 - 1 - 2 * PROGRAMS)
 
 
 @pytest.mark.cuda

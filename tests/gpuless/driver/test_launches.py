@@ -89,10 +89,9 @@ def test_a_step_is_three_launches_in_a_replayed_graph(runs: dict[str, tuple[Run,
 
 def test_many_steps_are_one_cooperative_launch(runs: dict[str, tuple[Run, Run]]) -> None:
     for run, advances in zip(runs["triton-persistent"], ([50, 5], [5]), strict=True):
-        assert run["config"]["resident"]
         made = [launch for call in launches(run, "advance") for launch in call]
-        assert [launch["kernel"] for launch in made] == ["resident_kernel"] * len(advances)
-        prepared = [a["arguments"][-1] for a in launches(run, "prepare")[0] if a["kernel"] == "resident_kernel"]
+        assert [launch["kernel"] for launch in made] == ["persistent_kernel"] * len(advances)
+        prepared = [a["arguments"][-1] for a in launches(run, "prepare")[0] if a["kernel"] == "persistent_kernel"]
         # Three barriers a step of 128 programs each; the counter goes on from launch to launch.
         arrivals = [3 * 128 * steps for steps in accumulate([*prepared, *advances])][len(prepared) - 1 :]
         for launch, steps, before in zip(made, advances, arrivals, strict=False):
@@ -140,7 +139,7 @@ def test_a_slice_of_an_a100_has_a_program_for_each_multiprocessor(on_stub_gpu: C
     assert "too many blocks in cooperative launch" in answer["too_many"]
     (run,) = answer["runs"]
     assert run["code"] == 0
-    assert (run["config"]["G"], run["tiles"], run["config"]["resident"]) == (14, 32, False)
+    assert (run["config"]["G"], run["tiles"]) == (14, 32)
     made = [launch for call in launches(run, "advance") for launch in call]
     assert [launch["kernel"] for launch in made] == ["persistent_kernel"] * 2
     assert all(launch["grid"] == [14, 1, 1] and launch["cooperative"] for launch in made)
