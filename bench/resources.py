@@ -10,7 +10,6 @@ than a thread block can have: 64 KiB on sm_75, 99 KiB on every GPU since.
 
 import argparse
 import bisect
-import contextlib
 import importlib
 import importlib.util
 import itertools
@@ -205,10 +204,15 @@ def module_of(name: str) -> str:
     """
     reason = "there is no such module"
     for module in (f"mlp_fast.kernels.{name}", name):
-        with contextlib.suppress(ModuleNotFoundError):
+        try:
             if hasattr(importlib.import_module(module), "shipped"):
                 return module
             reason = "it has no shipped()"
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                reason = f"it needs {error.name}, which is not installed"
+        except ValueError:  # an empty name
+            pass
     raise UserError(f"--modules {name}: {reason}; choose from {', '.join(KERNELS)}")
 
 

@@ -88,7 +88,8 @@ def default_config(
     fp32 = config.precision == "ieee"
     config = replace(config, BLOCK_E=16)
     if capability >= 100:  # whose code takes more registers
-        return replace(config, BLOCK_B=16, BLOCK_V=16 if V <= 32 and not fp32 else config.BLOCK_V, ahead=fp32)
+        block_v = 16 if V <= 32 and not fp32 else config.BLOCK_V
+        return replace(config, BLOCK_B=16, BLOCK_V=block_v, ahead=config.ahead and fp32)
     if config.BLOCK_B > 32:
         return replace(config, BLOCK_B=config.BLOCK_B if fp32 else 16, ahead=False)
     return config

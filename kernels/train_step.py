@@ -66,9 +66,10 @@ from ._runtime import INPUT_PRECISION, MAX_REGISTERS, CompileTimeConfig, input_p
 from .adamw import adamw_update
 
 MAX_B, MAX_V, MAX_T, MAX_E, MAX_H = 8192, 256, 16, 256, 4096
-DEFAULT_PROGRAMS = 64  # at most; the default sizes take 32
+DEFAULT_PROGRAMS = 64  # G, at most; the default sizes take 32
 MAX_GROUPS = 4  # of rows
 MAX_GATHERED = 12  # pairs of operands whose loads are in flight at once: they take registers
+SHARED_BYTES = 2**16  # of shared memory that every GPU since sm_75 has for a program
 MAX_PROGRAMS = 128  # so that the fixed-point sums below cannot overflow: 2^7 programs
 
 BETA1: tl.constexpr = tl.constexpr(_model.BETA1)
@@ -133,6 +134,10 @@ class StepConfig(CompileTimeConfig):
         """Whether a group multiplies the embeddings of its rows, for want of rows that would make a table pay."""
         return self.R > 1 and self.GROUP <= 2 * self.VP and self.T * self.E_BLOCKS <= MAX_GATHERED
 
+    def operand_bytes(self, positions: int) -> int:
+        """Shared memory for the operands of so many positions, gathered embeddings and W1, and for W2."""
+        return 4 * (positions * self.E_BLOCKS * self.BLOCK_E * (self.BLOCK_B + self.BLOCK_H) + self.VP * self.BLOCK_H)
+
     @property
     def whole(self) -> bool:
         """Whether a block has all of the vocabulary, so that what is summed over it or by it takes one pass."""
@@ -187,11 +192,6 @@ class StepConfig(CompileTimeConfig):
     def VP(self) -> int:
         """A row of logits, padded to a power of two."""
         return max(16, triton.next_power_of_2(self.V))
-
-    @property
-    def EP(self) -> int:
-        """Numbers of an embedding, padded to a power of two."""
-        return max(16, triton.next_power_of_2(self.E))
 
     @property
     def BLOCK_D(self) -> int:
@@ -468,7 +468,7 @@ def embedding_phase(p, s, buf, C: tl.constexpr):
         pieces = load_replica(first, p, s, buf, C, C.PIECES_AHEAD)
         pieces = update_replica(pieces, first, p, s, buf, C, C.PIECES_AHEAD)
         store_replica_moments(pieces, first, p, s, buf, C, C.PIECES_AHEAD)
-    tl.debug_barrier()  # the tables read what other threads of the program wrote
+    tl.debug_barrier()  # the first layer reads what other threads of the program wrote
 
 
 @triton.jit
@@ -1099,13 +1099,14 @@ def default_config(
     block_h = 16
     programs = min(DEFAULT_PROGRAMS, processors, -(-H // block_h))
     groups = max(1, min(MAX_GROUPS, processors // programs, B // 32))
-    # One block for a small group's rows: its loads are all under way at once.
-    block_b = _block(-(-B // groups), 64 if groups > 1 and 64 * groups >= B else 32)
+    # One block for a small group's rows: its loads are all under way at once. Larger models lack the registers for it.
+    block_b = _block(-(-B // groups), 64 if groups > 1 and 64 * groups >= B and V <= 32 and E <= 128 else 32)
     # Blocks of 16 fit E = 48 better; tf32x3 would have more operands to split for them.
     block_e = _block(E, 16 if V > 32 or (E % 32 and (groups > 1 or arithmetic == "ieee")) else 32)
-    return StepConfig(
+    config = StepConfig(
         B, V, T, E, H, programs, block_b, _block(V, 32), block_e, block_h, arithmetic, deterministic, rows, R=groups
     )
+    return replace(config, ahead=config.operand_bytes(T) <= SHARED_BYTES)
 
 
 def _block(size: int, most: int) -> int:
@@ -1229,14 +1230,15 @@ def shipped_launches(launcher, config_on):
     from ._aot import CAPABILITIES, PROCESSORS, recorded
 
     default, many, largest = (128, 27, 3, 48, 512), (1024, 27, 3, 48, 512), (MAX_B, MAX_V, MAX_T, MAX_E, MAX_H)
+    wide = (128, 27, 3, 128, 512)
     cases = [(default, precision, True) for precision in INPUT_PRECISION]
-    cases += [(default, "fp32", False), (many, "fp32", True), (largest, "fp32", True)]
+    cases += [(default, "fp32", False), (many, "fp32", True), (largest, "fp32", True), (wide, "fp32", True)]
     tape, scalars = torch.empty(10_007, dtype=torch.int32, device="meta"), torch.empty(1000, 3, device="meta")
     different = {}
     for capability in CAPABILITIES:
         for sizes, precision, deterministic in cases:
-            # Of the sizes that are not the default ones each architecture has one number of programs.
-            default_config = config_on(capability, PROCESSORS[capability if sizes == default else 90])
+            # Of large sizes each architecture has one number of programs.
+            default_config = config_on(capability, PROCESSORS[90 if sizes in (many, largest) else capability])
             with recorded(precision) as launches:
                 launcher(default_config(*sizes, precision=precision, deterministic=deterministic), tape, scalars).run(2)
             for launch in launches:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import gc
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -74,7 +75,9 @@ def number(kind: type[int] | type[float], least: float, most: float = sys.float_
 
     def parsed(text: str) -> Any:
         value = kind(text)
-        if not value >= least:  # so says NaN, too
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be a finite number (got {text})")
+        if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least} (got {text})")
         if value > most:
             raise argparse.ArgumentTypeError(f"must be at most {most} (got {text})")

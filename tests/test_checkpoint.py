@@ -22,7 +22,7 @@ from mlp_fast.config import PER_COMMAND, Config
 from mlp_fast.corpus.load import load
 from mlp_fast.errors import UserError
 from mlp_fast.model.state import TrainState
-from mlp_fast.run import checkpoint
+from mlp_fast.run import checkpoint, training
 from mlp_fast.run import folder as run_folder
 from mlp_fast.run.checkpoint import Checkpoint, Damaged
 from mlp_fast.run.folder import INDEX, RunFolder
@@ -491,6 +491,36 @@ def test_an_empty_name_is_not_the_current_folder(
     monkeypatch.chdir(copy_of(run, tmp_path / "run") if option == "--resume" else tmp_path)
     with pytest.raises(UserError, match=f"{option} is empty"):
         train.main(options(corpus_folder, f"{option}="))
+
+
+def test_a_run_goes_on_from_what_another_has_saved_while_the_corpus_was_read(
+    corpus_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "run")
+    train.main(options(corpus_folder, "--out", out, "--stop-after", "5"))
+    load_for = training.load_for
+
+    def meanwhile(*args: Any) -> Any:
+        monkeypatch.setattr(training, "load_for", load_for)
+        train.main(["--quiet", "--resume", out, "--stop-after", "9"])
+        return load_for(*args)
+
+    monkeypatch.setattr(training, "load_for", meanwhile)
+    train.main(["--quiet", "--resume", out, "--stop-after", "12"])
+    assert steps_in(Path(out)) == [5, 9, 12]
+
+
+def test_what_a_run_has_is_told_before_settings_are_held_against_each_other(run: Path) -> None:
+    with pytest.raises(UserError, match=r"--min-count 5: the run in .* has 1; leave the option out"):
+        train.main(["--resume", str(run), "--min-count", "5"])
+
+
+def test_a_folder_in_use_is_told_even_where_nobody_can_read_by_whom(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, keep=1):
+        (tmp_path / run_folder.HOLDER).unlink()
+        (tmp_path / run_folder.HOLDER).mkdir()
+        with pytest.raises(UserError, match=r"in use by another run \(process number unknown\)"):
+            RunFolder(tmp_path, keep=1)
 
 
 def test_a_fresh_run_never_touches_another_ones_folder(run: Path, corpus_folder: str) -> None:

@@ -79,7 +79,9 @@ def test_two_processes_of_torchrun_compute_the_steps_of_one(names: tuple[str, ..
     )
     written = json.loads((tmp_path / "out").read_text())
     assert written["size"] == 2
-    assert set(names) - {"compile"} <= written["outcomes"].keys()  # which this machine may lack a compiler for
+    if names == ("compile",) and not written["outcomes"]:
+        pytest.skip("torch.compile lacks a compiler here")
+    assert set(names) <= written["outcomes"].keys()
     # The single process is always eager: the others must compute the same.
     for name, several in written["outcomes"].items():
         assert_equal_outcomes(several, of_one("eager-raw" if name == "eager-raw" else "eager"))

@@ -58,9 +58,10 @@ class DeviceLoop(Backend):
     def prepare(self) -> None:
         """Compiles, warms up and captures steps, evaluations and samples, leaving the state as it was."""
         super().prepare()
-        # The first layer has a form for few windows, and one for more of them than there are tokens; products have
+        # The first layer has a form for as many windows as there are tokens, and one for more of them; products have
         # tiles for few and for many.
-        for count in sorted({1, min(self.shape.V + 1, self.evaluation_rows), self.evaluation_rows}):
+        most, V = self.evaluation_rows, self.shape.V
+        for count in sorted({1, min(V, most), min(V + 1, most), most}):
             self.evaluate_zeros(count)
         if self.device.type == "cuda" and self.world.size == 1:  # several exchange gradients at every step
             self.graph = captured(lambda: self._run(self.GRAPH_STEPS))

@@ -1,4 +1,4 @@
-"""The whole step as two or three kernels (kernels/train_step.py); on CUDA captured in graphs of many steps."""
+"""The whole step as two to four kernels (kernels/train_step.py); on CUDA captured in graphs of many steps."""
 
 from functools import partial
 

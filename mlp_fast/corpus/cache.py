@@ -9,6 +9,7 @@ at any time.
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -97,10 +98,10 @@ def _described(folder: Path) -> dict[str, Any] | None:
 
 
 def _built(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: we hold the lock
+    for left_over in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed: we hold the lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))  # no other user may read it
     try:
-        temporary.mkdir()
         description = build(temporary)
         description["bytes"] = {file.name: file.stat().st_size for file in temporary.iterdir()}
         (temporary / DESCRIPTION).write_text(json.dumps(description))

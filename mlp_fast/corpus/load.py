@@ -94,16 +94,16 @@ def load(
         return _tokenised(data, Texts(how, sources, {"": (path, whole(b"".join(splits.values()), kind))}))
     if not data:
         raise UserError("the name of the corpus is empty; give embedded, names, a folder or a text file")
-    path, cost = Path(data), None
+    path = Path(data)
     if data == "embedded":
         path, how = synthesize.EMBEDDED, dataclasses.replace(how, encoding="utf-8")
-        if kind != "word":  # of text that is ASCII, a byte is a character
-            process = synthesize.embedded_process()
-            cost = {split: process.cost((path / f"{split}.txt").read_text()) for split in SPLITS}
     files = {split: path / f"{split}.txt" for split in SPLITS} if stat.S_ISDIR(file_mode(path)) else {"": path}
-    if sum(map(size, files.values())) > STREAMED_ABOVE[kind]:
-        return _streamed(data, files, how)
-    return dataclasses.replace(_from_files(data, files, how), cost=cost)
+    streamed = sum(map(size, files.values())) > STREAMED_ABOVE[kind]
+    corpus = _streamed(data, files, how) if streamed else _from_files(data, files, how)
+    if data != "embedded" or kind == "word":
+        return corpus
+    process = synthesize.embedded_process()  # its text is ASCII, so a byte is a character
+    return dataclasses.replace(corpus, cost={split: process.cost(file.read_text()) for split, file in files.items()})
 
 
 def check_sizes(corpus: Corpus, context_length: int, batch_size: int) -> None:

@@ -81,7 +81,9 @@ def _decoded(path: Path, codec: str) -> Iterator[bytes]:
     """A file of text as UTF-8."""
     with path.open("rb") as raw, io.TextIOWrapper(raw, codec) as file:
         try:
-            text = file.read(tokenizer.CHUNK).removeprefix("\ufeff")  # some decoders leave the byte-order mark
+            text = file.read(tokenizer.CHUNK)
+            if codecs.lookup(codec).name != "utf-8-sig":  # others leave the byte-order mark
+                text = text.removeprefix("\ufeff")
             while text:
                 yield text.encode()
                 text = file.read(tokenizer.CHUNK)

@@ -51,7 +51,9 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             holder.write_text(str(os.getpid()), "ascii")
             self._probe()
         except Timeout:
-            process = holder.read_text("ascii", "replace") if holder.exists() else "number unknown"
+            process = "number unknown"
+            with contextlib.suppress(OSError):
+                process = holder.read_text("ascii", "replace")
             raise UserError(
                 f"{path} is in use by another run (process {process}); wait for its end, or choose another folder"
             ) from None

@@ -89,12 +89,12 @@ class RunLog:
             parameters=run.shape.num_parameters,
             floor=run.entropy["val"],
         )
-        self.message(title(run, run.choice.note))
         if config.interpret:
             products = "" if config.precision == "fp32" else f"; its products are fp32, not {config.precision}"
             self.warning(
                 f"--interpret: Triton's interpreter runs the kernels on the CPU, to check them, not for speed{products}"
             )
+        self.message(title(run, run.choice.note))
         if isinstance(vocabulary, Words) and vocabulary.unspaced:
             self.warning(
                 "--tokens word takes a run of letters as one word, and most of this text has no spaces between words; "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ def resumed_config(given: Mapping[str, Any]) -> Config:
     """
     Config(resume=given["resume"])  # an empty name would be the current folder
     path = checkpoint.locate(Path(given["resume"]))
-    return dataclasses.replace(checkpoint.load(path).config, **{"out": str(path.parent), **given})
+    saved = checkpoint.load(path).config
+    _check_same_run(given, saved, given["resume"])  # before the settings are checked against each other
+    return dataclasses.replace(saved, **{"out": str(path.parent), **given})
 
 
 def initialised_config(given: Mapping[str, Any]) -> Config:
@@ -49,8 +51,7 @@ def beginning(config: Config) -> tuple[Path | None, Checkpoint | None]:
     if config.resume is not None:
         path = checkpoint.locate(Path(config.resume))
         saved = checkpoint.load(path)
-        fixed = [field.name for field in dataclasses.fields(Config) if field.name not in MAY_CHANGE]
-        _check_same(fixed, config, saved.config, f"the run in {config.resume}", "start a new run without --resume")
+        _check_same_run(dataclasses.asdict(config), saved.config, config.resume)
         if config.last_step < saved.state.step:
             raise UserError(
                 f"--stop-after {config.last_step}: {config.resume} has done {saved.state.step} steps already"
@@ -59,16 +60,22 @@ def beginning(config: Config) -> tuple[Path | None, Checkpoint | None]:
     if config.init_from is not None:
         saved = checkpoint.load(Path(config.init_from))
         model, otherwise = f"the model in {config.init_from}", "start a new model without --init-from"
-        _check_same(OF_THE_MODEL, config, saved.config, model, otherwise)
+        _check_same({name: getattr(config, name) for name in OF_THE_MODEL}, saved.config, model, otherwise)
         state = TrainState.of(saved.state.parameters)
         return None, dataclasses.replace(saved, state=state, config=config, losses={})
     return None, None
 
 
-def _check_same(names: Sequence[str], config: Config, saved: Config, what: str, otherwise: str) -> None:
+def _check_same_run(settings: Mapping[str, Any], saved: Config, run: str) -> None:
+    """UserError where one of these settings contradicts what defines the run."""
+    fixed = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    _check_same(fixed, saved, f"the run in {run}", "start a new run without --resume")
+
+
+def _check_same(settings: Mapping[str, Any], saved: Config, what: str, otherwise: str) -> None:
     """UserError where one of these settings contradicts what was saved."""
-    for name in names:
-        ours, theirs = getattr(config, name), getattr(saved, name)
+    for name, ours in settings.items():
+        theirs = getattr(saved, name)
         if ours != theirs:
             raise UserError(f"{flag(name)} {ours}: {what} has {theirs}; leave the option out, or {otherwise}")
 

@@ -44,9 +44,11 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
             path, start = beginning(config)
             corpus = _corpus(config, start)
             plan = planned(config, corpus)  # before a folder is made or a file is opened
-            folder = None
-            if config.out is not None:
-                folder = stack.enter_context(RunFolder(Path(config.out), config.keep))
+            folder = stack.enter_context(RunFolder(Path(config.out), config.keep)) if config.out is not None else None
+            if config.resume is not None:  # again: another run may have gone on with it while the corpus was read
+                path, start = beginning(config)
+                _check_corpus(config, corpus, start)
+            if folder is not None:
                 for damaged in folder.begin(path):
                     report(f"a damaged checkpoint was set aside: {damaged}")
             log = stack.enter_context(contextlib.closing(RunLog(config, start.state.step if start else 0)))
@@ -79,9 +81,15 @@ def _corpus(config: Config, start: Checkpoint | None) -> Corpus:
         if config.resume is None:
             raise
         raise UserError(f"{error}; if the corpus of {config.resume} lies elsewhere, say where by --data") from None
-    if config.resume is not None and start is not None and corpus.fingerprint != start.fingerprint:
+    if config.resume is not None:
+        _check_corpus(config, corpus, start)
+    return corpus
+
+
+def _check_corpus(config: Config, corpus: Corpus, start: Checkpoint | None) -> None:
+    """UserError where a resumed run was trained on another corpus."""
+    if start is not None and corpus.fingerprint != start.fingerprint:
         raise UserError(
             f"--data {config.data} is not the corpus that the run in {config.resume} was trained on; "
             "give --data the name or place of that one"
         )
-    return corpus

@@ -1,6 +1,7 @@
 """bench.resources: every shipped kernel is clean, and each kind of fault is found."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -112,6 +113,34 @@ def test_slices_of_a_device_get_a_program_for_each_multiprocessor() -> None:
     for module in (train_step, persistent_step):
         assert module.default_config(*DEFAULT.values(), processors=14).G == 14
         assert module.default_config(*DEFAULT.values(), processors=132).G == 32
+
+
+@pytest.mark.parametrize("module", ["train_step", "persistent_step"])
+def test_operands_loaded_ahead_fit_in_shared_memory(module: str) -> None:
+    kernels = importlib.import_module(f"mlp_fast.kernels.{module}")
+    sizes = itertools.product(
+        (32, 96, 128, 256), (27, 100, 256), (1, 3, 6, 10), (16, 48, 64, 128, 256), (256, 512, 1024)
+    )
+    for (B, V, T, E, H), processors in itertools.product(sizes, (14, 40, 82, 108, 132, 170)):
+        C = kernels.default_config(B, V, T, E, H, processors=processors)
+        if C.gather:
+            assert C.operand_bytes(T if C.ahead else 1) <= 64 * 1024, C
+
+
+# What asked for more than there is: 124,928 bytes on sm_86, and 69,632 on sm_75.
+@pytest.mark.parametrize(
+    ("sm", "processors", "sizes"), [(86, 82, (128, 27, 6, 64, 512)), (75, 40, (128, 100, 3, 64, 256))]
+)
+def test_the_forward_kernel_of_a_wider_model_fits(sm: int, processors: int, sizes: tuple[int, ...]) -> None:
+    from mlp_fast.kernels import train_step
+    from mlp_fast.kernels._aot import recorded
+
+    tape, scalars = torch.empty(10_007, dtype=torch.int32, device="meta"), torch.empty(1000, 3, device="meta")
+    with recorded() as launches:
+        train_step.TrainStep(train_step.default_config(*sizes, processors=processors), tape, scalars).run(2)
+    forward = next(launch for launch in launches if launch.kernel.fn.__name__ == "forward_kernel")
+    (measured,) = resources.measure([forward], sm)
+    assert measured.faults() == [], measured
 
 
 def test_each_fault_is_found() -> None:
