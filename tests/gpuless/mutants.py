@@ -77,11 +77,21 @@ def recorder(texts: dict[str, str]) -> Callable[[str, str], str]:
 
 
 def why_redundant(mutant: Mutant, ptx: str) -> str | None:
-    """Why a block barrier may be missing from compiled code without anybody noticing, or None where it may not.
+    """Why a block barrier, or a wait for copies, may be missing from compiled code without anybody noticing, or None
+    where it may not.
 
     The emulator has compared the addresses of all accesses and found that the barrier orders none that conflict. This
     says how that can be, by what stands in PTX between it and its neighbours.
     """
+    if mutant.what == "wait for copies":
+        waits = list(COPY_WAIT.finditer(ptx))
+        own = waits[mutant.number]
+        loop = ptx[waits[mutant.number - 1].end() : own.start()] if mutant.number else ""
+        if mutant.number + 1 == len(waits) and re.search(r"\bbra\b", loop) and "bra" not in ptx[own.end() :]:
+            return "it stands behind the kernel's loop, in whose last round nothing is copied"
+        return None
+    if mutant.what != "block barrier":
+        return None
     barriers = list(BLOCK_BARRIER.finditer(ptx))
     own = barriers[mutant.number]
     if mutant.number + 1 == len(barriers):

@@ -78,11 +78,7 @@ def check_barriers(run: Run, part: slice = slice(None)) -> None:
     texts, plain = plain_run(run)
     mutants = mutants_of(texts, (*BARRIERS, *COUNTS))[part]
     missed = [mutant for mutant in mutants if not noticed(run, plain, mutant)]
-    unexplained = [
-        str(mutant)
-        for mutant in missed
-        if mutant.what != "block barrier" or why_redundant(mutant, texts[mutant.kernel]) is None
-    ]
+    unexplained = [str(mutant) for mutant in missed if why_redundant(mutant, texts[mutant.kernel]) is None]
     assert unexplained == []
     assert len(missed) < len(mutants) / 2
 
@@ -158,8 +154,8 @@ def sampled() -> list[Tensor | None]:
 
 def embedded(form: str, V: int) -> Callable[[], list[Tensor | None]]:
     def run() -> list[Tensor | None]:
-        idx, wte, bias, dh = randint(V, 70, 3), randn(V, 40), randn(40, seed=2), randn(70, 40, seed=4)
-        weight = randn(40, 120, seed=1, scale=0.1)
+        idx, wte, bias, dh = randint(V, 70, 3), randn(V, 20), randn(40, seed=2), randn(70, 40, seed=4)
+        weight = randn(40, 60, seed=1, scale=0.1)
         h = embed_linear_tanh.embed_linear_tanh_fwd(idx, wte, weight, bias, form, "fp32")
         return [h, *embed_linear_tanh.embed_linear_tanh_bwd(dh, h, idx, wte, weight, form, "fp32", True, True)]
 
@@ -183,6 +179,5 @@ def cross_entropy() -> list[Tensor | None]:
 def test_every_barrier_of_the_other_kernels_is_missed_or_redundant(
     kernels: Callable[[], Sequence[Tensor | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (linear_cross_entropy, embed_linear_tanh):
-        monkeypatch.setattr(module, "MIN_PROGRAMS", 1)  # each goes through all blocks, of tiles that make loops
+    monkeypatch.setattr(linear_cross_entropy, "MIN_PROGRAMS", 1)  # each goes through all blocks
     check_barriers(of(kernels))
