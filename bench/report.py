@@ -73,7 +73,7 @@ BLOCKS: dict[str, Callable[[Recording, bool], str]] = {
 # (all recordings, in Chinese) -> text.
 OVERALL: dict[str, Callable[[Sequence[Recording], bool], str]] = {
     "result": tables.result,
-    "promises": lambda records, chinese: tables.claims([r for r in records if r.group("step") and r.group("run")]),
+    "promises": lambda records, chinese: tables.claims(records),
     "counted-phases": lambda *_: counts.brief_phases("triton-persistent", "H100"),
     "counted-times": lambda *_: counts.times_table([c for c in counts.chosen() if c["name"] in counts.STEPS]),
     "counted-others": lambda *_: counts.bounds_table(counts.chosen(gpu="H100")),
