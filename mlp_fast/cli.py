@@ -75,7 +75,7 @@ def number(kind: type[int] | type[float], least: float, most: float = sys.float_
 
     def parsed(text: str) -> Any:
         value = kind(text)
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # of a huge int it cannot be asked
             raise argparse.ArgumentTypeError(f"must be a finite number (got {text})")
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least} (got {text})")

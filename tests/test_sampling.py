@@ -181,6 +181,7 @@ def test_short_prompts_several_samples_and_a_stop_token(tmp_path: Path, capsys: 
         "--temperature=-1",
         "--temperature=nan",
         "--length=-1",
+        f"--length=1{'0' * 400}",
         "--stop=",
         "--stop=ab",
         "--stop=z",
