@@ -58,13 +58,14 @@ class DeviceLoop(Backend):
     def prepare(self) -> None:
         """Compiles, warms up and captures steps, evaluations and samples, leaving the state as it was."""
         super().prepare()
-        # The first layer has a form for as many windows as there are tokens, and one for more of them; products have
-        # tiles for few and for many.
-        most, V = self.evaluation_rows, self.shape.V
-        for count in sorted({1, min(V, most), min(V + 1, most), most}):
+        for count in sorted(self.evaluated_counts()):
             self.evaluate_zeros(count)
         if self.device.type == "cuda" and self.world.size == 1:  # several exchange gradients at every step
             self.graph = captured(lambda: self._run(self.GRAPH_STEPS))
+
+    def evaluated_counts(self) -> set[int]:
+        """Numbers of windows that prepare() evaluates: few, and more than there are tokens."""
+        return {1, min(self.shape.V + 1, self.evaluation_rows)}
 
     def advance(self, steps: int) -> Tensor:
         losses = torch.empty(steps, device=self.device)

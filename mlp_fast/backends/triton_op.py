@@ -69,6 +69,11 @@ class TritonOp(DeviceLoop):
             self.world.barrier()
         super().prepare()
 
+    def evaluated_counts(self) -> set[int]:
+        # Its first layer has a form for as many windows as there are tokens, and one for more; both have tiles for few
+        # windows and for many.
+        return super().evaluated_counts() | {min(self.shape.V, self.evaluation_rows), self.evaluation_rows}
+
     def advance(self, steps: int) -> Tensor:
         return self.world.all_reduce_(super().advance(steps))
 
