@@ -58,7 +58,7 @@ def entry(key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict
     return folder, description
 
 
-def write_tape(path: Path, pieces: Iterable[memoryview], dtype: npt.DTypeLike) -> torch.Tensor:
+def write_tape(path: Path, pieces: Iterable[bytes | memoryview], dtype: npt.DTypeLike) -> torch.Tensor:
     """Writes the tokens of a new file, piece by piece, and maps it."""
     with path.open("xb") as file:
         file.writelines(pieces)

@@ -5,12 +5,13 @@ piece at a time, through numpy lookup tables: loading needs the file and its tap
 line or a character. Of more text than STREAMED_ABOVE, the tapes are files that are mapped into memory (cache.py).
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import stat
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import torch
 
 from mlp_fast.config import Config
 from mlp_fast.corpus import cache, names, tokenizer
-from mlp_fast.corpus.split import SPLITS, Source, lines_ended, mapped, read_again, whole
+from mlp_fast.corpus.split import SPLITS, lines_ended, stretch
 from mlp_fast.corpus.split import split as split_text
-from mlp_fast.corpus.text import Reading, gathered, pieces, size
+from mlp_fast.corpus.text import Reading, Text, pieces, size
 from mlp_fast.corpus.tokenizer import Bytes, Characters, Vocabulary, Words
 from mlp_fast.data import synthesize
 from mlp_fast.errors import UserError
@@ -32,6 +33,9 @@ from mlp_fast.files import file_mode, shown
 # second or two to tokenise.
 STREAMED_ABOVE = {"char": 2**28, "byte": 2**28, "word": 2**24}
 CACHE_VERSION = 1  # of what the cache keeps of a text
+
+# Makes one tensor of a dtype of the pieces of its memory: name of the tensor, pieces, dtype.
+Keep = Callable[[str, Iterable[bytes | memoryview], npt.DTypeLike], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +94,8 @@ def load(
     how = Reading(kind, min_count, split, encoding, vocabulary)
     if data == "names":
         path, splits = names.read()
-        sources = {split: whole(text, kind) for split, text in splits.items()}
-        return _tokenised(data, Texts(how, sources, {"": (path, whole(b"".join(splits.values()), kind))}))
+        texts = {split: Text(path, partial(iter, [text])) for split, text in splits.items()}
+        return _tokenised(data, how, _in_memory, texts, texts)
     if not data:
         raise UserError("the name of the corpus is empty; give embedded, names, a folder or a text file")
     path = Path(data)
@@ -99,7 +103,7 @@ def load(
         path, how = synthesize.EMBEDDED, dataclasses.replace(how, encoding="utf-8")
     files = {split: path / f"{split}.txt" for split in SPLITS} if stat.S_ISDIR(file_mode(path)) else {"": path}
     streamed = sum(map(size, files.values())) > STREAMED_ABOVE[kind]
-    corpus = _streamed(data, files, how) if streamed else _from_files(data, files, how)
+    corpus = _streamed(data, files, how) if streamed else _from_files(data, files, how, _in_memory)
     if data != "embedded" or kind == "word":
         return corpus
     process = synthesize.embedded_process()  # its text is ASCII, so a byte is a character
@@ -122,91 +126,80 @@ def check_sizes(corpus: Corpus, context_length: int, batch_size: int) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Texts:
-    """The texts that a corpus is made of, and how they become tokens.
-
-    Attributes:
-        splits: split -> its text.
-        files: what the characters come from: split -> its file and text, train first; or, where one file is split,
-            "" -> that file and all of its text, in its order: quicker to scan than line by line.
-    """
-
-    how: Reading
-    splits: dict[str, Source]
-    files: dict[str, tuple[Path, Source]]
-
-
-def _from_files(name: str, files: dict[str, Path], how: Reading, folder: Path | None = None) -> Corpus:
-    """The corpus of three files, or of one under the name ""; in memory, or in a folder: then no text ever is."""
+def _from_files(name: str, files: dict[str, Path], how: Reading, keep: Keep) -> Corpus:
+    """The corpus of three files, or of one under the name ""; its text, if it is one, and its tapes lie where kept."""
     if "" not in files:
-        sources = {split: read_again(file, how) for split, file in files.items()}
-        return _tokenised(name, Texts(how, sources, {s: (file, sources[s]) for s, file in files.items()}), folder)
+        texts = {split: Text(path, partial(pieces, path, how.codec)) for split, path in files.items()}
+        return _tokenised(name, how, keep, texts, texts)
     path = files[""]
-    lines = lines_ended(path, how)
-    with contextlib.nullcontext(gathered(lines)) if folder is None else mapped(lines, folder / "text") as text:
-        texts = Texts(how, split_text(text, path, how), {"": (path, whole(text, how.kind))})
-        return _tokenised(name, texts, folder)
+    content = keep("text", lines_ended(path, how), np.uint8).numpy()
+    whole = Text(path, partial(stretch, content, 0, len(content)))  # its characters are found quicker than in the lines
+    return _tokenised(name, how, keep, split_text(content, path, how), {"": whole})
 
 
-def _tokenised(name: str, texts: Texts, folder: Path | None = None) -> Corpus:
-    """The corpus of some texts, its tapes in memory, or in new files of a folder, mapped."""
-    how = texts.how
+def _in_memory(name: str, pieces: Iterable[bytes | memoryview], dtype: npt.DTypeLike) -> torch.Tensor:
+    """A tensor in memory."""
+    whole = bytearray()  # grows by an eighth at a time; a list of the pieces would be all of them once more
+    for piece in pieces:
+        whole += piece
+    return torch.from_numpy(np.frombuffer(whole, dtype))
+
+
+def _tokenised(name: str, how: Reading, keep: Keep, splits: dict[str, Text], texts: dict[str, Text]) -> Corpus:
+    """The corpus of some texts.
+
+    Args:
+        splits: split -> its text.
+        texts: what the vocabulary of characters comes from: the splits, train first; or, where one text was split,
+            "" -> all of it.
+    """
     if how.kind == "char":
-        vocabulary: Vocabulary = _characters(texts)
+        vocabulary: Vocabulary = _characters(texts, how.vocabulary)
     elif how.vocabulary is not None:
         vocabulary = how.vocabulary
     else:
-        vocabulary = Bytes() if how.kind == "byte" else Words.of(texts.splits["train"](), how.min_count)
+        vocabulary = Bytes() if how.kind == "byte" else Words.of(splits["train"].pieces(), how.min_count)
 
     def tape(split: str) -> torch.Tensor:
-        tokens = (vocabulary.encoded(piece).data for piece in texts.splits[split]())
-        if folder is not None:
-            return cache.write_tape(folder / split, tokens, vocabulary.dtype)
-        return torch.from_numpy(np.frombuffer(gathered(tokens), vocabulary.dtype))
+        pieces = splits[split].pieces()
+        cut = tokenizer.cut_at_spaces(pieces) if how.kind == "word" else pieces
+        return keep(split, (vocabulary.encoded(piece).data for piece in cut), vocabulary.dtype)
 
     train, val, test = map(tape, SPLITS)
     return Corpus(name, vocabulary, train, val, test, _fingerprint(vocabulary, train, val, test))
 
 
-def _characters(texts: Texts) -> Characters:
-    """The vocabulary of a corpus by characters, of those of each file.
+def _characters(texts: dict[str, Text], given: Vocabulary | None) -> Characters:
+    """The vocabulary of a corpus by characters: the given one, or the characters of the first text.
 
     It is that of train, so that what a model could not have learned is not asked of it. Which of one file's lines go to
     train is the program's own doing: there it is that of the whole file.
 
     Raises:
-        UserError: a file has a character that the vocabulary lacks.
+        UserError: a text has a character that the vocabulary lacks.
     """
-    found = {split: tokenizer.distinct(text()) for split, (_, text) in texts.files.items()}
-    known, given = next(iter(found.values())), texts.how.vocabulary
+    found = {split: tokenizer.distinct(text.pieces()) for split, text in texts.items()}
+    known = next(iter(found.values()))
     if given is not None:
         assert isinstance(given, Characters), "the model's tokens are of another kind"
         known = given.characters
     for split, characters in found.items():
         if lacking := set(characters) - set(known):
-            raise UserError(_first_place(texts, split, lacking))
+            of = f" of the {split} split" if split else ""
+            where = "the train split" if given is None else "the vocabulary of the model"
+            raise UserError(f"{_first_place(texts[split], lacking)}{of} is not in {where}")
     return Characters(known)
 
 
-def _first_place(texts: Texts, split: str, lacking: set[str]) -> str:
-    """The complaint about the first of the characters that the vocabulary lacks, with its line; the file is read again.
-
-    Args:
-        split: that the file is, or "" where it is the whole corpus.
-    """
-    path, how = texts.files[split][0], texts.how
-    of = f" of the {split} split" if split else ""
-    known = "the train split" if how.vocabulary is None else "the vocabulary of the model"
+def _first_place(text: Text, characters: set[str]) -> str:
+    """The first of some characters in a text, with its line, for a message."""
     line = 1
-    for piece in pieces(path, how.codec):
-        text = piece.decode()
-        place = next((i for i, character in enumerate(text) if character in lacking), None)
-        if place is not None:
-            line += text.count("\n", 0, place)
-            return f"{shown(path)}, line {line}: the character {tokenizer.named(text[place])}{of} is not in {known}"
-        line += text.count("\n")
-    raise AssertionError(f"{shown(path)} has changed while it was read")
+    for piece in text.pieces():
+        for character in piece.decode():
+            if character in characters:
+                return f"{shown(text.path)}, line {line}: the character {tokenizer.named(character)}"
+            line += character == "\n"
+    raise AssertionError(f"{shown(text.path)} has changed while it was read")
 
 
 def _fingerprint(vocabulary: Vocabulary, *tapes: torch.Tensor) -> str:
@@ -233,5 +226,6 @@ def _streamed(name: str, files: dict[str, Path], how: Reading) -> Corpus:
 
 def _write(folder: Path, files: dict[str, Path], how: Reading) -> dict[str, Any]:
     """Writes the tapes of a corpus into a folder; returns the description of a cache entry."""
-    made = _from_files("", files, how, folder)
+    made = _from_files("", files, how, lambda name, *tensor: cache.write_tape(folder / name, *tensor))
+    (folder / "text").unlink(missing_ok=True)
     return {"vocabulary": made.vocabulary.as_json(), "fingerprint": made.fingerprint}

@@ -10,8 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from mlp_fast.corpus.cache import cache_folder
-from mlp_fast.corpus.text import gathered, pieces
-from mlp_fast.corpus.tokenizer import Utf8
+from mlp_fast.corpus.text import pieces
 from mlp_fast.errors import UserError, one_line
 from mlp_fast.files import shown, write_atomically
 
@@ -27,7 +26,7 @@ VARIABLE = "MLP_FAST_NAMES"
 FETCH = "python -m mlp_fast.corpus fetch"
 
 
-def read() -> tuple[Path, dict[str, Utf8]]:
+def read() -> tuple[Path, dict[str, bytes]]:
     """The file that VARIABLE names, or the downloaded one, and its splits.
 
     Raises:
@@ -37,7 +36,7 @@ def read() -> tuple[Path, dict[str, Utf8]]:
     path = Path(given) if given else cached()
     if not given and not os.path.exists(path):  # Path.exists() raises where a folder on the way is closed
         raise UserError(f"the names corpus is not here yet; run `{FETCH}`, or set {VARIABLE} to a copy of it")
-    content = gathered(pieces(path, codec=None))
+    content = b"".join(pieces(path, codec=None))
     try:
         return path, split(content)
     except ValueError as error:
@@ -50,7 +49,7 @@ def cached() -> Path:
     return cache_folder() / "names.txt"
 
 
-def split(content: Utf8) -> dict[str, Utf8]:
+def split(content: bytes) -> dict[str, bytes]:
     """The reference's splits of names.txt; ValueError where the content or a split is not the known one, by SHA-256."""
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
@@ -60,7 +59,7 @@ def split(content: Utf8) -> dict[str, Utf8]:
     order = list(range(len(lines)))
     random.Random(42).shuffle(order)
     parts = {"train": order[2000:], "val": order[1000:2000], "test": order[:1000]}
-    splits: dict[str, Utf8] = {name: b"".join(lines[i] for i in places) for name, places in parts.items()}
+    splits: dict[str, bytes] = {name: b"".join(lines[i] for i in places) for name, places in parts.items()}
     for name, part in splits.items():
         if hashlib.sha256(part).hexdigest() != SPLIT_SHA256[name]:
             raise ValueError(f"its {name} split came out wrong")

@@ -6,13 +6,13 @@ Text stays bytes throughout, and is decoded a piece at a time: reading never mak
 import codecs
 import io
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from mlp_fast.corpus import tokenizer
-from mlp_fast.corpus.tokenizer import Utf8, Vocabulary
+from mlp_fast.corpus.tokenizer import Vocabulary
 from mlp_fast.errors import UserError, one_line
 from mlp_fast.files import file_mode, shown
 
@@ -41,15 +41,20 @@ class Reading:
         return None if self.kind == "byte" else self.encoding
 
 
-def gathered(pieces: Iterable[bytes | bytearray | memoryview]) -> bytearray:
-    """Pieces as one. It grows by an eighth at a time; a list of the pieces would be all of them once more."""
-    whole = bytearray()
-    for piece in pieces:
-        whole += piece
-    return whole
+@dataclass(frozen=True)
+class Text:
+    """A text, read a piece at a time.
+
+    Attributes:
+        path: its file, for messages.
+        pieces: makes the pieces, cut between characters, anew whenever it is called.
+    """
+
+    path: Path
+    pieces: Callable[[], Iterator[bytes]]
 
 
-def pieces(path: Path, codec: str | None = "utf-8") -> Iterator[Utf8]:
+def pieces(path: Path, codec: str | None = "utf-8") -> Iterator[bytes]:
     """A file in pieces that are cut between characters, every line end a newline; never all of it in memory.
 
     Args:
@@ -95,8 +100,8 @@ def _decoded(path: Path, codec: str) -> Iterator[bytes]:
                 f" ({error.reason}); name its encoding by --encoding"
             ) from None
         except UnicodeError as error:  # a lone surrogate, or no byte-order mark where the encoding wants one
-            told = getattr(error, "reason", error)
-            raise UserError(f"{shown(path)} cannot be read by --encoding {codec}: {told}") from None
+            reason = getattr(error, "reason", error)
+            raise UserError(f"{shown(path)} cannot be read by --encoding {codec}: {reason}") from None
 
 
 def size(path: Path) -> int:

@@ -37,7 +37,6 @@ _SPACES = b" \n\t\r\v\f"  # as bytes: no character of several bytes holds any of
 # Between two words stands a space, but not before these or after those; nor beside a newline.
 _CLOSING, _OPENING = frozenset(".,;:!?%)]}…"), frozenset("([{")
 
-Utf8 = bytes | bytearray
 Tokens = npt.NDArray[Any]
 
 
@@ -52,8 +51,8 @@ class Vocabulary(ABC):
         """The tokens of a text; UserError where it has some that the vocabulary lacks."""
 
     @abstractmethod
-    def encoded(self, piece: Utf8) -> Tokens:
-        """The tokens of a piece of text, UTF-8 or decoded, cut between tokens; of dtype `self.dtype`."""
+    def encoded(self, piece: bytes) -> Tokens:
+        """The tokens of a piece of text, cut between tokens; of dtype `self.dtype`."""
 
     @abstractmethod
     def knows(self, text: str) -> bool:
@@ -114,7 +113,7 @@ class Characters(Vocabulary):
                 raise UserError(f"the character {named(character)} is not in the vocabulary of {len(self)} characters")
         return self._table[code_points(text)].tolist()
 
-    def encoded(self, piece: Utf8) -> Tokens:
+    def encoded(self, piece: bytes) -> Tokens:
         """The tokens of a piece whose characters are all known."""
         if not piece.isascii():
             return self._table[code_points(piece.decode())]
@@ -149,7 +148,7 @@ class Bytes(Vocabulary):
         """The bytes of the text in UTF-8."""
         return list(text.encode(errors="surrogateescape"))
 
-    def encoded(self, piece: Utf8) -> Tokens:
+    def encoded(self, piece: bytes) -> Tokens:
         """The bytes themselves."""
         return np.frombuffer(piece, np.uint8)
 
@@ -177,10 +176,10 @@ class Words(Vocabulary):
     words: tuple[str, ...]
 
     @classmethod
-    def of(cls, pieces: Iterable[Utf8], min_count: int) -> "Words":
-        """The words of a text, of UTF-8 pieces cut at spaces. Memory: a dictionary of its distinct words."""
+    def of(cls, pieces: Iterable[bytes], min_count: int) -> "Words":
+        """The words of a text in UTF-8 pieces. Memory: a dictionary of its distinct words."""
         counts: Counter[str] = Counter()
-        for piece in pieces:
+        for piece in cut_at_spaces(pieces):
             counts.update(_WORD.findall(piece.decode()))
         for special in (UNKNOWN, "\n"):
             counts.pop(special, None)
@@ -194,7 +193,7 @@ class Words(Vocabulary):
         """The tokens of a text; unknown words are <unk>."""
         return [self._tokens.get(word, 0) for word in _WORD.findall(text)]
 
-    def encoded(self, piece: Utf8) -> Tokens:
+    def encoded(self, piece: bytes) -> Tokens:
         """The tokens of a piece cut at spaces."""
         return np.array(self.encode(piece.decode()), self.dtype)
 
@@ -228,7 +227,7 @@ def code_points(text: str) -> npt.NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
-def distinct(pieces: Iterable[Utf8]) -> str:
+def distinct(pieces: Iterable[bytes]) -> str:
     """The distinct characters of a text in pieces, cut between them; sorted."""
     seen, seen_ascii = np.zeros(_CODE_POINTS, bool), b""
     for piece in pieces:
@@ -240,12 +239,12 @@ def distinct(pieces: Iterable[Utf8]) -> str:
     return np.flatnonzero(seen).astype(np.uint32).tobytes().decode("utf-32-le")
 
 
-def cut_at_spaces(pieces: Iterable[Utf8]) -> Iterator[Utf8]:
+def cut_at_spaces(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The same UTF-8 text in pieces that each end behind an ASCII space, tab or line end, where there is one.
 
     The time is linear in the text. Memory: the longest stretch without any of these.
     """
-    kept: list[Utf8] = []  # joined once, at the next space: each byte is looked at and copied a few times at most
+    kept: list[bytes] = []  # joined once, at the next space: each byte is looked at and copied a few times at most
     for piece in pieces:
         end = max(map(piece.rfind, _SPACES)) + 1
         if end:
