@@ -125,7 +125,7 @@ def _of(*roles: str) -> tuple[str, ...]:
 
 
 PER_COMMAND, OF_THE_MODEL, OF_THE_CORPUS = _of("command"), _of("model"), _of("corpus")
-MAY_CHANGE = _of("command", "corpus", "way", "watch")  # from one command of a run to the next, by --resume
+OF_THE_RUN = _of("run", "model")  # what --resume may not change
 RUN_ONLY = (*_of("command", "watch"), "init_from")  # commands that make a few steps do not offer it
 
 

@@ -17,7 +17,7 @@ from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus
 from mlp_fast.corpus.tokenizer import Characters
 from mlp_fast.run.log import RunLog
-from mlp_fast.run.trainer import Trainer
+from mlp_fast.run.trainer import Plan, Trainer
 
 STEPS = 200
 V = 30
@@ -49,7 +49,7 @@ def outcome(name: str) -> dict[str, Any]:
         quiet=True,
         **sizes,
     )
-    trainer = Trainer(config, corpus(), RunLog(config))
+    trainer = Trainer(Plan.of(config, corpus()), RunLog(config))
     losses: list[float] = []
     advance = trainer.backend.advance
 

@@ -16,7 +16,7 @@ from mlp_fast.model.mlp import Shape
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape, evaluated_windows
 from mlp_fast.run.log import RunLog
-from mlp_fast.run.trainer import Trainer
+from mlp_fast.run.trainer import Plan, Trainer
 
 DEFAULT = Shape(V=27, T=3, E=48, H=512)
 EAGER = ("eager-raw", "eager")
@@ -44,7 +44,7 @@ def test_a_thousand_steps_follow_the_golden_trace(name: str, golden: dict[str, A
     expected = golden["MLPRaw" if name.endswith("raw") else "MLP"]
     tolerance = 1e-5 if name == DOUBLE else 5e-7
     counters.clear()
-    result = Trainer(config, names_corpus, RunLog(config)).run()
+    result = Trainer(Plan.of(config, names_corpus), RunLog(config)).run()
     assert counters["stats"]["unique_graphs"] == name.startswith("compile")  # one compilation serves the whole run
     assert [e.step for e in result.evaluations] == [row[0] for row in expected["eval_step_trainloss_valloss"]]
     for evaluation, (_, train_loss, val_loss) in zip(

@@ -339,7 +339,7 @@ def test_backends_say_whether_they_split_a_batch_and_auto_takes_one_that_does() 
 def test_a_batch_smaller_than_the_processes_is_refused(embedded_corpus: Corpus) -> None:
     config = Config(backend="eager", batch_size=1, quiet=True)
     with pytest.raises(UserError, match="--batch-size 1 is less than the 2 processes"):
-        trainer_module.Trainer(config, embedded_corpus, RunLog(config))
+        trainer_module.Trainer(trainer_module.Plan.of(config, embedded_corpus), RunLog(config))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 128, 1000])

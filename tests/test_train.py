@@ -122,7 +122,7 @@ def test_ms_per_step_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_floor_is_the_mean_cost_of_the_targets_of_an_evaluation(embedded_corpus: Corpus) -> None:
     config = Config(batch_size=128, context_length=5, quiet=True)
-    trainer = trainer_module.Trainer(config, embedded_corpus, RunLog(config))
+    trainer = trainer_module.Trainer(trainer_module.Plan.of(config, embedded_corpus), RunLog(config))
     assert embedded_corpus.cost is not None
     cost, windows = embedded_corpus.cost["val"], len(embedded_corpus.val) - 5
     visited = [i % windows + 5 for i in range(len(embedded_corpus.val) // 128 * 128)]

@@ -9,7 +9,7 @@ from mlp_fast import backends
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import Corpus
 from mlp_fast.run.log import RunLog
-from mlp_fast.run.trainer import Trainer
+from mlp_fast.run.trainer import Plan, Trainer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "upstream_embedded_50000.json").read_text())
 TOLERANCE = 2e-6  # nats, at every one of 251 evaluations: six printed digits, but for the last one's rounding
@@ -24,7 +24,7 @@ def test_a_whole_run_follows_the_reference(name: str, embedded_corpus: Corpus) -
     reason = backends.unsupported(name, config)
     if reason:
         pytest.skip(f"{name}: {reason}")
-    result = Trainer(config, embedded_corpus, RunLog(config)).run()
+    result = Trainer(Plan.of(config, embedded_corpus), RunLog(config)).run()
     reference = GOLDEN["MLPRaw" if name.endswith("raw") else "MLP"]
     assert [e.step for e in result.evaluations] == [step for step, *_ in reference["eval_step_trainloss_valloss"]]
     for kind, index in (("train_loss", 1), ("val_loss", 2)):

@@ -6,6 +6,7 @@ corpus' fingerprint and beginning, the latest evaluation) and a SHA-256 over thi
 appears whole or not at all. Which files a run keeps, folder.py decides.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -51,6 +52,7 @@ class Checkpoint:
         fingerprint: the corpus'; see Corpus.
         losses: of the latest evaluation: "evaluated_at" (its step), "train_loss" and "val_loss" in nats; or empty.
         beginning: the first T tokens of train, which stand before a short prompt; empty in files of version 2.
+        path: the file that it was read from, if any.
     """
 
     state: TrainState
@@ -59,6 +61,7 @@ class Checkpoint:
     fingerprint: str
     losses: dict[str, float] = field(default_factory=dict)
     beginning: tuple[int, ...] = ()
+    path: Path | None = None
 
     @property
     def shape(self) -> Shape:
@@ -139,23 +142,18 @@ def load(path: Path) -> Checkpoint:
     try:
         return read(path)
     except Damaged as error:
-        good = last_good(path.parent)
+        good = _last_good(path.parent)
         offer = "no good checkpoint lies beside it" if good is None else f"the last good one beside it is {good}"
         raise Damaged(f"{error}; {offer}") from None
 
 
-def last_good(folder: Path) -> Path | None:
-    """The newest file of a folder that is whole, or None."""
-    try:
-        files = files_in(folder)
-    except OSError:
-        return None
-    for path in reversed(files):
-        try:
-            read(path)
-        except UserError:
-            continue
-        return path
+def _last_good(folder: Path) -> Path | None:
+    """The newest checkpoint file of a folder that can be read, or None."""
+    with contextlib.suppress(OSError):
+        for path in reversed(files_in(folder)):
+            with contextlib.suppress(UserError):
+                read(path)
+                return path
     return None
 
 
@@ -173,14 +171,14 @@ def read(path: Path) -> Checkpoint:
         for older in range(version, FORMAT_VERSION):
             facts = UPGRADES[older](facts)
         if version <= FORMAT_VERSION:
-            return _checkpoint(facts, tensors)
+            return _checkpoint(path, facts, tensors)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, UserError) as error:
         # It may quote what the file says, lines and all.
         raise Damaged(f"{path} is not a checkpoint of mlp_fast: {type(error).__name__} {one_line(error)}") from None
     raise UserError(f"{path}: its format version {version} is newer than {FORMAT_VERSION}; update mlp_fast")
 
 
-def _checkpoint(facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
+def _checkpoint(path: Path, facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
     """The checkpoint of a document of FORMAT_VERSION; any error of type or value where document and tensors differ."""
     config, vocabulary, step = Config(**facts["config"]), from_json(facts["vocabulary"]), facts["step"]
     if type(step) is not int or not 0 <= step <= config.num_steps:
@@ -197,7 +195,7 @@ def _checkpoint(facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
     if not all(type(token) is int and 0 <= token < len(vocabulary) for token in beginning):
         raise ValueError("the beginning is not of the vocabulary")
     state = TrainState(**parts, step=step)
-    return Checkpoint(state, config, vocabulary, str(facts["corpus_fingerprint"]), losses, beginning)
+    return Checkpoint(state, config, vocabulary, str(facts["corpus_fingerprint"]), losses, beginning, path)
 
 
 # version -> what makes a document of the next version of it. Version 1 kept the settings of the command in the config,

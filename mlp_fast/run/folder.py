@@ -74,14 +74,12 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         Raises:
             UserError: the folder holds another run, or newer checkpoints than `start`.
         """
-        files = checkpoint.files_in(self.path)
-        in_place = start is not None and os.path.samefile(self.path, start.parent)
-        if files and not in_place:
+        files, index, damaged = checkpoint.files_in(self.path), self._read_index(), []
+        if files and (start is None or not os.path.samefile(self.path, start.parent)):
             raise UserError(
                 f"--out {self.path} holds a run already ({files[-1].name}); "
                 f"go on with it by --resume {self.path}, or choose another folder"
             )
-        index, damaged = self._read_index(), []
         for file in files:
             try:
                 found = checkpoint.read(file)
@@ -89,13 +87,13 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
                 damaged.append(file)
                 continue
             self.entries[file.name] = index.get(file.name, {}) | {"step": found.state.step, **found.losses}
-        if in_place and start is not None and self.newest is not None and self.newest.name != start.name:
+        if start is not None and self.newest is not None and self.newest.name != start.name:
             raise UserError(
                 f"{self.path} holds newer checkpoints than {start.name}, up to {self.newest.name}; "
                 f"go on from there by --resume {self.path}, or give --out another folder"
             )
         self._remove_unfinished()
-        return [file.rename(_aside(file)) for file in damaged]
+        return [_set_aside(file) for file in damaged]
 
     @property
     def newest(self) -> Path | None:
@@ -195,7 +193,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         return {}
 
 
-def _aside(file: Path) -> Path:
-    """A name for a damaged file that no other has."""
+def _set_aside(file: Path) -> Path:
+    """Renames a damaged file to a name that no other has, and returns it."""
     names = (file.with_name(f"{file.name}.damaged-{number}") for number in itertools.count(1))
-    return next(name for name in names if not os.path.lexists(name))
+    return file.rename(next(name for name in names if not os.path.lexists(name)))

@@ -114,7 +114,6 @@ class RunLog:
             tqdm.write(for_terminal(text), file=sys.stdout)
             sys.stdout.flush()
         except OSError as error:  # a full disk, or a reader that has gone
-            self._quiet = True
             discard_stdout()
             self.unsaved_because(f"what follows on stdout ({one_line(error)})")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlp_fast.config import MAY_CHANGE, OF_THE_CORPUS, OF_THE_MODEL, Config, flag
+from mlp_fast.config import OF_THE_CORPUS, OF_THE_MODEL, OF_THE_RUN, Config, flag
 from mlp_fast.errors import UserError
 from mlp_fast.model.state import TrainState
 from mlp_fast.run import checkpoint
@@ -24,7 +24,7 @@ def resumed_config(given: Mapping[str, Any]) -> Config:
     Config(resume=given["resume"])  # an empty name would be the current folder
     path = checkpoint.locate(Path(given["resume"]))
     saved = checkpoint.load(path).config
-    _check_same_run(given, saved, given["resume"])  # before the settings are checked against each other
+    _check_same("resume", given, saved)  # before the settings are checked against each other
     return dataclasses.replace(saved, **{"out": str(path.parent), **given})
 
 
@@ -42,42 +42,39 @@ def initialised_config(given: Mapping[str, Any]) -> Config:
     return Config(**{name: getattr(saved, name) for name in taken} | {**given})
 
 
-def beginning(config: Config) -> tuple[Path | None, Checkpoint | None]:
-    """What a run starts from: the checkpoint of --resume and its file, or that of --init-from with its model at step 0.
+def beginning(config: Config) -> Checkpoint | None:
+    """What a run starts from: the checkpoint of --resume, or that of --init-from with its model at step 0, or nothing.
 
     Raises:
         UserError: there is no good checkpoint, or a setting contradicts its run or model.
     """
     if config.resume is not None:
-        path = checkpoint.locate(Path(config.resume))
-        saved = checkpoint.load(path)
-        _check_same_run(dataclasses.asdict(config), saved.config, config.resume)
+        saved = checkpoint.load(Path(config.resume))
+        _check_same("resume", vars(config), saved.config)
         if config.last_step < saved.state.step:
             raise UserError(
                 f"--stop-after {config.last_step}: {config.resume} has done {saved.state.step} steps already"
             )
-        return path, saved
+        return saved
     if config.init_from is not None:
         saved = checkpoint.load(Path(config.init_from))
-        model, otherwise = f"the model in {config.init_from}", "start a new model without --init-from"
-        _check_same({name: getattr(config, name) for name in OF_THE_MODEL}, saved.config, model, otherwise)
+        _check_same("init_from", vars(config), saved.config)
         state = TrainState.of(saved.state.parameters)
-        return None, dataclasses.replace(saved, state=state, config=config, losses={})
-    return None, None
+        return dataclasses.replace(saved, state=state, config=config, losses={}, path=None)
+    return None
 
 
-def _check_same_run(settings: Mapping[str, Any], saved: Config, run: str) -> None:
-    """UserError where one of these settings contradicts what defines the run."""
-    fixed = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-    _check_same(fixed, saved, f"the run in {run}", "start a new run without --resume")
-
-
-def _check_same(settings: Mapping[str, Any], saved: Config, what: str, otherwise: str) -> None:
-    """UserError where one of these settings contradicts what was saved."""
-    for name, ours in settings.items():
+def _check_same(option: str, settings: Mapping[str, Any], saved: Config) -> None:
+    """UserError where a setting contradicts what `option` takes over: of a run, resume; of its model, init_from."""
+    names, what = {"resume": (OF_THE_RUN, "run"), "init_from": (OF_THE_MODEL, "model")}[option]
+    for name in names:
         theirs = getattr(saved, name)
+        ours = settings.get(name, theirs)
         if ours != theirs:
-            raise UserError(f"{flag(name)} {ours}: {what} has {theirs}; leave the option out, or {otherwise}")
+            raise UserError(
+                f"{flag(name)} {ours}: the {what} in {settings[option]} has {theirs}; leave the option out, "
+                f"or start a new {what} without {flag(option)}"
+            )
 
 
 def resume_command(config: Config, run: str) -> str:

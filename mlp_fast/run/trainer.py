@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -53,6 +54,26 @@ class NonFiniteLoss(UserError):
     exit_code = EXIT_NON_FINITE
 
 
+class Plan(NamedTuple):
+    """What a run is: its settings and its corpus, and what follows from them: the model's sizes and the backend."""
+
+    config: Config
+    corpus: Corpus
+    shape: Shape
+    choice: Choice
+
+    @classmethod
+    def of(cls, config: Config, corpus: Corpus) -> "Plan":
+        """The plan of a run; UserError where the corpus, this machine or the backend forbids it."""
+        T, B, ranks = config.context_length, config.batch_size, distributed.world().size
+        check_sizes(corpus, T, B)
+        if ranks > B:
+            raise UserError(f"--batch-size {B} is less than the {ranks} processes share")
+        shape = Shape.of(config, len(corpus.vocabulary))
+        check_memory(shape, B)
+        return cls(config, corpus, shape, backends.resolve(config, shape, Tape(corpus.train, T)))
+
+
 class Trainer:
     """One run: a backend trained on a corpus, with its log and its checkpoints.
 
@@ -60,35 +81,32 @@ class Trainer:
         folder: where to save; None saves nothing.
         start: the checkpoint to go on from; at step 0, with another run's parameters, for --init-from.
         interrupt: what may ask the run to end early.
-        plan: the model's sizes and the backend, as from planned(), which is called here if None.
     """
 
     def __init__(
         self,
-        config: Config,
-        corpus: Corpus,
+        plan: Plan,
         log: RunLog,
         folder: RunFolder | None = None,
         start: Checkpoint | None = None,
         interrupt: Interrupt | None = None,
-        plan: tuple[Shape, Choice] | None = None,
     ) -> None:
-        self.shape, self.choice = plan or planned(config, corpus)
+        config, corpus, shape, choice = plan
+        self.config, self.corpus, self.shape, self.choice = config, corpus, shape, choice
+        self.log, self.folder, self.interrupt = log, folder, interrupt or Interrupt()
         self.world = distributed.world()
-        self.config, self.corpus, self.log, self.folder = config, corpus, log, folder
-        self.interrupt = interrupt or Interrupt()
         self.tapes = {split: Tape(tokens, config.context_length) for split, tokens in corpus.tapes.items()}
         self.beginning = tuple(corpus.train[: config.context_length].tolist())
         self.entropy = {split: self._entropy(split) for split in ("val", "test")}
-        state = start.state if start else TrainState.initial(self.shape, config.seed)
+        state = start.state if start else TrainState.initial(shape, config.seed)
         self.first_step = self.step = state.step
         self.losses = start.losses if start else {}  # of the latest evaluation, as a checkpoint keeps them
-        self.backend = self.choice.create(config, self.shape, self.tapes["train"], state)
+        self.backend = choice.create(config, shape, self.tapes["train"], state)
         self.windows = windows_of_splits(self.tapes, config.batch_size, self.backend.device)
         self.seconds = {"prepare_seconds": 0.0, "training_seconds": 0.0, "evaluation_seconds": 0.0}
         self.piece = FIRST_PIECE[self.backend.device.type]
         self.timed_from = (self.step, 0.0)  # step and training seconds at the last evaluation
-        self.non_finite: int | None = None  # the first step known to have gone wrong
+        self.non_finite = math.inf  # the first step known to have gone wrong
         self.warned = False
 
     def run(self) -> Result:
@@ -142,8 +160,8 @@ class Trainer:
         lr = learning_rate(self.step, self.config)
         self.log.evaluation(Evaluation(self.step, train_loss, val_loss, lr, ms_per_step))
         self.losses = {"evaluated_at": self.step, "train_loss": train_loss, "val_loss": val_loss}
-        if self.non_finite is None and not (math.isfinite(train_loss) and math.isfinite(val_loss)):
-            self.non_finite = self.step
+        if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
+            self.non_finite = min(self.non_finite, self.step)
         self._require_finite()
 
     def _advance(self, end: int) -> None:
@@ -157,9 +175,8 @@ class Trainer:
                 self.backend.synchronize()
             per_step = self.world.max((time.perf_counter() - start) / count)
             self.piece = max(1, min(2 * self.piece, int(RESPONSE_TIME[self.backend.device.type] / per_step)))
-            if self.non_finite is None and not math.isfinite(losses.sum().item()):
-                wrong = torch.isfinite(losses).logical_not_().nonzero()
-                self.non_finite = self.step + int(wrong[0]) if len(wrong) else None
+            if not math.isfinite(losses.sum().item()) and len(wrong := losses.isfinite().logical_not_().nonzero()):
+                self.non_finite = min(self.non_finite, self.step + int(wrong[0]))
             self.step += count
             self.log.progress(self.step, losses[-1], 1e3 * per_step)
             if signum := int(self.world.max(self.interrupt.signum)):  # all ranks go by the same answer
@@ -174,7 +191,7 @@ class Trainer:
             return
         state = self.backend.state()
         if not all(bool(torch.isfinite(t).all()) for part in state.parts.values() for t in part.values()):
-            self.non_finite = self.step if self.non_finite is None else self.non_finite
+            self.non_finite = min(self.non_finite, self.step)
             self.log.unsaved_because(f"the checkpoint of step {self.step} (it is not finite; the last good one stays)")
             return
         losses = self.losses if all(math.isfinite(value) for value in self.losses.values()) else {}
@@ -205,7 +222,7 @@ class Trainer:
 
     def _require_finite(self) -> None:
         """Raises NonFiniteLoss once something is known to have gone wrong, unless --on-nan continue."""
-        if self.non_finite is None or self.warned:
+        if self.non_finite == math.inf or self.warned:
             return
         self.log.event("non_finite", step=self.non_finite)
         if self.config.on_nan == "continue":
@@ -234,17 +251,6 @@ class Trainer:
             yield
         finally:
             self.seconds[what] += time.perf_counter() - start
-
-
-def planned(config: Config, corpus: Corpus) -> tuple[Shape, Choice]:
-    """A run's model and backend; UserError where the corpus, this machine or the backend forbids the run."""
-    T, B, ranks = config.context_length, config.batch_size, distributed.world().size
-    check_sizes(corpus, T, B)
-    if ranks > B:
-        raise UserError(f"--batch-size {B} is less than the {ranks} processes share")
-    shape = Shape.of(config, len(corpus.vocabulary))
-    check_memory(shape, B)
-    return shape, backends.resolve(config, shape, Tape(corpus.train, T))
 
 
 def check_memory(shape: Shape, batch_size: int) -> None:

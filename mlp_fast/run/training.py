@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from mlp_fast.run.interrupt import Interrupt
 from mlp_fast.run.log import RunLog, stopped, summary, title
 from mlp_fast.run.plot import check_plot, draw_losses, drawable, figure
 from mlp_fast.run.resume import beginning
-from mlp_fast.run.trainer import Result, Trainer, planned
+from mlp_fast.run.trainer import Plan, Result, Trainer
 
 
 def train(config: Config, interrupt: Interrupt | None = None) -> Result:
@@ -30,47 +31,49 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
     Raises:
         UserError: what is asked for cannot be done. NonFiniteLoss: see --on-nan.
     """
+    if config.checkpoint_every is not None and config.out is None:
+        raise UserError("--checkpoint-every needs a folder to save into; add --out DIR")
     world = distributed.world()
     if world.rank:
         config = dataclasses.replace(config, out=None, plot=None, log_json=None, quiet=True)
     # Whatever the caller is in: training needs gradients.
     with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
         with world.agreed():
-            backends.check(config)
-            if config.checkpoint_every is not None and config.out is None and not world.rank:
-                raise UserError("--checkpoint-every needs a folder to save into; add --out DIR")
-            if config.plot is not None:
-                check_plot(config.plot)
-            path, start = beginning(config)
-            corpus = _corpus(config, start)
-            plan = planned(config, corpus)  # before a folder is made or a file is opened
-            folder = stack.enter_context(RunFolder(Path(config.out), config.keep)) if config.out is not None else None
-            if config.resume is not None:  # again: another run may have gone on with it while the corpus was read
-                path, start = beginning(config)
-                _check_corpus(config, corpus, start)
-            if folder is not None:
-                for damaged in folder.begin(path):
-                    report(f"a damaged checkpoint was set aside: {damaged}")
-            log = stack.enter_context(contextlib.closing(RunLog(config, start.state.step if start else 0)))
-            trainer = Trainer(config, corpus, log, folder, start, interrupt, plan)
+            trainer = stack.enter_context(_opened(config, interrupt or Interrupt()))
         try:
             result = trainer.run()
-            log.message(summary(trainer, result))
+            trainer.log.message(summary(trainer, result))
             if config.plot is not None:
-                with log.noting_failure(f"--plot {config.plot}"):
-                    _plot(config.plot, trainer, result)
+                with trainer.log.noting_failure(f"--plot {config.plot}"):
+                    _plot(config.plot, trainer)
         except Interrupted as stop:
             stop.report += f" {stopped(trainer)}"
             raise
     return result
 
 
-def _plot(path: str, trainer: Trainer, result: Result) -> None:
-    run = result.evaluations
-    with figure(Path(path)) as axes:
-        losses = {"train": [e.train_loss for e in run], "val": [e.val_loss for e in run]}
-        draw_losses(axes, [e.step for e in run], losses, trainer.entropy["val"])
-        axes.set_title(textwrap.fill(drawable(title(trainer)), 60), parse_math=False)
+@contextlib.contextmanager
+def _opened(config: Config, interrupt: Interrupt) -> Iterator[Trainer]:
+    """A run before its first step, with its folder locked and its log open for as long as the block runs.
+
+    Whatever may forbid the run is looked at before a folder is made or a file is opened.
+    """
+    backends.check(config)
+    if config.plot is not None:
+        check_plot(config.plot)
+    start = beginning(config)
+    corpus = _corpus(config, start)
+    plan = Plan.of(config, corpus)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(Path(config.out), config.keep)) if config.out is not None else None
+        if config.resume is not None:  # again: another run may have gone on with it while the corpus was read
+            start = beginning(config)
+            _check_corpus(config, corpus, start)
+        if folder is not None:
+            for damaged in folder.begin(start.path if start else None):
+                report(f"a damaged checkpoint was set aside: {damaged}")
+        log = stack.enter_context(contextlib.closing(RunLog(config, start.state.step if start else 0)))
+        yield Trainer(plan, log, folder, start, interrupt)
 
 
 def _corpus(config: Config, start: Checkpoint | None) -> Corpus:
@@ -81,15 +84,22 @@ def _corpus(config: Config, start: Checkpoint | None) -> Corpus:
         if config.resume is None:
             raise
         raise UserError(f"{error}; if the corpus of {config.resume} lies elsewhere, say where by --data") from None
-    if config.resume is not None:
-        _check_corpus(config, corpus, start)
+    _check_corpus(config, corpus, start)
     return corpus
 
 
 def _check_corpus(config: Config, corpus: Corpus, start: Checkpoint | None) -> None:
     """UserError where a resumed run was trained on another corpus."""
-    if start is not None and corpus.fingerprint != start.fingerprint:
+    if config.resume is not None and start is not None and corpus.fingerprint != start.fingerprint:
         raise UserError(
             f"--data {config.data} is not the corpus that the run in {config.resume} was trained on; "
             "give --data the name or place of that one"
         )
+
+
+def _plot(path: str, trainer: Trainer) -> None:
+    run = trainer.log.evaluations
+    with figure(Path(path)) as axes:
+        losses = {"train": [e.train_loss for e in run], "val": [e.val_loss for e in run]}
+        draw_losses(axes, [e.step for e in run], losses, trainer.entropy["val"])
+        axes.set_title(textwrap.fill(drawable(title(trainer)), 60), parse_math=False)
