@@ -1,4 +1,4 @@
-"""What a run tells: the reference's lines on stdout, a progress bar on stderr, JSON Lines in a file."""
+"""Where a run reports: lines on stdout, a progress bar on stderr, JSON Lines in a file."""
 
 import contextlib
 import dataclasses
@@ -10,20 +10,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mlp_fast.config import Config
-from mlp_fast.corpus.tokenizer import Words
 from mlp_fast.errors import discard_stdout, for_terminal, one_line, report
 from mlp_fast.files import open_to_append, writing
-from mlp_fast.run.resume import resume_command
-
-if TYPE_CHECKING:
-    from mlp_fast.run.trainer import Result, Trainer
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Evaluation:
 
 
 class RunLog:
-    """Sends what happens in a run to wherever config asks for; a write that fails is reported and the run goes on.
+    """Writes what happens in a run to where config asks for it; a write that fails is reported and the run goes on.
 
     Args:
         config: quiet and log_json decide what is written. A resumed run's JSON log is appended to.
@@ -63,9 +57,8 @@ class RunLog:
     def __init__(self, config: Config, first_step: int = 0) -> None:
         self.evaluations: list[Evaluation] = []
         self.unsaved: list[str] = []
-        self._quiet = config.quiet
+        self._config = config
         self._json: IO[str] | None = None
-        self._json_name = f"--log-json {config.log_json}"
         if config.log_json is not None:
             with writing("--log-json", config.log_json):
                 self._json = _opened(Path(config.log_json), append=config.resume is not None)
@@ -78,37 +71,9 @@ class RunLog:
             disable=True if config.quiet or sys.stderr is None else None,  # None: shown on a terminal only
         )
 
-    def begin(self, run: "Trainer") -> None:
-        """The settings as an event; the title, and what the user should know before the first step."""
-        config, vocabulary = run.config, run.corpus.vocabulary
-        self.event(
-            "config",
-            **dataclasses.asdict(config),
-            chosen_backend=run.backend.name,
-            chosen_device=run.backend.device.type,
-            parameters=run.shape.num_parameters,
-            floor=run.entropy["val"],
-        )
-        if config.interpret:
-            products = "" if config.precision == "fp32" else f"; its products are fp32, not {config.precision}"
-            self.warning(
-                f"--interpret: Triton's interpreter runs the kernels on the CPU, to check them, not for speed{products}"
-            )
-        self.message(title(run, run.choice.note))
-        if isinstance(vocabulary, Words) and vocabulary.unspaced:
-            self.warning(
-                "--tokens word takes a run of letters as one word, and most of this text has no spaces between words; "
-                "--tokens char suits it better"
-            )
-        if config.resume is not None:
-            self.message(f"going on after {run.first_step} of {config.last_step} steps, from {config.resume}")
-            self.event("resume", step=run.first_step)
-        elif config.init_from is not None:
-            self.message(f"starting from the model in {config.init_from}")
-
     def message(self, text: str) -> None:
         """A line for people, on stdout."""
-        if self._quiet or sys.stdout is None:
+        if self._config.quiet or sys.stdout is None:
             return
         try:
             tqdm.write(for_terminal(text), file=sys.stdout)
@@ -148,16 +113,6 @@ class RunLog:
             self._bar.set_postfix_str(f"loss {loss.item():.4f}, {ms_per_step:.3f} ms/step", refresh=False)
             self._bar.refresh()
 
-    def sample(self, prompt: str, text: str) -> None:
-        """The sampled text; the event carries it without the prompt."""
-        self.message(prompt + text)
-        self.event("sample", text=text)
-
-    def test(self, loss: float) -> None:
-        """The test loss."""
-        self.message(f"test_loss {loss:.6f}")
-        self.event("test", loss=loss)
-
     def close(self) -> None:
         """Ends the progress bar and the file."""
         self._bar.close()
@@ -176,7 +131,7 @@ class RunLog:
                 with contextlib.suppress(OSError):
                     self._json.close()
                 self._json = None
-                self.unsaved_because(f"the rest of {self._json_name} ({one_line(error)})")
+                self.unsaved_because(f"the rest of --log-json {self._config.log_json} ({one_line(error)})")
 
 
 def _opened(path: Path, *, append: bool) -> IO[str]:
@@ -190,43 +145,3 @@ def _opened(path: Path, *, append: bool) -> IO[str]:
         log.close()
         raise
     return log
-
-
-def title(run: "Trainer", note: str = "") -> str:
-    """A run in one line; `note` says why other backends were passed over."""
-    cuda = run.backend.device.type == "cuda"
-    device = torch.cuda.get_device_name(run.backend.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
-    processes = f", in {run.world.size} processes" if run.world.size > 1 else ""
-    entropy = run.entropy["val"]
-    return (
-        f"backend {run.backend.name}{note} on {device}{processes} | "
-        f"{run.corpus.name} corpus, {len(run.corpus.train)} training tokens | {run.shape.num_parameters} parameters"
-    ) + ("" if entropy is None else f" | floor of val_loss {entropy:.6f}")
-
-
-def summary(run: "Trainer", result: "Result") -> str:
-    """A finished run in two lines: time, then losses."""
-    steps, training = run.step - run.first_step, result.training_seconds
-    seconds = training + result.evaluation_seconds + result.prepare_seconds
-    time_line = (
-        f"{steps} steps in {seconds:.2f} s: training {training:.2f} s "
-        f"({1e3 * training / max(steps, 1):.4f} ms/step), "
-        f"evaluation {result.evaluation_seconds:.2f} s, set-up and compilation {result.prepare_seconds:.2f} s"
-    )
-    losses = f"test_loss {result.test_loss:.6f}"
-    if "val_loss" in run.losses:
-        losses = f"val_loss {run.losses['val_loss']:.6f} | {losses}"
-    if run.corpus.cost is not None:
-        losses += f" | floor val {run.entropy['val']:.6f}, test {run.entropy['test']:.6f}"
-    return f"{time_line}\n{losses}"
-
-
-def stopped(run: "Trainer") -> str:
-    """What became of a run that was asked to end, in words."""
-    done = f"after {run.step} of {run.config.last_step} steps"
-    if run.folder is None:
-        return f"{done}; nothing is saved, for want of --out"
-    newest = run.folder.newest
-    if newest is None:
-        return f"{done}; " + ("what was saved is gone" if run.folder.entries else "nothing is saved yet")
-    return f"{done}; saved: {newest}; go on with: {resume_command(run.config, str(run.folder.path))}"

@@ -111,7 +111,6 @@ class Trainer:
 
     def run(self) -> Result:
         """Trains to the end; then samples and measures the test loss."""
-        self.log.begin(self)
         if self.step < self.config.last_step:
             with self._timed("prepare_seconds"):
                 self.backend.prepare()
@@ -122,8 +121,10 @@ class Trainer:
             prompt = default_prompt(vocabulary, self.shape.T, self.beginning)
             text = continuation(vocabulary, prompt, self.backend.sample(prompt, SAMPLE_LENGTH, SAMPLE_SEED))
             test_loss = self.backend.shared_mean_loss(self.windows["test"])
-        self.log.sample(vocabulary.decode(prompt), text)
-        self.log.test(test_loss)
+        self.log.message(vocabulary.decode(prompt) + text)
+        self.log.event("sample", text=text)
+        self.log.message(f"test_loss {test_loss:.6f}")
+        self.log.event("test", loss=test_loss)
         if self.folder is not None:
             with self.log.noting_failure("the test loss"):
                 self.folder.note(self.step, test_loss=test_loss)

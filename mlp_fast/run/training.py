@@ -15,7 +15,8 @@ from mlp_fast.errors import Interrupted, UserError, report
 from mlp_fast.run.checkpoint import Checkpoint
 from mlp_fast.run.folder import RunFolder
 from mlp_fast.run.interrupt import Interrupt
-from mlp_fast.run.log import RunLog, stopped, summary, title
+from mlp_fast.run.log import RunLog
+from mlp_fast.run.messages import announce, stopped, summary, title
 from mlp_fast.run.plot import check_plot, draw_losses, drawable, figure
 from mlp_fast.run.resume import beginning
 from mlp_fast.run.trainer import Plan, Result, Trainer
@@ -41,6 +42,7 @@ def train(config: Config, interrupt: Interrupt | None = None) -> Result:
         with world.agreed():
             trainer = stack.enter_context(_opened(config, interrupt or Interrupt()))
         try:
+            announce(trainer)
             result = trainer.run()
             trainer.log.message(summary(trainer, result))
             if config.plot is not None:
