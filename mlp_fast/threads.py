@@ -1,10 +1,11 @@
 """How many threads compute on the CPU: as many as this process may use, or --threads; in a forked child one."""
 
+import contextlib
 import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mlp_fast.errors import UserError
 
@@ -67,29 +68,19 @@ def _quotas(root: Path) -> Iterator[float]:
         return
     for mount in mounts:
         fields, _, kind = mount.partition(" - ")
-        version_1 = bool(re.match(r"cgroup \S+ (\S*,)?cpu(,|$)", kind))
-        if not version_1 and not kind.startswith("cgroup2 "):
+        if kind.startswith("cgroup2 "):
+            controller, names = "", ["cpu.max"]
+        elif re.match(r"cgroup \S+ (\S*,)?cpu(,|$)", kind):
+            controller, names = "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
             continue
         top, point = (re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), field) for field in fields.split()[3:5])
-        for number, controllers, path in groups:
-            if "cpu" in controllers.split(",") if version_1 else number == "0":
-                # Of a group that lies outside what is mounted, all that can be seen is the top.
-                below = path.removeprefix(top.rstrip("/")) if path.startswith(top.rstrip("/") + "/") else ""
-                folder = root / point.lstrip("/")
-                for part in ("", *below.strip("/").split("/")):
-                    folder /= part
-                    quota = _quota(folder, version_1)
-                    if quota is not None:
-                        yield quota
-
-
-def _quota(folder: Path, version_1: bool) -> float | None:
-    """What one control group grants, in processors, or None where it sets no limit."""
-    try:
-        if version_1:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        else:
-            quota, period = (folder / "cpu.max").read_text().split()
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
-        return None
+        for group in (PurePosixPath(path) for _, controllers, path in groups if controller in controllers.split(",")):
+            folder = root / point.lstrip("/")
+            # Of a group that lies outside what is mounted, all that can be seen is the top.
+            for part in ("", *(group.relative_to(top).parts if group.is_relative_to(top) else ())):
+                folder /= part
+                with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
+                    quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                    if quota > 0:
+                        yield quota / period
