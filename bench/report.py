@@ -237,7 +237,7 @@ def draw(path: Path, record: Recording, block: str) -> None:
     height = {"losses": 4.5, "sweep": 1.4 + 3 * rows}.get(block, 1.6 + 0.36 * len(data))
     metadata = {"Description": f"drawn from recorded data {_digest(data)}", "Software": None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"font.size": 11}), plot.figure(path, WIDTH, height, rows, across, metadata) as axes:
+    with rc_context({"font.size": 11}), plot.figure(path, WIDTH, height, metadata, nrows=rows, ncols=across) as axes:
         PICTURES[block][1](axes, record, data)
 
 

@@ -55,6 +55,11 @@ class Operation:
     parameters: int
     inputs: tuple[str, ...]
 
+    @property
+    def size(self) -> str:
+        """The shape of the result, in words."""
+        return str(self.shape or "scalar")
+
 
 def computation_graph(model: MLP, batch_size: int, context_length: int) -> list[Operation]:
     """The operations from contexts (B, T) and targets (B,) to the loss, each after those that it depends on."""
@@ -69,40 +74,28 @@ def _operation(node: fx.Node, layers: dict[str, nn.Module]) -> Operation:
     kind, parameters = "input", 0
     if node.op == "call_module":
         layer = layers[str(node.target)]
-        kind, parameters = f"{type(layer).__name__}({_sizes(layer)})", sum(p.numel() for p in layer.parameters())
+        sizes = f"{layer.in_features}, {layer.out_features}" if isinstance(layer, nn.Linear) else layer.extra_repr()
+        kind, parameters = f"{type(layer).__name__}({sizes})", sum(p.numel() for p in layer.parameters())
     elif node.op != "placeholder":
         kind = node.target if isinstance(node.target, str) else cast(Any, node.target).__name__
     shape = tuple(cast(TensorMetadata, node.meta["tensor_meta"]).shape)
-    return Operation(_name(node), kind, shape, parameters, tuple(_name(parent) for parent in node.all_input_nodes))
+    return Operation(_name(node), kind, shape, parameters, tuple(map(_name, node.all_input_nodes)))
 
 
 def _name(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
 
 
-def _sizes(layer: nn.Module) -> str:
-    return f"{layer.in_features}, {layer.out_features}" if isinstance(layer, nn.Linear) else layer.extra_repr()
-
-
 def summary(operations: Sequence[Operation]) -> str:
     """Operations, output shapes and parameter counts as a table of text, and the memory that the parameters take."""
     rows = [("operation", "kind", "output shape", "parameters")]
-    rows += [
-        (o.name, o.kind, str(o.shape or "scalar"), f"{o.parameters:,}" if o.parameters else "-") for o in operations
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"{n:{widths[0]}}  {k:{widths[1]}}  {s:{widths[2]}}  {p:>{widths[3]}}" for n, k, s, p in rows]
+    rows += [(o.name, o.kind, o.size, f"{o.parameters:,}" if o.parameters else "-") for o in operations]
+    name, kind, size, count = (max(map(len, column)) for column in zip(*rows, strict=True))
+    header, *lines = [f"{n:{name}}  {k:{kind}}  {s:{size}}  {p:>{count}}" for n, k, s, p in rows]
+    rule = "-" * len(header)
     total = sum(operation.parameters for operation in operations)
-    rule = "-" * len(lines[0])
-    return "\n".join(
-        [
-            lines[0],
-            rule,
-            *lines[1:],
-            rule,
-            f"parameters: {total:,}, in float32 {4 * total:,} bytes; with AdamW's two moments {12 * total:,} bytes",
-        ]
-    )
+    memory = f"in float32 {4 * total:,} bytes; with AdamW's two moments {12 * total:,} bytes"
+    return "\n".join([header, rule, *lines, rule, f"parameters: {total:,}, {memory}"])
 
 
 def principal_components(embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,42 +157,36 @@ def draw_probabilities(path: Path, probabilities: Tensor, context: Sequence[int]
 
 def draw_graph(path: Path, operations: Sequence[Operation]) -> None:
     """Draws operations as boxes, each a row below the last of those it depends on, with arrows along the data."""
-    rows = _rows(operations)
-    places = {
-        operation.name: (i - (len(row) - 1) / 2, -depth)
-        for depth, row in enumerate(rows)
-        for i, operation in enumerate(row)
-    }
-    with figure(path, max(5.0, 0.6 + 2.6 * max(len(row) for row in rows)), 1 + 0.8 * len(rows)) as axes:
+    depths = _depths(operations)
+    rows = [[o for o in operations if depths[o.name] == depth] for depth in range(max(depths.values()) + 1)]
+    widest = max(map(len, rows))
+    places = {o.name: (i - (len(row) - 1) / 2, -depth) for depth, row in enumerate(rows) for i, o in enumerate(row)}
+    with figure(path, max(5.0, 0.6 + 2.6 * widest), 1 + 0.8 * len(rows)) as axes:
         for operation in operations:
+            x, y = places[operation.name]
             for parent in operation.inputs:
-                (x0, y0), (x1, y1) = places[parent], places[operation.name]
+                x0, y0 = places[parent]
                 arrow = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0}
-                axes.annotate("", (x1, y1 + BOX), (x0, y0 - BOX), arrowprops=arrow)
+                axes.annotate("", (x, y + BOX), (x0, y0 - BOX), arrowprops=arrow)
             title = operation.name if operation.name == operation.kind else f"{operation.name}: {operation.kind}"
-            text = f"{title}\n{operation.shape or 'scalar'}"
-            if operation.parameters:
-                text += f", {operation.parameters:,} parameters"
+            parameters = f", {operation.parameters:,} parameters" if operation.parameters else ""
             box = {"boxstyle": "round", "facecolor": "lightblue" if operation.parameters else "white"}
-            axes.text(*places[operation.name], text, ha="center", va="center", fontsize=9, bbox=box, parse_math=False)
+            text = f"{title}\n{operation.size}{parameters}"
+            axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box, parse_math=False)
         axes.set_title("Computation graph: operation, output shape, parameters")
-        widest = max(len(row) for row in rows)
         axes.set(xlim=(-widest / 2 - 0.3, widest / 2 + 0.3), ylim=(-len(rows) + 0.4, 0.6))
         axes.axis("off")
 
 
-def _rows(operations: Sequence[Operation]) -> list[list[Operation]]:
-    """Operations by depth: the number of operations on the longest way from an input; targets just above their use."""
+def _depths(operations: Sequence[Operation]) -> dict[str, int]:
+    """The number of operations on the longest way to each from an input; of an input, one less than its first use's."""
     depths: dict[str, int] = {}
     for operation in operations:
         depths[operation.name] = max((depths[parent] + 1 for parent in operation.inputs), default=0)
     for operation in operations:
         if not operation.inputs:
             depths[operation.name] = min(depths[o.name] for o in operations if operation.name in o.inputs) - 1
-    rows: list[list[Operation]] = [[] for _ in range(max(depths.values()) + 1)]
-    for operation in operations:
-        rows[depths[operation.name]].append(operation)
-    return rows
+    return depths
 
 
 def _label(vocabulary: Vocabulary, token: int) -> str:

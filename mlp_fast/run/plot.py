@@ -21,7 +21,7 @@ def check_plot(path: str) -> None:
 
 
 def require_matplotlib(wanted: str) -> None:
-    """UserError where matplotlib cannot be imported; `wanted` says who needs it."""
+    """UserError where matplotlib cannot be imported; the message begins with `wanted`."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -40,21 +40,19 @@ def drawable(text: str) -> str:
 
 @contextlib.contextmanager
 def figure(
-    path: Path,
-    width: float = 6.4,
-    height: float = 4.8,
-    rows: int = 1,
-    columns: int = 1,
-    metadata: Mapping[str, str | None] | None = None,
+    path: Path, width: float = 6.4, height: float = 4.8, metadata: Mapping[str, str | None] | None = None, **grid: Any
 ) -> Iterator[Any]:
-    """The axes of a picture, in inches, that is saved at the end of the block. OSError where that fails.
+    """The axes of a picture that is saved at the end of the block. OSError where that fails.
 
-    Axes are one, or an array of those in rows and columns; `metadata` is written into the file.
+    Args:
+        width, height: of the picture, in inches.
+        metadata: written into the file.
+        grid: nrows and ncols of an array of axes; without them it is one.
     """
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(width, height), layout="constrained")
-    yield picture.subplots(rows, columns)
+    yield picture.subplots(**grid)
     picture.savefig(path, dpi=130, metadata=metadata)
 
 
