@@ -5,7 +5,7 @@
 Rank r of N takes rows floor(r*B/N) .. floor((r+1)*B/N) of every batch and scales its mean loss by the part of the
 rows that its shard is, so that losses and gradients all-reduced over the ranks are those of the whole batch, uneven
 shards included. Every rank then makes the same AdamW update of the same state: parameters are never sent. Evaluations
-split their windows in the same way. Rank 0 alone writes and speaks.
+split their windows in the same way. Rank 0 alone prints and writes.
 """
 
 import datetime
@@ -72,9 +72,7 @@ class World:
         return total / weights
 
     def max(self, value: float) -> float:
-        """The largest of the ranks' values: what all go by where their clocks or their users differ."""
-        if self.size == 1:
-            return value
+        """The largest of the ranks' values, for decisions that must be the same on all."""
         return self.all_reduce_(torch.tensor(value, dtype=torch.float64), op=dist.ReduceOp.MAX).item()
 
     def barrier(self) -> None:
@@ -83,7 +81,7 @@ class World:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Around work that may fail on some ranks only: one rank's UserError ends the run on all, and is told once."""
+        """Around work that may fail on some ranks only: a UserError of one is raised on all, to be reported once."""
         failure: UserError | None = None
         try:
             yield
@@ -103,9 +101,9 @@ class World:
         try:
             collective(*arguments, **how)
         except RuntimeError as error:
-            # Of gloo's and NCCL's own words only what happened, without the place in their source and what follows.
-            told = re.match(r"(?:\[\S+:\d+\] )?(.+?)(?:\. |$)", str(error).strip(), re.MULTILINE)
-            reason = told[1] if told else type(error).__name__
+            # Of gloo's and NCCL's message only what happened, without the place in their source and what follows.
+            what = re.match(r"(?:\[\S+:\d+\] )?(.+?)(?:\. |$)", str(error).strip(), re.MULTILINE)
+            reason = what[1] if what else type(error).__name__
             raise LostContact(
                 f"rank {self.rank} stops: another process has ended or does not answer ({reason}); "
                 "see what it said; --resume goes on from the last checkpoint"
@@ -146,11 +144,11 @@ def joined() -> Iterator[World]:
     CPU tensors go through gloo; where there is CUDA, CUDA tensors go through NCCL, and each process takes the GPU of
     its local rank as the current one; see gpu_missing.
 
-    A UserError that leaves the block is rank 0's to tell: on the others it ends the process without a word, but for
+    Rank 0 alone reports a UserError that leaves the block: on the others it ends the process without a word, but for
     LostContact.
 
     Raises:
-        UserError: where the processes do not find each other, or their places in the environment are none.
+        UserError: the processes do not find each other, or the environment gives impossible places.
     """
     global _current, _patient
     size = _from_torchrun("WORLD_SIZE", 1)
@@ -159,24 +157,20 @@ def joined() -> Iterator[World]:
         return
     _patient = _connected(size)
     _current = World(dist.get_rank(), size)
-    leave = False
     try:
         yield _current
-        leave = True
+        _disconnect()
+    except LostContact:
+        if not dist.is_nccl_available():  # NCCL would wait for those that are gone
+            _disconnect()
+        raise
     except (Interrupted, UserError) as error:
-        lost = isinstance(error, LostContact)
-        leave = not (lost and dist.is_nccl_available())  # NCCL would wait for those that are gone
-        if _current.rank and isinstance(error, UserError) and not lost:
+        _disconnect()
+        if _current.rank and isinstance(error, UserError):
             raise SystemExit(error.exit_code) from None
         raise
     finally:
         _current = World()
-        if leave:
-            # Ends the groups' threads, too: one still letting go of a tensor of Python's while the interpreter shuts
-            # down aborts the process. They live on for as long as anything refers to them.
-            _patient = None
-            with suppress(RuntimeError):
-                dist.destroy_process_group()
 
 
 def _connected(size: int) -> Any:
@@ -196,3 +190,11 @@ def _connected(size: int) -> Any:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the processes did not find each other ({reason}); {_REMEDY}") from None
+
+
+def _disconnect() -> None:
+    """Ends the process groups with their threads, one of which could abort the process while the interpreter ends."""
+    global _patient
+    _patient = None  # a group lives on for as long as anything refers to it
+    with suppress(RuntimeError):
+        dist.destroy_process_group()
