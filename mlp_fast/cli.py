@@ -3,14 +3,13 @@
 import argparse
 import dataclasses
 import gc
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from mlp_fast import threads
-from mlp_fast.config import PRESETS, Config, flag, plain_type
+from mlp_fast.config import PRESETS, Config, flag, out_of_bounds, plain_type
 from mlp_fast.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR, UserError, discard_stdout, one_line, out_of_memory, report
 from mlp_fast.startup import open_missing_streams
 
@@ -75,12 +74,8 @@ def number(kind: type[int] | type[float], least: float, most: float = sys.float_
 
     def parsed(text: str) -> Any:
         value = kind(text)
-        if isinstance(value, float) and not math.isfinite(value):  # of a huge int it cannot be asked
-            raise argparse.ArgumentTypeError(f"must be a finite number (got {text})")
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least} (got {text})")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most} (got {text})")
+        if reason := out_of_bounds(value, least, most):
+            raise argparse.ArgumentTypeError(f"{reason} (got {text})")
         return value
 
     parsed.__name__ = kind.__name__  # as argparse calls it where a text is none

@@ -68,7 +68,7 @@ class Config:
     Sizes are counts, learning_rate and weight_decay are AdamW's, eval_every is in steps.
     """
 
-    backend: str = _way("auto", "who computes the steps; see --list-backends", metavar="NAME")
+    backend: str = _way("auto", "the backend that computes the steps; see --list-backends", metavar="NAME")
     data: str = _corpus("embedded", "embedded, names, a folder with train/val/test.txt, or one text file")
     split: str = _corpus("shuffled", "how one text file is split: its lines shuffled, or in order", choices=SPLITTING)
     encoding: str = _corpus("utf-8", "of text files, by a name that Python knows (gbk, latin-1, ...)", metavar="NAME")
@@ -151,16 +151,23 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     choices, least, most = (field.metadata[key] for key in ("choices", "least", "most"))
     if choices and value not in choices:
         raise UserError(f"{flag(field.name)} {value!r} is unknown; choose one of {', '.join(choices)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{flag(field.name)} must be a finite number (got {value})")
-    if least is not None and value < least:
-        raise UserError(f"{flag(field.name)} must be at least {least} (got {value})")
-    if most is not None and value > most:
-        raise UserError(f"{flag(field.name)} must be at most {most} (got {value})")
+    if reason := out_of_bounds(value, least, most):
+        raise UserError(f"{flag(field.name)} {reason} (got {value})")
     if value == "":
         raise UserError(f"{flag(field.name)} is empty; give it a value, or leave it out")
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{flag(field.name)} contains a NUL character; remove it")
+
+
+def out_of_bounds(value: Any, least: float | None, most: float | None) -> str | None:
+    """What a value must be that is not finite or not between two bounds, or None where it is."""
+    if isinstance(value, float) and not math.isfinite(value):  # of a huge int it cannot be asked
+        return "must be a finite number"
+    if least is not None and value < least:
+        return f"must be at least {least}"
+    if most is not None and value > most:
+        return f"must be at most {most}"
+    return None
 
 
 def _check_encoding(name: str) -> None:
