@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from mlp_fast import backends, distributed
 from mlp_fast.cli import Parser, run_main
-from mlp_fast.config import DEVICES, OF_THE_CORPUS, SPLITTING
+from mlp_fast.config import DEVICES, SPLITTING
 from mlp_fast.corpus.load import Corpus, check_sizes, load_for
 from mlp_fast.errors import UserError
 from mlp_fast.model.windows import Tape, windows_of_splits
@@ -21,14 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="another corpus than the one of the run (default: the run's)")
     parser.add_argument("--split", choices=SPLITTING, help="how one text file is split (default: as the run's)")
     parser.add_argument("--encoding", metavar="NAME", help="of text files (default: the run's)")
-    parser.add_argument("--backend", default="eager", help="who computes; see mlp_fast.train --list-backends")
+    parser.add_argument(
+        "--backend", default="eager", help="what computes; see mlp_fast.train --list-backends"
+    )
     parser.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
     with distributed.joined() as world:
         with world.agreed():
             arguments = parser.parse_args(argv)
-            saved = checkpoint.load(Path(arguments.run))
-            given = {name: value for name in OF_THE_CORPUS if (value := getattr(arguments, name)) is not None}
-            config = dataclasses.replace(saved.config, backend=arguments.backend, device=arguments.device, **given)
+            saved = checkpoint.load(arguments.run)
+            how = {"backend": arguments.backend, "device": arguments.device}
+            config = dataclasses.replace(saved.config, **how | arguments.given)
             backends.check(config)
             corpus = load_for(config, saved.given_vocabulary)
         for split, loss in losses_of(dataclasses.replace(saved, config=config), corpus).items():

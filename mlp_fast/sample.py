@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-k", type=count, metavar="K", help="draw among the K likeliest tokens (default: all)")
     parser.add_argument("--seed", type=number(int, 1, MAX_SEED), default=SAMPLE_SEED, help="seed of the draws")
     arguments = parser.parse_args(argv)
-    for text in texts(checkpoint.load(Path(arguments.run)), arguments):
+    for text in texts(checkpoint.load(arguments.run), arguments):
         print(for_terminal(text))
     return 0
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", default="png", choices=FORMATS, help="of the pictures")
     arguments = parser.parse_args(argv)
     require_matplotlib("the pictures need")
-    saved = checkpoint.load(Path(arguments.run))
+    saved = checkpoint.load(arguments.run)
     context = _context(arguments.context, saved)
     folder = Path(arguments.out)
     try:

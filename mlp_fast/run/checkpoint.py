@@ -13,7 +13,7 @@ import json
 import re
 import stat
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from mlp_fast.model.mlp import MLP, Shape
 from mlp_fast.model.state import TrainState
 
 FORMAT_VERSION = 3
-_FILE = re.compile(r"step-\d{8,}\.safetensors")
+FILE_NAME = re.compile(r"step-\d{8,}\.safetensors")
 _PREFIXES = {"parameters": "", "exp_avg": "exp_avg.", "exp_avg_sq": "exp_avg_sq."}  # of the tensors' names in the file
 
 Facts = dict[str, Any]
@@ -43,7 +43,7 @@ class Damaged(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds: the state, and what is needed to use or go on with it.
+    """What a checkpoint file holds: the state, and what it takes to use it or to go on with it.
 
     Attributes:
         state: parameters, moments and step.
@@ -70,7 +70,7 @@ class Checkpoint:
 
     @property
     def given_vocabulary(self) -> Vocabulary | None:
-        """What the run's corpus is read with: the model's tokens where --init-from brought them, else its own."""
+        """The vocabulary that the run's corpus is read with: the model's after --init-from; None for its own."""
         return self.vocabulary if self.config.init_from is not None else None
 
     def model(self) -> MLP:
@@ -83,14 +83,10 @@ def file_name(step: int) -> str:
     return f"step-{step:08d}.safetensors"
 
 
-def is_file_name(name: str) -> bool:
-    """Whether checkpoint files have such names."""
-    return _FILE.fullmatch(name) is not None
-
-
 def files_in(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, the newest last. OSError where it cannot be read."""
-    return sorted((path for path in folder.iterdir() if is_file_name(path.name)), key=lambda path: int(path.stem[5:]))
+    files = (path for path in folder.iterdir() if FILE_NAME.fullmatch(path.name))
+    return sorted(files, key=lambda path: int(path.stem.removeprefix("step-")))
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -100,7 +96,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     facts = {
         "format_version": FORMAT_VERSION,
         "step": state.step,
-        "config": _without(PER_COMMAND, dataclasses.asdict(checkpoint.config)),
+        "config": _of_the_run(dataclasses.asdict(checkpoint.config)),
         "vocabulary": checkpoint.vocabulary.as_json(),
         "corpus_fingerprint": checkpoint.fingerprint,
         "losses": checkpoint.losses,
@@ -112,7 +108,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def locate(path: Path) -> Path:
-    """The checkpoint file that a path means: itself, or the newest file of a folder.
+    """The checkpoint file at a path: itself, or the newest of a folder.
 
     Raises:
         UserError: there is none.
@@ -131,14 +127,14 @@ def locate(path: Path) -> Path:
     return files[-1]
 
 
-def load(path: Path) -> Checkpoint:
+def load(run: Path | str) -> Checkpoint:
     """Reads a checkpoint: a file, or a folder's newest one.
 
     Raises:
         Damaged: the file is cut, damaged or foreign; the message names the last good one beside it.
         UserError: it is missing, cannot be read, or is of a newer format.
     """
-    path = locate(path)
+    path = locate(Path(run))
     try:
         return read(path)
     except Damaged as error:
@@ -173,13 +169,13 @@ def read(path: Path) -> Checkpoint:
         if version <= FORMAT_VERSION:
             return _checkpoint(path, facts, tensors)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, UserError) as error:
-        # It may quote what the file says, lines and all.
+        # In one line, since it may quote lines of the file.
         raise Damaged(f"{path} is not a checkpoint of mlp_fast: {type(error).__name__} {one_line(error)}") from None
     raise UserError(f"{path}: its format version {version} is newer than {FORMAT_VERSION}; update mlp_fast")
 
 
 def _checkpoint(path: Path, facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
-    """The checkpoint of a document of FORMAT_VERSION; any error of type or value where document and tensors differ."""
+    """The checkpoint of a document of FORMAT_VERSION; errors of any type where it makes no sense with the tensors."""
     config, vocabulary, step = Config(**facts["config"]), from_json(facts["vocabulary"]), facts["step"]
     if type(step) is not int or not 0 <= step <= config.num_steps:
         raise ValueError(f"step {step!r} is not one of the run's")
@@ -194,20 +190,21 @@ def _checkpoint(path: Path, facts: Facts, tensors: dict[str, Tensor]) -> Checkpo
     beginning = tuple(facts["beginning"])
     if not all(type(token) is int and 0 <= token < len(vocabulary) for token in beginning):
         raise ValueError("the beginning is not of the vocabulary")
-    state = TrainState(**parts, step=step)
-    return Checkpoint(state, config, vocabulary, str(facts["corpus_fingerprint"]), losses, beginning, path)
+    return Checkpoint(
+        TrainState(**parts, step=step), config, vocabulary, str(facts["corpus_fingerprint"]), losses, beginning, path
+    )
 
 
 # version -> what makes a document of the next version of it. Version 1 kept the settings of the command in the config,
 # and no losses; version 2 did not keep the beginning of the corpus.
 UPGRADES: dict[int, Callable[[Facts], Facts]] = {
-    1: lambda facts: {**facts, "config": _without(PER_COMMAND, facts["config"]), "losses": {}},
+    1: lambda facts: {**facts, "config": _of_the_run(facts["config"]), "losses": {}},
     2: lambda facts: {**facts, "beginning": []},
 }
 
 
-def _without(names: Collection[str], settings: Facts) -> Facts:
-    return {name: value for name, value in settings.items() if name not in names}
+def _of_the_run(settings: Facts) -> Facts:
+    return {name: value for name, value in settings.items() if name not in PER_COMMAND}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,7 +1,7 @@
 """The folder of a run (--out): its checkpoints, which of them are kept, and the index `run.json`.
 
-The index names the kept checkpoints with their losses, and which one is the best. It only repeats what the files say of
-themselves, but for the test loss: a folder whose index is lost or behind is still a whole run.
+The index names the kept checkpoints with their losses, and which one is the best. All of that but the test loss is read
+from the checkpoints again: a folder whose index is lost or behind is still a whole run.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from mlp_fast.run.checkpoint import Checkpoint
 
 INDEX = "run.json"
 INDEX_VERSION = 1
-LOCK, HOLDER = ".lock", ".holder"  # the file that a run locks, and the number of its process
+LOCK, HOLDER = ".lock", ".holder"  # the file that a run locks, and the one with the number of its process
 
 
 class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
@@ -43,13 +42,15 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self.path, self.keep = path, keep
         self.entries: dict[str, dict[str, Any]] = {}  # file name -> step and losses, the newest last
         self._lock = FileLock(path / LOCK, timeout=0, thread_local=False)
-        holder = path / HOLDER  # beside the lock: what is locked cannot be read on every system
+        holder = path / HOLDER  # not the lock itself: not every system lets a locked file be read
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             self._locked = os.stat(path / LOCK)
-            holder.write_text(str(os.getpid()), "ascii")
-            self._probe()
+            holder.write_text(str(os.getpid()), "ascii")  # shows that files can be written here, too
+            sync_folder(path)
+            with contextlib.suppress(PermissionError):  # may be passed through, but not opened
+                sync_folder(path.absolute().parent)  # the folder itself may be new
         except Timeout:
             process = "number unknown"
             with contextlib.suppress(OSError):
@@ -59,11 +60,11 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             ) from None
         except (OSError, ValueError, NotImplementedError) as error:  # the last where the file system has no locks
             self.close()
-            told = "not a possible file name" if isinstance(error, ValueError) else one_line(error)
-            raise UserError(f"--out {path}: cannot write there ({told}); choose another folder") from None
+            reason = "not a possible file name" if isinstance(error, ValueError) else one_line(error)
+            raise UserError(f"--out {path}: cannot write there ({reason}); choose another folder") from None
 
     def begin(self, start: Path | None) -> list[Path]:
-        """Takes over the checkpoints that are there, and removes what an earlier process left half written.
+        """Indexes the checkpoints that are there, and removes what an earlier process left half written.
 
         Args:
             start: the file that the run goes on from, here or in another folder; None for a run that starts anew.
@@ -98,11 +99,13 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     @property
     def newest(self) -> Path | None:
         """The newest checkpoint that is still there."""
-        there = (self.path / name for name in reversed(self.entries) if os.path.exists(self.path / name))
-        return next(there, None) if self._held else None
+        with contextlib.suppress(FileNotFoundError):
+            self._check_held()
+            return next((self.path / name for name in reversed(self.entries) if (self.path / name).exists()), None)
+        return None
 
     def known(self, step: int) -> dict[str, Any] | None:
-        """What is known of a step's checkpoint, where that is the newest."""
+        """The index entry of a step's checkpoint, where that is the newest."""
         newest = self.newest
         return self.entries[newest.name] if newest and newest.name == checkpoint.file_name(step) else None
 
@@ -120,8 +123,9 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         return min(judged, key=lambda name: judged[name]) if judged else None
 
     def save(self, saved: Checkpoint) -> Path:
-        """Writes a checkpoint, then the index, then removes what is no longer kept: in this order, each on the disk
-        before the next. OSError where that fails; what was there before then stays.
+        """Writes a checkpoint, then the index, then removes what is no longer kept, each on the disk before the next.
+
+        OSError where that fails; what was there before then stays.
         """
         self._check_held()
         path = self.path / checkpoint.file_name(saved.state.step)
@@ -136,7 +140,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         return path
 
     def note(self, step: int, **facts: float) -> None:
-        """Adds to the index what became known of a step's checkpoint later. OSError where that fails."""
+        """Adds facts of a step's checkpoint to the index. OSError where that fails."""
         entry = self.entries.get(checkpoint.file_name(step))
         if entry is not None:
             self._check_held()
@@ -153,40 +157,28 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _probe(self) -> None:
-        """OSError where a file cannot be written, or a name in the folder not be made durable."""
-        with tempfile.TemporaryFile(dir=self.path, buffering=0) as probe:
-            probe.write(b"\0")
-        sync_folder(self.path)
-        with contextlib.suppress(PermissionError):  # may be passed through, but not opened
-            sync_folder(self.path.absolute().parent)  # the folder itself may be new
-
     def _remove_unfinished(self) -> None:
-        """Removes exactly what write_atomically may have left here; nothing else is ours to remove."""
+        """Removes exactly what write_atomically may have left here, and nothing of another program."""
         for entry in os.scandir(self.path):
             name = UNFINISHED.fullmatch(entry.name)
-            if name and (name[1] == INDEX or checkpoint.is_file_name(name[1])) and entry.is_file(follow_symlinks=False):
+            ours = name and (name[1] == INDEX or checkpoint.FILE_NAME.fullmatch(name[1]))
+            if ours and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(OSError):  # in the way of nothing
                     os.unlink(entry)
 
-    @property
-    def _held(self) -> bool:
-        """Whether the folder has the locked file still: both may have been removed, and made anew by another run."""
-        with contextlib.suppress(OSError):
-            return os.path.samestat(self._locked, os.stat(self.path / LOCK))
-        return False
-
     def _check_held(self) -> None:
-        """OSError where another run may have the folder's name by now."""
-        if not self._held:
-            raise FileNotFoundError(errno.ENOENT, "the folder was removed")
+        """FileNotFoundError where the folder lacks the locked file: another run may have made both anew by now."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self._locked, os.stat(self.path / LOCK)):
+                return
+        raise FileNotFoundError(errno.ENOENT, "the folder was removed")
 
     def _write_index(self, entries: dict[str, dict[str, Any]]) -> None:
         index = {"index_version": INDEX_VERSION, "best": self.best, "checkpoints": entries}
         write_atomically(self.path / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
     def _read_index(self) -> dict[str, dict[str, Any]]:
-        """The entries of the index; none where it is missing or damaged, since the files speak for themselves."""
+        """The entries of the index; none where it is missing or damaged."""
         with contextlib.suppress(Exception):  # whatever may be wrong with it
             entries = json.loads((self.path / INDEX).read_bytes())["checkpoints"]
             return {name: {str(key): float(value) for key, value in entry.items()} for name, entry in entries.items()}

@@ -37,7 +37,7 @@ def initialised_config(given: Mapping[str, Any]) -> Config:
         given: the settings that the command line names; "init_from" among them.
     """
     Config(init_from=given["init_from"])  # an empty name would be the current folder
-    saved = checkpoint.load(Path(given["init_from"])).config
+    saved = checkpoint.load(given["init_from"]).config
     taken = OF_THE_MODEL if "data" in given else (*OF_THE_MODEL, *OF_THE_CORPUS)
     return Config(**{name: getattr(saved, name) for name in taken} | {**given})
 
@@ -49,7 +49,7 @@ def beginning(config: Config) -> Checkpoint | None:
         UserError: there is no good checkpoint, or a setting contradicts its run or model.
     """
     if config.resume is not None:
-        saved = checkpoint.load(Path(config.resume))
+        saved = checkpoint.load(config.resume)
         _check_same("resume", vars(config), saved.config)
         if config.last_step < saved.state.step:
             raise UserError(
@@ -57,7 +57,7 @@ def beginning(config: Config) -> Checkpoint | None:
             )
         return saved
     if config.init_from is not None:
-        saved = checkpoint.load(Path(config.init_from))
+        saved = checkpoint.load(config.init_from)
         _check_same("init_from", vars(config), saved.config)
         state = TrainState.of(saved.state.parameters)
         return dataclasses.replace(saved, state=state, config=config, losses={}, path=None)
