@@ -1,9 +1,9 @@
 """Tapes of large corpora: made once, kept as files in the user's cache, and mapped into memory.
 
 A mapped tape takes no memory of its own: the system reads the pages that batches touch and drops them when it needs
-the room. An entry is a folder of the three tapes and a description, made under a lock, so that several processes that
-want it (those of torchrun, say) wait for the one that makes it; it appears whole or not at all. Entries can be deleted
-at any time.
+the room. An entry is a folder of the three tapes and a description. It is made under a lock: where several processes
+need it, as under torchrun, one makes it and the others wait. It appears whole or not at all, and can be deleted at any
+time.
 """
 
 import json

@@ -95,7 +95,7 @@ def load(
     if data == "names":
         path, splits = names.read()
         texts = {split: Text(path, partial(iter, [text])) for split, text in splits.items()}
-        return _tokenised(data, how, _in_memory, texts, texts)
+        return _tokenised(data, texts, how, _in_memory)
     if not data:
         raise UserError("the name of the corpus is empty; give embedded, names, a folder or a text file")
     path = Path(data)
@@ -127,14 +127,14 @@ def check_sizes(corpus: Corpus, context_length: int, batch_size: int) -> None:
 
 
 def _from_files(name: str, files: dict[str, Path], how: Reading, keep: Keep) -> Corpus:
-    """The corpus of three files, or of one under the name ""; its text, if it is one, and its tapes lie where kept."""
+    """The corpus of three files, or of one under the name "", of which the text is kept like a tape."""
     if "" not in files:
         texts = {split: Text(path, partial(pieces, path, how.codec)) for split, path in files.items()}
-        return _tokenised(name, how, keep, texts, texts)
+        return _tokenised(name, texts, how, keep)
     path = files[""]
     content = keep("text", lines_ended(path, how), np.uint8).numpy()
-    whole = Text(path, partial(stretch, content, 0, len(content)))  # its characters are found quicker than in the lines
-    return _tokenised(name, how, keep, split_text(content, path, how), {"": whole})
+    whole = Text(path, partial(stretch, content, 0, len(content)))
+    return _tokenised(name, split_text(content, path, how), how, keep, whole)
 
 
 def _in_memory(name: str, pieces: Iterable[bytes | memoryview], dtype: npt.DTypeLike) -> torch.Tensor:
@@ -145,16 +145,10 @@ def _in_memory(name: str, pieces: Iterable[bytes | memoryview], dtype: npt.DType
     return torch.from_numpy(np.frombuffer(whole, dtype))
 
 
-def _tokenised(name: str, how: Reading, keep: Keep, splits: dict[str, Text], texts: dict[str, Text]) -> Corpus:
-    """The corpus of some texts.
-
-    Args:
-        splits: split -> its text.
-        texts: what the vocabulary of characters comes from: the splits, train first; or, where one text was split,
-            "" -> all of it.
-    """
+def _tokenised(name: str, splits: dict[str, Text], how: Reading, keep: Keep, whole: Text | None = None) -> Corpus:
+    """The corpus of three texts, or of one, `whole`, that was split: then all of its characters are known."""
     if how.kind == "char":
-        vocabulary: Vocabulary = _characters(texts, how.vocabulary)
+        vocabulary: Vocabulary = _characters({"": whole} if whole else splits, how.vocabulary)
     elif how.vocabulary is not None:
         vocabulary = how.vocabulary
     else:
@@ -172,8 +166,11 @@ def _tokenised(name: str, how: Reading, keep: Keep, splits: dict[str, Text], tex
 def _characters(texts: dict[str, Text], given: Vocabulary | None) -> Characters:
     """The vocabulary of a corpus by characters: the given one, or the characters of the first text.
 
-    It is that of train, so that what a model could not have learned is not asked of it. Which of one file's lines go to
-    train is the program's own doing: there it is that of the whole file.
+    That is train, so that a model is asked nothing that it could not have learned; or the whole of one file, whose user
+    did not choose the lines that go to train.
+
+    Args:
+        texts: split -> its text, train first; or "" -> the whole of one file.
 
     Raises:
         UserError: a text has a character that the vocabulary lacks.

@@ -91,10 +91,10 @@ def fetch(url: str, timeout: float, path: Path) -> None:
 
 
 def _download(url: str, timeout: float) -> bytes:
-    """What an address answers, but for more than one byte beyond the size of names.txt.
+    """The answer of an address, up to one byte beyond the size of names.txt.
 
-    Written here since urlopen's own timeout is for each wait: torch.hub.download_url_to_file has none, and neither sets
-    a limit to the whole, or to the size.
+    Written here since urlopen's timeout is for each wait, and torch.hub.download_url_to_file has none; neither limits
+    the whole time or the size.
     """
     if not url.startswith(("http://", "https://")):
         raise UserError(f"{shown(url)}: not an http or https address")

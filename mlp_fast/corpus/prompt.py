@@ -9,9 +9,9 @@ PROMPT = "\nrichard"
 
 
 def default_prompt(vocabulary: Vocabulary, context_length: int, beginning: Sequence[int]) -> list[int]:
-    """What a sample begins with unless told otherwise: PROMPT, padded to T tokens.
+    """What a sample begins with without --prompt: PROMPT, padded to T tokens.
 
-    A corpus whose vocabulary lacks one of its tokens is continued from its own beginning.
+    Where the vocabulary lacks one of its tokens, it is the beginning of the corpus.
 
     Args:
         beginning: the first T tokens of train.

@@ -46,9 +46,9 @@ class Vocabulary(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The tokens of a text; UserError where it has some that the vocabulary lacks."""
+        return self.encoded(text.encode(errors="surrogateescape")).tolist()
 
     @abstractmethod
     def encoded(self, piece: bytes) -> Tokens:
@@ -111,15 +111,13 @@ class Characters(Vocabulary):
         for character in text:
             if character not in self.characters:
                 raise UserError(f"the character {named(character)} is not in the vocabulary of {len(self)} characters")
-        return self._table[code_points(text)].tolist()
+        return super().encode(text)
 
     def encoded(self, piece: bytes) -> Tokens:
         """The tokens of a piece whose characters are all known."""
-        if not piece.isascii():
-            return self._table[code_points(piece.decode())]
-        if self.dtype == np.uint8:
+        if piece.isascii() and self.dtype == np.uint8:
             return np.frombuffer(piece.translate(self._table[:256].tobytes()), np.uint8)
-        return self._table[np.frombuffer(piece, np.uint8)]
+        return self._table[code_points(piece.decode())]
 
     def knows(self, text: str) -> bool:
         return set(text) <= set(self.characters)
@@ -143,10 +141,6 @@ class Bytes(Vocabulary):
 
     def __len__(self) -> int:
         return 256
-
-    def encode(self, text: str) -> list[int]:
-        """The bytes of the text in UTF-8."""
-        return list(text.encode(errors="surrogateescape"))
 
     def encoded(self, piece: bytes) -> Tokens:
         """The bytes themselves."""
