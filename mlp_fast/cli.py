@@ -70,7 +70,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def number(kind: type[int] | type[float], least: float, most: float = sys.float_info.max) -> Callable[[str], Any]:
-    """The type of an option whose value lies between two bounds."""
+    """The type of an option whose value must lie between two bounds."""
 
     def parsed(text: str) -> Any:
         value = kind(text)
@@ -78,7 +78,7 @@ def number(kind: type[int] | type[float], least: float, most: float = sys.float_
             raise argparse.ArgumentTypeError(f"{reason} (got {text})")
         return value
 
-    parsed.__name__ = kind.__name__  # as argparse calls it where a text is none
+    parsed.__name__ = kind.__name__  # for argparse's message where a text is not of the type
     return parsed
 
 
@@ -94,7 +94,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     gc.enable()
     open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the terminal's encoding
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for any encoding of the terminal
     threads.use_available()
     try:
         code = main() or 0
@@ -116,6 +116,6 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 def _memory_reason(error: Exception) -> str:
-    """The sentence of an error that tells of memory, without the place in torch's source."""
-    told = re.search(r"DefaultCPUAllocator: (.*?)(?: Error code|$)", one_line(error))
-    return told[1] if told else one_line(error).partition(". ")[0]
+    """The sentence about memory in an error's message, without the place in torch's source."""
+    found = re.search(r"DefaultCPUAllocator: (.*?)(?: Error code|$)", one_line(error))
+    return found[1] if found else one_line(error).partition(". ")[0]

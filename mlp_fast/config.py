@@ -55,10 +55,10 @@ def _option(default: Any, help: str, *, role: str, **more: Any) -> Any:
 
 _run = partial(_option, role="run")  # defines the run
 _model = partial(_option, role="model")  # defines its model: what --init-from takes over
-_corpus = partial(_option, role="corpus")  # another name, place or form of the same corpus: fingerprints are compared
-_way = partial(_option, role="way")  # of computing the same
+_corpus = partial(_option, role="corpus")  # name, place or form of the corpus, which fingerprints identify
+_way = partial(_option, role="way")  # a way of computing the same
 _watch = partial(_option, role="watch")  # what a whole run needs, and no command of a few steps
-_command = partial(_option, role="command")  # belongs to one command and not to the run: no checkpoint keeps it
+_command = partial(_option, role="command")  # of one command and not of the run: no checkpoint keeps it
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _of(*roles: str) -> tuple[str, ...]:
 
 PER_COMMAND, OF_THE_MODEL, OF_THE_CORPUS = _of("command"), _of("model"), _of("corpus")
 OF_THE_RUN = _of("run", "model")  # what --resume may not change
-RUN_ONLY = (*_of("command", "watch"), "init_from")  # commands that make a few steps do not offer it
+RUN_ONLY = (*_of("command", "watch"), "init_from")  # not offered by commands that make a few steps
 
 
 def flag(name: str) -> str:
@@ -171,10 +171,10 @@ def out_of_bounds(value: Any, least: float | None, most: float | None) -> str | 
 
 
 def _check_encoding(name: str) -> None:
-    """UserError unless Python can read text by it; some of its codecs are no encodings of text."""
+    """UserError unless Python can read text in it; some of its codecs are not encodings of text."""
     try:
         b"a".decode(name)
-    except UnicodeError:  # it is one, of which this is not a text
+    except UnicodeError:  # it is one, though b"a" is not a text in it
         return
     except (LookupError, ValueError):
         raise UserError(

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from mlp_fast.errors import Interrupted, UserError
 
-# How long a step waits for the other processes. Those that end are noticed at once, by their closed connection (gloo)
-# or by torchrun; this is for a machine that falls silent.
+# How long a step waits for the other processes. The end of one is noticed at once, by its closed connection (gloo) or
+# by torchrun; this is for a machine that falls silent.
 TIMEOUT = datetime.timedelta(seconds=25)
-# How long a rank waits where others may rightly be slow: compiling, making tokens of a large corpus, evaluating, or
+# How long a rank waits where others may take their time: compiling, making tokens of a large corpus, evaluating, or
 # writing to a slow disk.
 PATIENCE = datetime.timedelta(hours=1)
 _REMEDY = "start the processes by torchrun, or unset WORLD_SIZE to run one"

@@ -11,7 +11,7 @@ EXIT_NOT_SAVED = 3  # the work was done, but not all of its output could be writ
 EXIT_NON_FINITE = 4  # training stopped at a loss that is not a finite number
 EXIT_SIGNAL = 128  # plus the signal's number: 130 for SIGINT, 143 for SIGTERM
 
-# What torch, Python and the C++ library say where memory or room for a thread's stack is refused.
+# Messages of torch, Python and the C++ library where memory, or room for a thread's stack, is refused.
 _NO_MEMORY = re.compile("not enough memory|allocate memory|out of memory|bad_alloc|start new thread", re.IGNORECASE)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for the tab and the newline
 
@@ -27,7 +27,7 @@ class Interrupted(BaseException):
 
     Attributes:
         exit_code: 128 + the signal's number.
-        report: what was done and how to go on, in one line; set by whoever knows.
+        report: in one line, what was done and how to go on, as far as it is known where this is caught.
     """
 
     def __init__(self, signum: int) -> None:
@@ -37,12 +37,12 @@ class Interrupted(BaseException):
 
 
 def one_line(error: object) -> str:
-    """What an error says, in one line; a system error without the file's name."""
+    """The message of an error in one line; of a system error without the file's name."""
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory was refused; torch's own are RuntimeErrors with such a text."""
+    """Whether an error means that memory was refused; torch's own are RuntimeErrors with such a message."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
@@ -67,7 +67,7 @@ def for_terminal(text: str) -> str:
 
 
 def discard_stdout() -> None:
-    """Sends what stdout still holds, and all that follows, nowhere: it has failed, and would fail again at exit."""
+    """Discards what stdout still holds, and all that follows: it has failed, and would fail again at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -1,4 +1,4 @@
-"""Files: what stands at a path, and writing that is whole or not at all."""
+"""Files: their names in messages, what stands at a path, and writing that is whole or not at all."""
 
 import errno
 import json
@@ -11,11 +11,11 @@ from typing import Any
 
 from mlp_fast.errors import UserError, one_line
 
-UNFINISHED = re.compile(r"\.(.+)\.\d+\.tmp")  # the name of a file that write_atomically has not finished, and its own
+UNFINISHED = re.compile(r"\.(.+)\.\d+\.tmp")  # the temporary name that write_atomically gives a file; group 1: its own
 
 
 def shown(path: Path | str) -> str:
-    """A name fit for a line of print: as it is, or quoted and escaped."""
+    """A name for a message of one line: as it is, or quoted and escaped."""
     return str(path) if str(path).isprintable() and str(path) else ascii(str(path))
 
 
@@ -39,7 +39,7 @@ def no_place_for_code(folder: Path) -> str | None:
         return f"{shown(folder)} cannot be written"
     try:
         flags = os.statvfs(folder).f_flag
-    except (AttributeError, OSError):  # a system that does not say
+    except (AttributeError, OSError):  # a system that does not report it
         return None
     return f"{shown(folder)} is mounted noexec" if flags & getattr(os, "ST_NOEXEC", 0) else None
 
@@ -69,8 +69,8 @@ def writing(option: str, path: str) -> Iterator[None]:
 
 
 def open_to_append(path: Path) -> int:
-    """A handle that writes at the end of a file, made if it is missing; a FIFO that nobody reads is an OSError."""
-    no_wait = getattr(os, "O_NONBLOCK", 0)  # would wait for a reader; Windows has neither FIFOs nor this
+    """A handle that writes at the end of a file, made if it is missing; OSError for a FIFO without a reader."""
+    no_wait = getattr(os, "O_NONBLOCK", 0)  # else opening a FIFO waits for a reader; Windows has neither
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | no_wait, 0o666)
     except OSError as error:
@@ -78,7 +78,7 @@ def open_to_append(path: Path) -> int:
             raise OSError(errno.ENXIO, "nobody reads from it") from None
         raise
     if no_wait:
-        os.set_blocking(handle, True)  # a reader that is slow is waited for
+        os.set_blocking(handle, True)  # writing waits for a slow reader
     return handle
 
 
@@ -98,7 +98,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk; Windows, which opens no folders, is left to itself."""
+    """Waits until the names in a folder are on the disk; does nothing on Windows, which opens no folders."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

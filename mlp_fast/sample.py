@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def texts(saved: Checkpoint, asked: argparse.Namespace) -> Iterator[str]:
-    """Texts that a model draws, each with its prompt, one after another from one stream of random numbers.
+    """Texts drawn from a model, each with its prompt, one after another from one stream of random numbers.
 
-    Without a prompt they begin as a training run's sample does; a short one is padded, unseen, as prompt.padded says.
-    UserError where the prompt or the stop is not of the model's vocabulary.
+    Without a prompt they begin as a training run's sample does; a short one is padded as in prompt.padded, and printed
+    without the padding. UserError where the prompt or the stop is not of the model's vocabulary.
     """
     vocabulary, T = saved.vocabulary, saved.config.context_length
     if asked.prompt is None:

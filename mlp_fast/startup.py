@@ -1,4 +1,4 @@
-"""What happens in a command's process before its imports. This module itself imports nothing but Python's own."""
+"""What happens in a command's process before its imports. This module imports Python's own modules alone."""
 
 import contextlib
 import gc
@@ -14,10 +14,10 @@ PROBE_NUMBERS = 2**24  # 64 MiB: less is of no use to any run
 
 
 def begin() -> None:
-    """Before a command's imports, which take a second: Ctrl-C ends them without a traceback; see _probe_memory.
+    """Prepares the process for a command's imports, which take a second: Ctrl-C ends them without a traceback.
 
-    No garbage is collected meanwhile, until run_main: to look through the million objects that they make, all of which
-    stay, takes a quarter of the processor time of a run of one step.
+    No garbage is collected from here to run_main: the imports make a million objects, all of which stay, and to look
+    through them takes a quarter of the processor time of a run of one step.
     """
     open_missing_streams()
     _probe_memory()
@@ -27,16 +27,16 @@ def begin() -> None:
 
 
 def open_missing_streams() -> None:
-    """Opens stdout and stderr where there are none (>&-, pythonw): the next file opened would take their place."""
+    """Opens stdout and stderr where they are missing (>&-, pythonw): the next file opened would take their place."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _probe_memory() -> None:
-    """Where address space is limited, lets a child make the imports first; ends with one line if it fails.
+    """Where address space is limited, makes the imports in a child first; ends with one line if that fails.
 
-    In a process whose libraries find no memory torch aborts, or never returns: no exception of Python's tells of it.
+    Where its libraries find no memory, torch aborts or never returns, without an exception that could be caught.
     """
     try:
         import resource
@@ -46,14 +46,14 @@ def _probe_memory() -> None:
         return
     child = os.fork()
     if child == 0:
-        with contextlib.suppress(ValueError):  # less is allowed already
+        with contextlib.suppress(ValueError):  # the limit is lower already
             resource.setrlimit(resource.RLIMIT_CPU, (PROBE_SECONDS, PROBE_SECONDS))
         with open(os.devnull, "w") as nowhere:
             for stream in (1, 2):
                 os.dup2(nowhere.fileno(), stream)
         try:
             importlib.import_module("mlp_fast.train")  # and with it all that any command imports
-            # The threads that a fill of this size starts end the process themselves where they find no room.
+            # A fill of this size starts threads, which end the process where there is no room for them.
             importlib.import_module("torch").ones(PROBE_NUMBERS)
         except BaseException:
             os._exit(1)

@@ -13,7 +13,7 @@ _forked = False  # whether this process is a forked child
 
 
 def after_fork() -> None:
-    """Makes torch compute and compile on one thread: it would wait for ever for those that a forked child lacks."""
+    """Makes torch compute and compile on one thread: it would wait for ever for threads that a forked child lacks."""
     global _forked
     _forked = True
     if "torch" in sys.modules:
@@ -40,9 +40,9 @@ def use(count: int | None) -> None:
 
 
 def use_available() -> None:
-    """Leaves torch as many threads as there are processors to use, unless OMP_NUM_THREADS says how many.
+    """Limits torch's threads to the processors that this process may use, unless OMP_NUM_THREADS is set.
 
-    A command that has not imported torch has no use for them.
+    Does nothing in a command that has not imported torch.
     """
     torch = sys.modules.get("torch")
     if torch is not None and not os.environ.get("OMP_NUM_THREADS"):
@@ -77,7 +77,7 @@ def _quotas(root: Path) -> Iterator[float]:
         top, point = (re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), field) for field in fields.split()[3:5])
         for group in (PurePosixPath(path) for _, controllers, path in groups if controller in controllers.split(",")):
             folder = root / point.lstrip("/")
-            # Of a group that lies outside what is mounted, all that can be seen is the top.
+            # Of a group outside of what is mounted only the top can be seen.
             for part in ("", *(group.relative_to(top).parts if group.is_relative_to(top) else ())):
                 folder /= part
                 with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no such file, or "max"

@@ -101,7 +101,8 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         """The newest checkpoint that is still there."""
         with contextlib.suppress(FileNotFoundError):
             self._check_held()
-            return next((self.path / name for name in reversed(self.entries) if (self.path / name).exists()), None)
+            files = (self.path / name for name in reversed(self.entries))
+            return next((file for file in files if os.path.exists(file)), None)
         return None
 
     def known(self, step: int) -> dict[str, Any] | None:

@@ -17,10 +17,10 @@ NOTICE = b"\nmlp_fast: stopping; once more stops at once\n"
 class Interrupt:
     """Listens for SIGINT and SIGTERM inside its `with` block; without one it never interrupts.
 
-    A signal raises Interrupted at once, except inside `deferred()`, where it only sets `signum` (0 before): there the
-    run looks at it between two pieces of work, and lets it raise in `at_once()` where that does no harm. A second
+    A signal raises Interrupted at once, except inside `deferred()`, where it only sets `signum` (0 before), which the
+    run reads between two pieces of work; inside of that, `at_once()` lets it raise where that does no harm. A second
     signal ends the process on the spot; files are safe, since they are written under another name and renamed. Ignored
-    signals (nohup) stay ignored; outside of the main thread, where Python delivers no signals, nothing is listened for.
+    signals (nohup) stay ignored. Outside of the main thread Python delivers no signals, and none are listened for.
     """
 
     def __init__(self) -> None:

@@ -107,7 +107,7 @@ class RunLog:
         self.event("eval", **dataclasses.asdict(evaluation))
 
     def progress(self, step: int, loss: Tensor, ms_per_step: float) -> None:
-        """Moves the progress bar to `step`, if anyone sees it: reading the loss waits for the device."""
+        """Moves the progress bar to `step`, where it is shown: reading the loss waits for the device."""
         if not self._bar.disable:
             self._bar.n = step
             self._bar.set_postfix_str(f"loss {loss.item():.4f}, {ms_per_step:.3f} ms/step", refresh=False)

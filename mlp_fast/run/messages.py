@@ -1,4 +1,4 @@
-"""What a run says of itself: before its first step, at its end, and where it was stopped."""
+"""The messages of a run: before its first step, at its end, and where it was stopped."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def announce(run: Trainer) -> None:
 
 
 def title(run: Trainer, note: str = "") -> str:
-    """A run in one line; `note` says why other backends were passed over."""
+    """A run in one line; `note`: why no better backend was chosen."""
     cuda = run.backend.device.type == "cuda"
     device = torch.cuda.get_device_name(run.backend.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
     processes = f", in {run.world.size} processes" if run.world.size > 1 else ""

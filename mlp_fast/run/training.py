@@ -79,7 +79,7 @@ def _opened(config: Config, interrupt: Interrupt) -> Iterator[Trainer]:
 
 
 def _corpus(config: Config, start: Checkpoint | None) -> Corpus:
-    """The run's corpus; where a resumed run's cannot be had, the error says what else may be done."""
+    """The run's corpus. UserError where it cannot be read, or is not the one of a resumed run."""
     try:
         corpus = load_for(config, start.given_vocabulary if start else None)
     except UserError as error:
