@@ -1,16 +1,21 @@
 """What happens in a command's process before its imports. This module imports Python's own modules alone."""
 
-import contextlib
 import gc
-import importlib
 import os
 import signal
 import sys
 
 from mlp_fast.errors import EXIT_USER_ERROR, report
 
-PROBE_SECONDS = 10  # of a processor: many times what the imports take
-PROBE_NUMBERS = 2**24  # 64 MiB: less is of no use to any run
+# Imports all that any command does, in 10 seconds of a processor, many times what that takes. A fill of 64 MiB, without
+# which no run does, then starts torch's threads, which end the process where there is no room for them.
+PROBE = """
+import contextlib, resource
+with contextlib.suppress(ValueError):  # the limit is lower already
+    resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+import mlp_fast.train, torch
+torch.ones(2**24)
+"""
 
 
 def begin() -> None:
@@ -20,9 +25,9 @@ def begin() -> None:
     through them takes a quarter of the processor time of a run of one step.
     """
     open_missing_streams()
-    _probe_memory()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _probe_memory()
     gc.disable()
 
 
@@ -34,7 +39,7 @@ def open_missing_streams() -> None:
 
 
 def _probe_memory() -> None:
-    """Where address space is limited, makes the imports in a child first; ends with one line if that fails.
+    """Where address space is limited, makes the imports in another process first; ends with one line if that fails.
 
     Where its libraries find no memory, torch aborts or never returns, without an exception that could be caught.
     """
@@ -44,20 +49,8 @@ def _probe_memory() -> None:
         return
     if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
         return
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(ValueError):  # the limit is lower already
-            resource.setrlimit(resource.RLIMIT_CPU, (PROBE_SECONDS, PROBE_SECONDS))
-        with open(os.devnull, "w") as nowhere:
-            for stream in (1, 2):
-                os.dup2(nowhere.fileno(), stream)
-        try:
-            importlib.import_module("mlp_fast.train")  # and with it all that any command imports
-            # A fill of this size starts threads, which end the process where there is no room for them.
-            importlib.import_module("torch").ones(PROBE_NUMBERS)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
+    import subprocess
+
+    if subprocess.run([sys.executable, "-c", PROBE], capture_output=True, check=False).returncode:
         report("not enough memory to start, under the limit of this process (ulimit -v); raise it")
         os._exit(EXIT_USER_ERROR)
