@@ -61,7 +61,7 @@ def split(content: Content, path: Path, how: Reading) -> dict[str, Text]:
             raise UserError(f"{shown(path)} is too short for train, val and test; give a longer text")
         parts = zip(SPLITS, itertools.pairwise(ends), strict=True)
         return {split: Text(path, partial(stretch, content, start, end)) for split, (start, end) in parts}
-    lines = sum(map(len, _line_ends(content)))
+    lines = sum(int(np.count_nonzero(newlines)) for _, newlines in _newlines(content))
     if lines < len(SPLITS):
         raise UserError(
             f"{shown(path)} has fewer than {len(SPLITS)} lines: too few for train, val and test; "
@@ -115,19 +115,20 @@ def _shuffled(n: int, rng: RNG) -> npt.NDArray[np.uint32]:
     return keyed.astype(np.uint32)
 
 
-def _line_ends(content: Content) -> Iterator[npt.NDArray[np.int64]]:
-    """The places behind the newlines of a text, a chunk of it at a time."""
+def _newlines(content: Content) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+    """Which bytes are newlines, in chunks: the place of each, and a mask."""
     for start in range(0, len(content), tokenizer.CHUNK):
-        yield np.flatnonzero(content[start : start + tokenizer.CHUNK] == ord("\n")) + (start + 1)
+        yield start, content[start : start + tokenizer.CHUNK] == ord("\n")
 
 
 def _line_bounds(content: Content, lines: int) -> npt.NDArray[Any]:
     """bounds[i] : bounds[i + 1] is line i with its newline; shape (lines + 1,), as narrow as the text allows."""
     bounds = np.zeros(lines + 1, np.uint32 if len(content) < 1 << 32 else np.int64)
     line = 1
-    for ends in _line_ends(content):
-        bounds[line : line + len(ends)] = ends
-        line += len(ends)
+    for start, newlines in _newlines(content):
+        places = np.flatnonzero(newlines)
+        bounds[line : line + len(places)] = places + (start + 1)
+        line += len(places)
     return bounds
 
 
