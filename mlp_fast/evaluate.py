@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="another corpus than the one of the run (default: the run's)")
     parser.add_argument("--split", choices=SPLITTING, help="how one text file is split (default: as the run's)")
     parser.add_argument("--encoding", metavar="NAME", help="of text files (default: the run's)")
-    parser.add_argument("--backend", default="eager", help="what computes; see mlp_fast.train --list-backends")
+    parser.add_argument("--backend", default="eager", help="the backend; see mlp_fast.train --list-backends")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
     with distributed.joined() as world:
         with world.agreed():

@@ -26,14 +26,14 @@ from mlp_fast.run.folder import RunFolder
 from mlp_fast.run.interrupt import Interrupt
 from mlp_fast.run.log import Evaluation, RunLog
 
-# Work asked of a backend at a time, so that signals are answered: seconds, and the steps to begin with.
+# How long a backend computes between two looks at the signals: seconds, and the steps to begin with.
 RESPONSE_TIME = {"cpu": 0.05, "cuda": 0.5}
 FIRST_PIECE = {"cpu": 1, "cuda": 1000}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run ended with; losses in nats, times in seconds.
+    """The result of a run; losses in nats, times in seconds.
 
     `evaluations` are those since the start or resumption, `unsaved` what could not be written, in words.
     """
@@ -49,13 +49,13 @@ class Result:
 
 
 class NonFiniteLoss(UserError):
-    """Training went wrong: a loss, or the state, is not finite."""
+    """A loss, or the state, is not finite."""
 
     exit_code = EXIT_NON_FINITE
 
 
 class Plan(NamedTuple):
-    """What a run is: its settings and its corpus, and what follows from them: the model's sizes and the backend."""
+    """What a run computes: its settings and corpus, and, as they demand, the model's sizes and the backend."""
 
     config: Config
     corpus: Corpus
@@ -106,7 +106,7 @@ class Trainer:
         self.seconds = {"prepare_seconds": 0.0, "training_seconds": 0.0, "evaluation_seconds": 0.0}
         self.piece = FIRST_PIECE[self.backend.device.type]
         self.timed_from = (self.step, 0.0)  # step and training seconds at the last evaluation
-        self.non_finite = math.inf  # the first step known to have gone wrong
+        self.non_finite = math.inf  # the first step with a loss or state that is not finite
         self.warned = False
 
     def run(self) -> Result:
@@ -132,7 +132,7 @@ class Trainer:
         return Result(self.backend.state(), log.evaluations, test_loss, text, log.unsaved, **self.seconds)
 
     def _train(self) -> None:
-        """Evaluate, save, advance, until the last step; a signal saves and comes out as Interrupted."""
+        """Evaluate, save, advance, until the last step; on a signal, saves and raises Interrupted."""
         try:
             while self.step < self.config.last_step:
                 if self._evaluates_at(self.step):
@@ -149,11 +149,11 @@ class Trainer:
             self._require_finite()
 
     def _evaluate(self) -> None:
-        """Evaluates and logs; Interrupted leaves no result, so that a run that goes on evaluates again."""
+        """Evaluates and logs. An interrupted evaluation leaves no result: the run that goes on evaluates again."""
         steps, seconds = self.step - self.timed_from[0], self.seconds["training_seconds"] - self.timed_from[1]
         self.timed_from = self.step, self.seconds["training_seconds"]
         ms_per_step = 1e3 * seconds / steps if steps else None
-        # Several processes must all go by the same answer, and a GPU, best left alone, has done soon.
+        # Several processes must all end at the same place, and a GPU is done soon: there the evaluation is finished.
         alone_on_cpu = self.world.size == 1 and self.backend.device.type == "cpu"
         with self._timed("evaluation_seconds"), self.interrupt.at_once() if alone_on_cpu else contextlib.nullcontext():
             train_loss = self.backend.shared_mean_loss(self.windows["train"])
@@ -180,11 +180,11 @@ class Trainer:
                 self.non_finite = min(self.non_finite, self.step + int(wrong[0]))
             self.step += count
             self.log.progress(self.step, losses[-1], 1e3 * per_step)
-            if signum := int(self.world.max(self.interrupt.signum)):  # all ranks go by the same answer
+            if signum := int(self.world.max(self.interrupt.signum)):  # of any rank: all end at the same step
                 raise Interrupted(signum)
 
     def _save(self) -> None:
-        """Saves a checkpoint if there is a folder, it does not hold the same already, and the state is finite."""
+        """Saves a checkpoint, where there is a folder without the same checkpoint, and where the state is finite."""
         if self.folder is None:
             return
         saved = self.folder.known(self.step)
@@ -203,9 +203,8 @@ class Trainer:
             self.log.event("checkpoint", step=self.step, file=str(path), best=self.folder.best)
 
     def _evaluates_at(self, step: int) -> bool:
-        if self.losses.get("evaluated_at") == step:
-            return False
-        return step % self.config.eval_every == 0 or step == self.config.num_steps - 1
+        new = self.losses.get("evaluated_at") != step
+        return new and (step % self.config.eval_every == 0 or step == self.config.num_steps - 1)
 
     def _saves_at(self, step: int) -> bool:
         every = self.config.checkpoint_every
@@ -222,7 +221,7 @@ class Trainer:
         return min(stop for stop in [*regular, *single] if stop > self.step)
 
     def _require_finite(self) -> None:
-        """Raises NonFiniteLoss once something is known to have gone wrong, unless --on-nan continue."""
+        """Raises NonFiniteLoss where a loss or the state was not finite; with --on-nan continue, warns once."""
         if self.non_finite == math.inf or self.warned:
             return
         self.log.event("non_finite", step=self.non_finite)
@@ -238,7 +237,7 @@ class Trainer:
         )
 
     def _entropy(self, split: str) -> float | None:
-        """The mean -ln P of a split's evaluated targets under the process that made the corpus, where that is known."""
+        """The mean -ln P, in nats, of a split's evaluated targets under the source of the corpus, where it is known."""
         if self.corpus.cost is None:
             return None
         targets = evaluated_positions(self.tapes[split], self.config.batch_size) + self.shape.T
