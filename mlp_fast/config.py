@@ -48,13 +48,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _option(default: Any, help: str, *, role: str, **more: Any) -> Any:
-    nothing = dict.fromkeys(("choices", "least", "most", "metavar"))
-    return dataclasses.field(default=default, metadata={**nothing, "help": help, "role": role, **more})
+def _option(
+    default: Any, help: str, *, role: str, choices: Any = None, least: Any = None, most: Any = None, metavar: Any = None
+) -> Any:
+    """A setting: its default, its help text, what it is to a run (one of the roles below), and what values it takes."""
+    metadata = {"help": help, "role": role, "choices": choices, "least": least, "most": most, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 _run = partial(_option, role="run")  # defines the run
-_model = partial(_option, role="model")  # defines its model: what --init-from takes over
+_model = partial(_option, role="model")  # defines its model: --init-from takes it over
 _corpus = partial(_option, role="corpus")  # name, place or form of the corpus, which fingerprints identify
 _way = partial(_option, role="way")  # a way of computing the same
 _watch = partial(_option, role="watch")  # what a whole run needs, and no command of a few steps

@@ -73,6 +73,8 @@ class World:
 
     def max(self, value: float) -> float:
         """The largest of the ranks' values, for decisions that must be the same on all."""
+        if self.size == 1:
+            return value
         return self.all_reduce_(torch.tensor(value, dtype=torch.float64), op=dist.ReduceOp.MAX).item()
 
     def barrier(self) -> None:
@@ -159,7 +161,6 @@ def joined() -> Iterator[World]:
     _current = World(dist.get_rank(), size)
     try:
         yield _current
-        _disconnect()
     except LostContact:
         if not dist.is_nccl_available():  # NCCL would wait for those that are gone
             _disconnect()
@@ -169,6 +170,8 @@ def joined() -> Iterator[World]:
         if _current.rank and isinstance(error, UserError):
             raise SystemExit(error.exit_code) from None
         raise
+    else:
+        _disconnect()
     finally:
         _current = World()
 

@@ -175,7 +175,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _checkpoint(path: Path, facts: Facts, tensors: dict[str, Tensor]) -> Checkpoint:
-    """The checkpoint of a document of FORMAT_VERSION; errors of any type where it makes no sense with the tensors."""
+    """The checkpoint of a document of FORMAT_VERSION; any of the errors that read() catches where it is invalid."""
     config, vocabulary, step = Config(**facts["config"]), from_json(facts["vocabulary"]), facts["step"]
     if type(step) is not int or not 0 <= step <= config.num_steps:
         raise ValueError(f"step {step!r} is not one of the run's")
@@ -195,8 +195,8 @@ def _checkpoint(path: Path, facts: Facts, tensors: dict[str, Tensor]) -> Checkpo
     )
 
 
-# version -> what makes a document of the next version of it. Version 1 kept the settings of the command in the config,
-# and no losses; version 2 did not keep the beginning of the corpus.
+# version -> the function that makes its documents those of the next version. Version 1 kept the settings of the command
+# in the config, and no losses; version 2 did not keep the beginning of the corpus.
 UPGRADES: dict[int, Callable[[Facts], Facts]] = {
     1: lambda facts: {**facts, "config": _of_the_run(facts["config"]), "losses": {}},
     2: lambda facts: {**facts, "beginning": []},
