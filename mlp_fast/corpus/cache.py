@@ -48,9 +48,7 @@ def entry(key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict
     try:
         tapes.mkdir(parents=True, exist_ok=True)
         with FileLock(tapes / f"{key}.lock", poll_interval=0.1):  # ends with the process, however it ends
-            description = _described(folder)
-            if description is None:
-                description = _built(folder, build)
+            description = _described(folder) or _built(folder, build)
     except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
         raise UserError(
             f"the token cache {folder} cannot be written ({one_line(error)}); make room, or set XDG_CACHE_HOME"

@@ -18,7 +18,7 @@ def announce(run: Trainer) -> None:
         chosen_backend=run.backend.name,
         chosen_device=run.backend.device.type,
         parameters=run.shape.num_parameters,
-        floor=run.entropy["val"],
+        floor=run.entropy.get("val"),
     )
     if config.interpret:
         products = "" if config.precision == "fp32" else f"; its products are fp32, not {config.precision}"
@@ -43,11 +43,11 @@ def title(run: Trainer, note: str = "") -> str:
     cuda = run.backend.device.type == "cuda"
     device = torch.cuda.get_device_name(run.backend.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
     processes = f", in {run.world.size} processes" if run.world.size > 1 else ""
-    entropy = run.entropy["val"]
+    floor = f" | floor of val_loss {run.entropy['val']:.6f}" if run.entropy else ""
     return (
-        f"backend {run.backend.name}{note} on {device}{processes} | "
-        f"{run.corpus.name} corpus, {len(run.corpus.train)} training tokens | {run.shape.num_parameters} parameters"
-    ) + ("" if entropy is None else f" | floor of val_loss {entropy:.6f}")
+        f"backend {run.backend.name}{note} on {device}{processes} | {run.corpus.name} corpus, "
+        f"{len(run.corpus.train)} training tokens | {run.shape.num_parameters} parameters{floor}"
+    )
 
 
 def summary(run: Trainer, result: Result) -> str:
@@ -62,13 +62,13 @@ def summary(run: Trainer, result: Result) -> str:
     losses = f"test_loss {result.test_loss:.6f}"
     if "val_loss" in run.losses:
         losses = f"val_loss {run.losses['val_loss']:.6f} | {losses}"
-    if run.corpus.cost is not None:
+    if run.entropy:
         losses += f" | floor val {run.entropy['val']:.6f}, test {run.entropy['test']:.6f}"
     return f"{time_line}\n{losses}"
 
 
 def stopped(run: Trainer) -> str:
-    """What became of a run that was asked to end, in words."""
+    """How far a run came that was interrupted, what it saved, and how to go on."""
     done = f"after {run.step} of {run.config.last_step} steps"
     if run.folder is None:
         return f"{done}; nothing is saved, for want of --out"

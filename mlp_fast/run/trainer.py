@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -97,7 +97,7 @@ class Trainer:
         self.world = distributed.world()
         self.tapes = {split: Tape(tokens, config.context_length) for split, tokens in corpus.tapes.items()}
         self.beginning = tuple(corpus.train[: config.context_length].tolist())
-        self.entropy = {split: self._entropy(split) for split in ("val", "test")}
+        self.entropy = {split: self._entropy(corpus.cost, split) for split in ("val", "test")} if corpus.cost else {}
         state = start.state if start else TrainState.initial(shape, config.seed)
         self.first_step = self.step = state.step
         self.losses = start.losses if start else {}  # of the latest evaluation, as a checkpoint keeps them
@@ -236,12 +236,10 @@ class Trainer:
             f"try a smaller --learning-rate than {self.config.learning_rate:g}, or --on-nan continue"
         )
 
-    def _entropy(self, split: str) -> float | None:
-        """The mean -ln P, in nats, of a split's evaluated targets under the source of the corpus, where it is known."""
-        if self.corpus.cost is None:
-            return None
+    def _entropy(self, cost: dict[str, Any], split: str) -> float:
+        """The mean -ln P, in nats, of a split's evaluated targets under the corpus' source; cost as Corpus has it."""
         targets = evaluated_positions(self.tapes[split], self.config.batch_size) + self.shape.T
-        return float(self.corpus.cost[split][targets.numpy()].mean())
+        return float(cost[split][targets.numpy()].mean())
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:

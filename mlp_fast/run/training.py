@@ -103,5 +103,5 @@ def _plot(path: str, trainer: Trainer) -> None:
     run = trainer.log.evaluations
     with figure(Path(path)) as axes:
         losses = {"train": [e.train_loss for e in run], "val": [e.val_loss for e in run]}
-        draw_losses(axes, [e.step for e in run], losses, trainer.entropy["val"])
+        draw_losses(axes, [e.step for e in run], losses, trainer.entropy.get("val"))
         axes.set_title(textwrap.fill(drawable(title(trainer)), 60), parse_math=False)
