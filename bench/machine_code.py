@@ -1,4 +1,4 @@
-"""The machine code (SASS) of a kernel: its instructions, the PTX that each comes from, what they wait for."""
+"""The machine code (SASS) of a kernel: its instructions, the PTX that each comes from, and what each waits for."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,13 +6,18 @@ from typing import Any, NamedTuple
 
 from bench import resources
 
-LISTED = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*?);\s+/\* 0x[0-9a-f]{16} \*/")
-SECOND_HALF = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")
-LINE = re.compile(r'//## File ".nv_debug_ptx_txt", line (\d+)')
-LABEL = re.compile(r"^(\.L_x_\d+|\$[\w$]+):")
-CUTS = ("BRA", "BRX", "EXIT", "RET", "CALL", "BAR")  # what a segment ends with
+# What is read from a listing of `nvdisasm -hex -gp`: a line of the PTX, a label, or an instruction of 128 bits, whose
+# upper half says how it is scheduled.
+LISTED = re.compile(
+    r"""//\#\#\ File\ "\.nv_debug_ptx_txt",\ line\ (?P<line>\d+)
+      | ^(?P<label>\.L_x_\d+|\$[\w$]+):
+      | /\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>\S+)(?P<operands>.*?);\s+/\*\ 0x[0-9a-f]{16}\ \*/
+        \s+/\*\ 0x(?P<upper>[0-9a-f]{16})\ \*/""",
+    re.MULTILINE | re.VERBOSE,
+)
+ENDS = ("BRA", "BRX", "EXIT", "RET", "CALL", "BAR")  # the last instruction of a segment
 
-# By the first part of an opcode; "integer" is all the rest: addresses, comparisons, moves, selections.
+# By the root of an opcode; all others are "integer": addresses, comparisons, moves, selections.
 KINDS = {
     **dict.fromkeys(("FFMA", "FFMA2", "FADD", "FADD2", "FMUL", "FMUL2"), "fp32"),
     **dict.fromkeys(("HMMA", "IMMA"), "tensor"),
@@ -26,18 +31,18 @@ KINDS = {
 LOADS = ("LDG", "LD", "LDGSTS", "ATOM", "ATOMG")
 ATOMICS = ("ATOM", "ATOMG", "RED", "REDG")
 MATRICES = ("LDSM", "STSM")
-ON_ONE_LANE = ("R2UR", "S2R", "S2UR", "CS2R", "LDC", "LDGDEPBAR", "DEPBAR")  # with all whose name begins with U
+ON_ONE_LANE = ("R2UR", "S2R", "S2UR", "CS2R", "LDC", "LDGDEPBAR", "DEPBAR")  # and every root that begins with U
 
 
 class Instruction(NamedTuple):
-    """One of machine code."""
+    """An instruction of the machine code."""
 
     opcode: str
     operands: str
     line: int  # of the PTX
     stall: int  # clocks until its warp may issue the next
-    sets: int  # which of six scoreboards is taken until its result is there; 7: none
-    waits: int  # for which scoreboards, a mask
+    sets: int  # the scoreboard, of six, that is taken until its result is there; 7: none
+    waits: int  # mask of the scoreboards that it waits for
 
     @property
     def root(self) -> str:
@@ -51,9 +56,9 @@ class Instruction(NamedTuple):
 
     @property
     def unit(self) -> tuple[str, float]:
-        """The rate in gpus.Gpu that it keeps to, and how much of it: a warp's results, or multiply-adds.
+        """The rate of gpus.Gpu that limits it, and the results or multiply-adds that a warp asks of that unit.
 
-        "" where issuing it is all that it costs.
+        "" where an issue slot is its only cost.
         """
         if self.kind == "tensor":  # HMMA.1688: 16 x 8 by 8
             depth = int(re.sub(r"\D", "", self.opcode.split(".")[1])[3:] or 8)
@@ -68,7 +73,7 @@ class Instruction(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """That a lane accesses in memory."""
+        """The bytes that a lane accesses in memory."""
         parts = self.opcode.split(".")
         return 16 if "128" in parts else 8 if "64" in parts else 4
 
@@ -96,34 +101,29 @@ class Segment:
 def segments(listing: str) -> list[Segment]:
     """The segments in a listing of `nvdisasm -hex -gp`.
 
-    Where an instruction's encoding says how it is scheduled: Jia et al., arXiv:1804.06826, for Volta and all since.
+    The fields of the encoding that schedule an instruction: Jia et al., arXiv:1804.06826, for Volta and all since.
     """
     found, line, subroutine = [Segment()], 0, False
-    head: re.Match[str] | None = None
-    for text in listing.splitlines():
-        if match := LINE.search(text):
-            line = int(match[1])
-        elif match := LABEL.match(text):
-            subroutine |= match[1].startswith("$")
+    for match in LISTED.finditer(listing):
+        if match["line"]:
+            line = int(match["line"])
+        elif label := match["label"]:
+            subroutine |= label.startswith("$")
             if found[-1].code:
                 found.append(Segment())
-            found[-1].labels.append(match[1])
+            found[-1].labels.append(label)
             found[-1].in_subroutine = subroutine
-        elif match := LISTED.search(text):
-            head = match
-        elif head and (match := SECOND_HALF.match(text)):
-            control = int(match[1], 16) >> 41
-            found[-1].code.append(
-                Instruction(head[1], head[2], line, control & 15, control >> 5 & 7, control >> 11 & 63)
-            )
-            if found[-1].ends_in in CUTS:
+        else:
+            control = int(match["upper"], 16) >> 41
+            stall, sets, waits = control & 15, control >> 5 & 7, control >> 11 & 63
+            found[-1].code.append(Instruction(match["opcode"], match["operands"], line, stall, sets, waits))
+            if found[-1].ends_in in ENDS:
                 found.append(Segment(in_subroutine=subroutine))
-            head = None
     return [segment for segment in found if segment.code]
 
 
 class Compiled(NamedTuple):
-    """A kernel on an architecture."""
+    """A kernel compiled for an architecture."""
 
     code: list[Segment]
     registers: int  # a thread
@@ -131,7 +131,7 @@ class Compiled(NamedTuple):
 
     @property
     def merged(self) -> dict[int, int]:
-        """Line of PTX -> bytes that a lane accesses there: the assembler makes one access of neighbours."""
+        """Line of PTX -> bytes that a lane accesses there: the assembler merges accesses to neighbours into one."""
         found: dict[int, int] = {}
         for i in (i for segment in self.code for i in segment.code):
             if i.kind in ("shared", "global") and i.root not in (*ATOMICS, *MATRICES, "LDGSTS"):
@@ -148,6 +148,6 @@ def compiled(shipped: Any, capability: int) -> Compiled:
     if key not in _compiled:
         kernel = shipped.compile(capability)
         cubin = kernel.asm["cubin"]
-        listing = resources.told(cubin, "nvdisasm", "-hex", "-gp", "-c")
-        _compiled[key] = Compiled(segments(listing), resources.registers(cubin), kernel.metadata.shared)
+        listing = resources.binary_tool("nvdisasm", cubin, "-hex", "-gp", "-c")
+        _compiled[key] = Compiled(segments(listing), resources.resource_usage(cubin)["REG"], kernel.metadata.shared)
     return _compiled[key]

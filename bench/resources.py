@@ -1,22 +1,20 @@
-"""What every shipped kernel asks of the hardware, read from its machine code; needs no GPU.
+"""The resources that every shipped kernel needs on every architecture; needs no GPU.
 
     python -m bench.resources [--json FILE]
 
-compiles every configuration that the launchers use (kernels/_aot.py) for every architecture that they use it on,
-and prints registers a thread, spill instructions, shared memory, FMA, tensor-core and atomic instructions, and the
-occupancy that they allow. Exits 1 where a kernel spills, uses a tensor core under fp32, or takes more shared memory
-than a thread block can have: 64 KiB on sm_75, 99 KiB on every GPU since.
+compiles every configuration that the launchers use (kernels/_aot.py) for every architecture that they use it on. The
+assembler reports registers and spills, the bytes of stack that a thread spills registers to; Triton reports shared
+memory; FMA, tensor-core and atomic instructions are counted in the PTX. The table adds the occupancy that these allow.
+Exits 1 where a kernel spills, uses a tensor core under fp32, or takes more shared memory than a thread block can have:
+64 KiB on sm_75, 99 KiB on every GPU since.
 """
 
 import argparse
-import bisect
 import importlib
 import importlib.util
-import itertools
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -34,30 +32,25 @@ from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.measure import table as markdown
 
 KERNELS = ("embed_linear_tanh", "linear_cross_entropy", "adamw", "train_step", "persistent_step", "inference")
-FMA = re.compile(r"\bFFMA2?\b")
-ATOMIC = re.compile(r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG)\b")
-TENSOR_CORE = re.compile(r"\b(?:[BDHIO]MMA|[HIQ]GMMA|UTC\w*MMA)\b")
-SPILL = re.compile(r"\b(?:STL|LDL)\b")
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")  # of a listing: its address, its text
+# In PTX.
+FMA = re.compile(r"\bfma\.rn\.(?:ftz\.)?f32")
+ATOMIC = re.compile(r"\b(?:atom|red)\.")
+TENSOR_CORE = re.compile(r"\b(?:mma\.(?:sync|sp)|wgmma\.mma_async|tcgen05\.mma)\b")
 
-REGISTERS = 65536  # of one multiprocessor, on all of them
+REGISTERS = 65536  # of a multiprocessor of every architecture
 
 
 class Architecture(NamedTuple):
-    """What a multiprocessor has, by the CUDA C++ Programming Guide, compute capabilities.
-
-    Shared memory in bytes: of the multiprocessor, the most that a thread block can have, and what the system takes of
-    each block.
-    """
+    """The limits of a multiprocessor, by the CUDA C++ Programming Guide, compute capabilities."""
 
     warps: int
     blocks: int
-    shared: int
-    block_shared: int
-    reserved: int
+    shared: int  # bytes of the multiprocessor
+    block_shared: int  # bytes that a thread block can have
+    reserved: int  # bytes that the system takes of each block
 
 
-# Code is compiled for the least that a GPU since sm_80 gives a block.
+# Code is compiled for the least shared memory that a GPU since sm_80 gives a block.
 KIB = 1024
 ARCHITECTURES = {
     75: Architecture(32, 16, 64 * KIB, 64 * KIB, 0),
@@ -71,7 +64,7 @@ ARCHITECTURES = {
 
 
 class Resources(NamedTuple):
-    """What one kernel in one configuration asks of one architecture."""
+    """The resources of one kernel in one configuration on one architecture."""
 
     module: str  # the file in kernels/
     kernel: str
@@ -80,9 +73,9 @@ class Resources(NamedTuple):
     sm: int
     num_warps: int
     registers: int
-    spills: int  # instructions that store to or load from local memory
+    spills: int  # bytes of stack a thread, which is where the assembler spills registers to
     shared: int  # bytes a thread block
-    fma: int  # instructions in the code, not executed ones
+    fma: int  # from here on: instructions of the PTX, not executed ones
     tensor_core: int
     atomics: int
 
@@ -92,10 +85,10 @@ class Resources(NamedTuple):
         return occupancy(self.sm, self.num_warps, self.registers, self.shared)
 
     def faults(self) -> list[str]:
-        """What forbids shipping it."""
+        """Why the kernel must not be shipped."""
         faults = []
         if self.spills:
-            faults.append(f"{self.spills} spill instructions")
+            faults.append(f"spill instructions, {self.spills} bytes of stack")
         if self.precision == "fp32" and self.tensor_core:
             faults.append(f"{self.tensor_core} tensor-core instructions under fp32")
         if self.shared > ARCHITECTURES[self.sm].block_shared:
@@ -114,78 +107,48 @@ def occupancy(sm: int, num_warps: int, registers: int, shared: int) -> float:
 
 
 def measure(configurations: Sequence[Any], sm: int) -> list[Resources]:
-    """Compiles kernels._aot.Shipped for an architecture and reads their machine code."""
-    compiled = [shipped.compile(sm) for shipped in configurations]
-    cubins = [kernel.asm["cubin"] for kernel in compiled]
-    return [
-        Resources(
-            module=shipped.kernel.fn.__module__.rpartition(".")[2],
-            kernel=shipped.kernel.fn.__name__,
-            precision=shipped.precision,
-            constants=_constants(shipped.constexprs),
-            sm=sm,
-            num_warps=kernel.metadata.num_warps,
-            registers=registers(cubin),
-            spills=len(SPILL.findall(code)),
-            shared=kernel.metadata.shared,
-            fma=len(FMA.findall(code)),
-            tensor_core=len(TENSOR_CORE.findall(code)),
-            atomics=len(ATOMIC.findall(code)),
+    """The resources of kernels._aot.Shipped, compiled for an architecture."""
+    found = []
+    for shipped in configurations:
+        compiled = shipped.compile(sm)
+        usage, ptx = resource_usage(compiled.asm["cubin"]), compiled.asm["ptx"]
+        found.append(
+            Resources(
+                module=shipped.kernel.fn.__module__.rpartition(".")[2],
+                kernel=shipped.kernel.fn.__name__,
+                precision=shipped.precision,
+                constants=_constants(shipped.constexprs),
+                sm=sm,
+                num_warps=compiled.metadata.num_warps,
+                registers=usage["REG"],
+                spills=usage["STACK"] + usage["LOCAL"],
+                shared=compiled.metadata.shared,
+                fma=len(FMA.findall(ptx)),
+                tensor_core=len(TENSOR_CORE.findall(ptx)),
+                atomics=len(ATOMIC.findall(ptx)),
+            )
         )
-        for shipped, kernel, cubin, code in zip(configurations, compiled, cubins, disassembled(cubins, sm), strict=True)
-    ]
+    return found
 
 
-def disassembled(cubins: Sequence[bytes], sm: int) -> list[str]:
-    """The instructions of each cubin, a line each.
-
-    All go through one nvdisasm, as raw code one behind the other, and are told apart by their addresses: it takes half
-    a second to start, and milliseconds to disassemble a kernel.
-    """
-    ends = list(itertools.accumulate(len(machine_code(cubin)) for cubin in cubins))
-    joined = b"".join(machine_code(cubin) for cubin in cubins)
-    listing = told(joined, "nvdisasm", "--binary", f"SM{sm}a" if sm >= 90 else f"SM{sm}")
-    codes: list[list[str]] = [[] for _ in cubins]
-    for address, instruction in INSTRUCTION.findall(listing):
-        codes[bisect.bisect_right(ends, int(address, 16))].append(instruction)
-    return ["\n".join(code) for code in codes]
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL and other resources of a thread of the one kernel in a cubin."""
+    usage = binary_tool("cuobjdump", cubin, "-res-usage")
+    return {name: int(amount) for name, amount in re.findall(r"(\w+):(\d+)", usage)}
 
 
-def machine_code(cubin: bytes) -> bytes:
-    """The one .text section of a cubin, which is an ELF64 file, little-endian."""
-    (table,) = struct.unpack_from("<Q", cubin, 0x28)
-    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
-    # sh_name, sh_type, sh_flags, sh_addr, sh_offset, sh_size
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    found = [
-        cubin[offset : offset + length]
-        for name, _, _, _, offset, length in sections
-        if cubin.startswith(b".text.", sections[names][4] + name)
-    ]
-    (code,) = found
-    return code
-
-
-def registers(cubin: bytes) -> int:
-    """Registers that a thread of a compiled kernel takes."""
-    usage = told(cubin, "cuobjdump", "-res-usage")
-    found = re.search(r"REG:(\d+)", usage)
-    assert found is not None, usage
-    return int(found[1])
-
-
-def told(content: bytes, name: str, *options: str) -> str:
-    """What one of the tools that Triton brings along says of a file with this content."""
+def binary_tool(name: str, cubin: bytes, *options: str) -> str:
+    """The output of one of Triton's binary tools, "cuobjdump" or "nvdisasm", for a cubin."""
     import triton
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(content)
-        return subprocess.run([path, *options, file.name], check=True, capture_output=True, text=True).stdout
+        Path(file.name).write_bytes(cubin)
+        command = [getattr(triton.knobs.nvidia, name).path, *options, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _constants(constexprs: dict[str, Any]) -> str:
-    """Compile-time constants, shortened to fit a table: the tile sizes, and whatever else is a plain number or name."""
+    """The compile-time constants that are numbers or names, shortened to fit a table."""
     flat: dict[str, Any] = {}
     for name, value in constexprs.items():
         flat |= asdict(value) if is_dataclass(value) and not isinstance(value, type) else {name: value}
@@ -243,7 +206,7 @@ def measure_all(modules: Sequence[str], capabilities: Sequence[int]) -> list[Res
 
 def table(resources: Sequence[Resources]) -> str:
     """The printed table."""
-    header = ("kernel", "precision", "sm", "constants", "regs", "spills", "shared", "ffma", "tensor", "atomic", "occ")
+    header = ("kernel", "precision", "sm", "constants", "regs", "spills", "shared", "fma", "tensor", "atomic", "occ")
     rows = [
         (r.kernel, r.precision, f"sm_{r.sm}", r.constants, *map(str, r[6:12]), f"{r.occupancy:.0%}") for r in resources
     ]

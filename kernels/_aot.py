@@ -10,7 +10,7 @@ on meta tensors inside `recorded()`, so that no configuration is written down tw
                 my_launcher(torch.empty(128, 512, device="meta"), precision=precision)
             yield from launches
 
-`python -m bench.resources` compiles all of them and reads the machine code. Needs Triton, imported to compile.
+`python -m bench.resources` compiles all of them and reports what they need. Needs Triton, imported to compile.
 """
 
 import contextlib

@@ -91,7 +91,7 @@ def test_the_assembler_leaves_the_product_apart(capability: int) -> None:
     for apart in (True, False):
         tensors = dict.fromkeys(("p_ptr", "decay_ptr", "update_ptr"), torch.empty(128))
         cubin = Shipped(decay_kernel, tensors | {"APART": apart}).compile(capability).asm["cubin"]
-        sass = resources.told(cubin, "cuobjdump", "-sass")
+        sass = resources.binary_tool("cuobjdump", cubin, "-sass")
         assert ("FMUL" in sass, "FFMA" in sass) == (apart, not apart)
 
 

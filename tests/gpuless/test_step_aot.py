@@ -37,7 +37,7 @@ def compiled(capability: int) -> tuple[str, list[Instruction]]:
         s for s in shipped if s.precision == "tf32x3" and capability in s.capabilities and s.arguments["C"].B == 128
     )
     kernel = launch.compile(capability)
-    disassembly = resources.told(kernel.asm["cubin"], "cuobjdump", "-sass")
+    disassembly = resources.binary_tool("cuobjdump", kernel.asm["cubin"], "-sass")
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", disassembly, re.MULTILINE)
     return kernel.asm["ptx"], [Instruction(int(address, 16), text) for address, text in found]
 
