@@ -1,17 +1,16 @@
-"""`python -m bench.rungs NAME...`: what a training step of a backend asks for, counted, and its time on this machine.
+"""`python -m bench.rungs NAME...`: the launches and operations of a step of a backend, and its time on this machine.
 
     launches     kernels, operators of torch that compute, or calls into C, that a step begins
     operations   of the function in the form that the rung computes (lower_bound.step_cost)
 
-Counted at the default sizes, and without a GPU: torch's operators on the CPU by a dispatch mode; what torch.compile
-makes, by the counters of its compiler; launches of Triton kernels as kernels/_aot.py records them.
+Counted at the default sizes, and without a GPU: torch's operators on the CPU by a dispatch mode; the kernels that
+torch.compile makes, by a pass in its scheduler; launches of Triton kernels as kernels/_aot.py records them.
 """
 
 import argparse
 import contextlib
 import importlib.util
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -51,26 +50,20 @@ class Operators(TorchDispatchMode):
 
 @contextlib.contextmanager
 def compiled() -> Iterator[list[Any]]:
-    """Yields a list that gets the kernels of all that is compiled meanwhile."""
-    import torch._functorch.config as functorch
+    """Yields a list that receives the kernels of all that is compiled meanwhile."""
     from torch._inductor import config as inductor
-    from torch._inductor import metrics
     from torch._inductor.scheduler import NopKernelSchedulerNode
 
-    # The compiler counts where it would log what it counted.
-    log = torch._logging.getArtifactLogger("torch._inductor.compile_fx", "inductor_metrics")
     kernels: list[Any] = []
-    level = log.level
+
+    def keep(nodes: list[Any]) -> list[Any]:
+        kernels.extend(node for node in nodes if not isinstance(node, NopKernelSchedulerNode))
+        return nodes
+
     torch.compiler.reset()
-    metrics.reset()
-    log.setLevel(logging.INFO)
-    try:
-        # What comes out of a cache is not counted.
-        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
-            yield kernels
-    finally:
-        log.setLevel(level)
-    kernels += [node for node, _ in metrics.nodes_num_elem if not isinstance(node, NopKernelSchedulerNode)]
+    # With a pass that it cannot hash, Inductor does without its cache, so nothing comes out of that uncounted.
+    with inductor.patch(_post_fusion_custom_pass=keep):
+        yield kernels
 
 
 def count_torch(name: str) -> float:
@@ -82,21 +75,11 @@ def count_torch(name: str) -> float:
         backend.prepare()
     if name == "compile-step":
         return len(kernels)
-    if name.startswith("compile"):
-        backend.loss = _unseen(backend.loss)
+    if name.startswith("compile"):  # compiled code does not run under a dispatch mode
+        backend.loss = _disable_current_modes()(backend.loss)
     with Operators() as operators:
         backend.advance(1)
     return len(kernels) + operators.count
-
-
-def _unseen(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiled code does not run under a dispatch mode."""
-
-    def call(*args: Tensor) -> Tensor:
-        with _disable_current_modes():
-            return compiled(*args)
-
-    return call
 
 
 @contextlib.contextmanager
@@ -109,41 +92,47 @@ def on_kernels() -> Iterator[None]:
         yield
 
 
-def count_triton(name: str) -> float:
-    """Launches of a step of kernels, of triton-op with torch's operators between them; those of a call shared out over
-    RUN steps."""
+def count_operators() -> float:
+    """Launches of a step of triton-op: its kernels, and torch's operators between them."""
+    from mlp_fast.kernels._aot import recorded
+
+    shape, tape = subject(CONFIG)
+    state = TrainState.initial(shape, CONFIG.seed)
+    with on_kernels():
+        backend: Any = backends.backend_class("triton-op")(CONFIG, shape, tape, state, torch.device("cpu"))
+        with recorded() as launches, Operators() as operators:
+            backend._step()
+    return len(launches) + operators.count
+
+
+def count_step_kernels(name: str) -> float:
+    """Launches of a step of triton-step or triton-persistent, in a run of RUN steps."""
     from mlp_fast.kernels import persistent_step, train_step
     from mlp_fast.kernels._aot import recorded
 
     shape, tape = subject(CONFIG)
-    if name == "triton-op":
-        config, state = replace(CONFIG, backend=name), TrainState.initial(shape, CONFIG.seed)
-        with on_kernels():
-            backend: Any = backends.backend_class(name)(config, shape, tape, state, torch.device("cpu"))
-            with recorded() as launches, Operators() as operators:
-                backend._step()
-        return len(launches) + operators.count
     persistent = name == "triton-persistent"
-    make = (persistent_step if persistent else train_step).default_config
+    default_config = (persistent_step if persistent else train_step).default_config
     launcher = persistent_step.PersistentStep if persistent else train_step.TrainStep
-    sizes = make(CONFIG.batch_size, shape.V, shape.T, shape.E, shape.H)
-    kernels = launcher(sizes, tape.tokens.to("meta", torch.int32), torch.empty(RUN, 3, device="meta"))
+    sizes = default_config(CONFIG.batch_size, shape.V, shape.T, shape.E, shape.H)
     with recorded() as launches:
-        kernels.run(RUN)
+        launcher(sizes, tape.tokens.to("meta", torch.int32), torch.empty(RUN, 3, device="meta")).run(RUN)
     return len(launches) / RUN
 
 
 def count(name: str) -> float:
-    """Launches of a backend's step; a call of `native` does many steps."""
-    if name.startswith("triton") and importlib.util.find_spec("triton") is None:
-        raise UserError(f"{name} could not be counted: the package triton is not installed")
+    """Launches of a step of a backend."""
     if name == "native":
-        return 1 / RUN
-    return count_triton(name) if name.startswith("triton") else count_torch(name)
+        return 1 / RUN  # a call does the steps from one evaluation to the next
+    if not name.startswith("triton"):
+        return count_torch(name)
+    if importlib.util.find_spec("triton") is None:
+        raise UserError(f"{name} could not be counted: the package triton is not installed")
+    return count_operators() if name == "triton-op" else count_step_kernels(name)
 
 
 def timed(name: str, num_steps: int) -> str:
-    """Its time on this machine beside eager's, or why it has none."""
+    """A line: the time of a step of a backend on this machine, beside eager's, or the reason that it has none."""
     config = Config(num_steps=num_steps)
     if reason := backends.unsupported(name, config):
         return f"{name}: no time here: {reason}"
@@ -157,7 +146,9 @@ def timed(name: str, num_steps: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.rungs", description="What a step asks for, rung by rung.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.rungs", description="Launches and operations of a step, rung by rung."
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(backends.REGISTRY)}")
     parser.add_argument("--num-steps", type=int, default=200, metavar="N", help="of the timing; 0: only count")
     arguments = parser.parse_args(argv)
