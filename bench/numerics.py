@@ -1,10 +1,10 @@
-"""What the arithmetic of the matrix products does to a run: fp32, tf32x3 and tf32 against float64, without a GPU.
+"""The effect of the arithmetic of matrix products on a run: fp32, tf32x3 and tf32 against float64, without a GPU.
 
     python -m bench.numerics [--num-steps N]
 
 TF32 keeps 10 of fp32's 23 bits of mantissa, so it can be emulated: the operands of every product are rounded to it and
 multiplied in fp32, where their products are exact. All runs go through model.manual_step, the kernels' formulas,
-from the same initial values and over the same batches; only what `@` does differs.
+from the same initial values and over the same batches; only the matrix product differs.
 
     float64        every number in float64: the truth
     fp32 gather    float32, the first layer as a product of gathered rows
@@ -34,8 +34,6 @@ from mlp_fast.model.schedule import update_scalars
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape, evaluated_windows
 
-Product = Callable[[Tensor, Tensor], Tensor]
-_PRODUCTS = (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul)
 _DROPPED_BITS = 13  # fp32's bits of mantissa that TF32 has not
 
 
@@ -56,62 +54,49 @@ def tf32x3(a: Tensor, b: Tensor) -> Tensor:
     return (a_low @ b_high + a_high @ b_low) + a_high @ b_high
 
 
+class Arithmetic(NamedTuple):
+    """How a run computes: the dtype of all its numbers, the form of the first layer, and the matrix product."""
+
+    dtype: torch.dtype
+    form: str
+    product: Callable[[Tensor, Tensor], Tensor]
+
+
+ARITHMETICS = {
+    "float64": Arithmetic(torch.float64, "gather", torch.matmul),
+    "fp32 gather": Arithmetic(torch.float32, "gather", torch.matmul),
+    "fp32 table": Arithmetic(torch.float32, "table", torch.matmul),
+    "tf32x3": Arithmetic(torch.float32, "table", tf32x3),
+    "tf32": Arithmetic(torch.float32, "table", lambda a, b: rounded(a) @ rounded(b)),
+    "tf32 cut": Arithmetic(torch.float32, "table", lambda a, b: truncated(a) @ truncated(b)),
+}
+
+
 class Products(TorchFunctionMode):
     """Within it every matrix product is computed by `product`."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.product = product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS:
+        if func in (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul):
             return self.product(*args)
         return func(*args, **(kwargs or {}))
-
-
-class Arithmetic(NamedTuple):
-    """How a run computes: the dtype of all its numbers, the form of the first layer, and what `@` does."""
-
-    name: str
-    dtype: torch.dtype
-    form: str
-    product: Product
-
-
-ARITHMETICS = (
-    Arithmetic("float64", torch.float64, "gather", torch.matmul),
-    Arithmetic("fp32 gather", torch.float32, "gather", torch.matmul),
-    Arithmetic("fp32 table", torch.float32, "table", torch.matmul),
-    Arithmetic("tf32x3", torch.float32, "table", tf32x3),
-    Arithmetic("tf32", torch.float32, "table", lambda a, b: rounded(a) @ rounded(b)),
-    Arithmetic("tf32 cut", torch.float32, "table", lambda a, b: truncated(a) @ truncated(b)),
-)
-
-
-class Result(NamedTuple):
-    """One line of the table; all differences are from the float64 run, losses in nats."""
-
-    arithmetic: str
-    val_loss: float  # after the last step
-    val_difference: float
-    loss_difference: float  # the largest of a batch loss
-    parameter_difference: float  # of all parameters after the last step, relative, by their norm
-    product_difference: float  # of one product of a first layer's size, normal operands, relative, by its norm
 
 
 def train(arithmetic: Arithmetic, config: Config, corpus: Corpus) -> tuple[float, Tensor, Tensor]:
     """config.num_steps steps of the model in an arithmetic, on the CPU.
 
     Returns:
-        The validation loss, the batch losses (steps,), and all parameters in one line; in float64.
+        The validation loss, the batch losses (steps,), and all parameters (P,); in float64.
     """
     T, B = config.context_length, config.batch_size
-    shape = Shape.of(config, len(corpus.vocabulary))
-    initial, tape = TrainState.initial(shape, config.seed), Tape(corpus.train, T)
+    initial = TrainState.initial(Shape.of(config, len(corpus.vocabulary)), config.seed)
     parameters, exp_avg, exp_avg_sq = (
         {name: tensor.to(arithmetic.dtype) for name, tensor in part.items()} for part in initial.parts.values()
     )
-    scalars = update_scalars(config).to(arithmetic.dtype)
+    scalars, tape = update_scalars(config).to(arithmetic.dtype), Tape(corpus.train, T)
     windows = evaluated_windows(Tape(corpus.val, T), B)
     losses = []
     with Products(arithmetic.product):
@@ -125,28 +110,30 @@ def train(arithmetic: Arithmetic, config: Config, corpus: Corpus) -> tuple[float
 
 
 def relative(computed: Tensor, true: Tensor) -> float:
-    """The error of a tensor by its norm, over that of the true one."""
+    """The norm of a tensor's error, relative to that of the true one."""
     return ((computed.double() - true).norm() / true.norm()).item()
 
 
-def measure(config: Config, corpus: Corpus, arithmetics: Sequence[Arithmetic] = ARITHMETICS) -> list[Result]:
-    """Runs every arithmetic and compares it with the first, which is the truth."""
+def table(config: Config, corpus: Corpus) -> str:
+    """Runs every arithmetic; a Markdown table of their validation losses (nats) and their differences from float64.
+
+    The differences are of the validation loss, the largest of a batch loss, and relative, by their norms, of all
+    parameters after the last step and of one product of a first layer's size, with normal operands.
+    """
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(size, generator=generator) for size in ((128, 144), (144, 512)))
-    truth, results = train(arithmetics[0], config, corpus), []
-    for arithmetic in arithmetics:
-        run = truth if arithmetic is arithmetics[0] else train(arithmetic, config, corpus)
-        (val_loss, losses, parameters), (true_val_loss, true_losses, true_parameters) = run, truth
-        differences = abs(val_loss - true_val_loss), (losses - true_losses).abs().max().item()
-        product = arithmetic.product(a.to(arithmetic.dtype), b.to(arithmetic.dtype))
-        norms = relative(parameters, true_parameters), relative(product, a.double() @ b.double())
-        results.append(Result(arithmetic.name, val_loss, *differences, *norms))
-    return results
-
-
-def table(results: Sequence[Result]) -> str:
-    """The results as a Markdown table."""
-    rows = [(r[0], f"{r[1]:.6f}", *("-" if d == 0 else f"{d:.1e}" for d in r[2:])) for r in results]
+    runs = {name: train(arithmetic, config, corpus) for name, arithmetic in ARITHMETICS.items()}
+    true_val_loss, true_losses, true_parameters = runs["float64"]
+    rows = []
+    for name, (val_loss, losses, parameters) in runs.items():
+        dtype, _, product = ARITHMETICS[name]
+        differences = (
+            abs(val_loss - true_val_loss),
+            (losses - true_losses).abs().max().item(),
+            relative(parameters, true_parameters),
+            relative(product(a.to(dtype), b.to(dtype)), a.double() @ b.double()),
+        )
+        rows.append([name, f"{val_loss:.6f}", *("-" if d == 0 else f"{d:.1e}" for d in differences)])
     header = ("arithmetic", "val loss", "its difference", "largest of a batch loss", "parameters", "one product")
     return markdown.table(header, rows)
 
@@ -158,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--num-steps", type=int, default=1000, help="of every run (default: %(default)s)")
     config = Config(num_steps=parser.parse_args(argv).num_steps)
-    results = measure(config, load("embedded"))
-    print(f"{config.num_steps} steps on the embedded corpus; differences from float64\n\n{table(results)}")
+    print(f"{config.num_steps} steps on the embedded corpus; differences from float64\n")
+    print(table(config, load("embedded")))
     return 0
 
 

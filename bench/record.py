@@ -135,7 +135,7 @@ def losses(plan: Plan) -> dict[str, Any]:
 def arithmetic(plan: Plan) -> dict[str, Any]:
     """What bench.numerics finds: differences of whole runs from float64. It has nothing to do with the device."""
     config = Config(num_steps=5 if plan.dry else ARITHMETIC_STEPS)
-    return {"num_steps": config.num_steps, "output": numerics.table(numerics.measure(config, load("embedded")))}
+    return {"num_steps": config.num_steps, "output": numerics.table(config, load("embedded"))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
