@@ -1,4 +1,4 @@
-"""The least time a step can take, from what the machine was measured to do (probes.py); likewise operators.
+"""Lower bounds: the least operations and bytes of a step, an evaluation and operators, and by probes.py a step's time.
 
     lower bound = max(operations / rate, bytes / bandwidth) + synchronisation
 
@@ -12,8 +12,8 @@ Operations of a step, two for every multiply-add:
 Bytes: parameters and both moments are read once and written once, 24 P. They count at the bandwidth of a working set
 of their size: at the default sizes they fit any cache.
 
-Synchronisation: kernels and grid barriers. A launch costs what the host needs for an empty one, or, captured in a
-graph, what an empty node takes; a barrier costs what was measured for that many programs. On the CPU it is left out.
+Synchronisation: kernels and grid barriers. A launch takes the host's time for an empty one, or, captured in a graph,
+the time of an empty node; a barrier takes the time that was measured for that many programs. The CPU has neither.
 
 The operations are those of the function, not of an implementation: a kernel that multiplies one-hot matrices or
 computes a softmax in every program does more, and that is part of its distance from the lower bound.
@@ -33,14 +33,14 @@ Probes = Mapping[str, Any]
 
 
 class Cost(NamedTuple):
-    """What is asked for at the least."""
+    """The least that computes a function."""
 
     operations: float
     bytes: float
 
 
 class Synchronisation(NamedTuple):
-    """How a step waits: launches by the host, or captured, and barriers among so many programs."""
+    """The waits of a step: launches by the host, or captured, and barriers among so many programs."""
 
     launches: float = 0
     captured: bool = False
@@ -49,7 +49,7 @@ class Synchronisation(NamedTuple):
 
 
 class LowerBound(NamedTuple):
-    """The parts of a step's lower bound, in milliseconds; a part that nothing was measured for is 0."""
+    """The parts of a step's lower bound, in milliseconds; a wait that was not measured is 0."""
 
     compute: float
     memory: float
@@ -57,44 +57,47 @@ class LowerBound(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Computing and moving overlap; waiting comes on top."""
+        """Computation and memory traffic overlap; waits add to them."""
         return max(self.compute, self.memory) + self.synchronisation
 
 
+def _operations(shape: Shape, B: int, form: str) -> dict[str, float]:
+    """The operations of the parts of a step, by operator; of the products with their backward passes."""
+    V, T, E, H = shape.V, shape.T, shape.E, shape.H
+    return {
+        "embed_linear_tanh": 6 * T * V * E * H + 2 * B * T * H if form == "table" else 6 * B * T * E * H,
+        "linear_cross_entropy": 6 * B * V * H,
+        "direct": 6 * B * V * T * E if shape.direct else 0,
+        "adamw": ADAMW_OPERATIONS * shape.num_parameters,
+    }
+
+
 def step_cost(shape: Shape, batch_size: int, form: str) -> Cost:
-    """Operations and bytes of a step in a form of the first layer, "table" or "gather"."""
-    B, V, T, E, H = batch_size, shape.V, shape.T, shape.E, shape.H
-    direct = 6 * B * V * T * E if shape.direct else 0
-    P = shape.num_parameters
-    operations = _first_layer(shape, B, form) + 6 * B * V * H + direct + ADAMW_OPERATIONS * P
-    return Cost(operations, STATE_BYTES * P)
-
-
-def _first_layer(shape: Shape, B: int, form: str) -> float:
-    T, E, H = shape.T, shape.E, shape.H
-    return 6 * T * shape.V * E * H + 2 * B * T * H if form == "table" else 6 * B * T * E * H
+    """The cost of a step in a form of the first layer, "table" or "gather"."""
+    return Cost(sum(_operations(shape, batch_size, form).values()), STATE_BYTES * shape.num_parameters)
 
 
 def operator_cost(name: str, shape: Shape, batch_size: int) -> Cost:
-    """Of an operator in float32 with its backward pass, or of AdamW: each pass reads and writes a tensor once."""
+    """The cost of one of operators.OPERATORS in float32, with its backward pass: each pass moves each tensor once."""
+    operator, form = name.partition("-")[0], "table" if "-table" in name else "gather"
     B, V, T, E, H = batch_size, shape.V, shape.T, shape.E, shape.H
-    if name == "adamw":
-        return Cost(ADAMW_OPERATIONS * shape.num_parameters, (STATE_BYTES + 4) * shape.num_parameters)
-    if name.startswith("linear_cross_entropy"):  # h, weight and bias; their gradients; targets
-        return Cost(6 * B * V * H, 4 * 3 * (B * H + V * H + V) + 2 * 8 * B)
-    form = "table" if "-table" in name else "gather"
-    # h; h and dh; wte, weight and bias, and their gradients; tokens
-    return Cost(_first_layer(shape, B, form), 4 * 3 * (B * H + V * E + T * E * H + H) + 2 * 8 * B * T)
+    moved = {
+        # Floats move three times, forward, backward and as gradients; tokens, of 8 bytes, twice.
+        "embed_linear_tanh": 3 * 4 * (B * H + V * E + T * E * H + H) + 2 * 8 * B * T,
+        "linear_cross_entropy": 3 * 4 * (B * H + V * H + V) + 2 * 8 * B,
+        "adamw": (STATE_BYTES + 4) * shape.num_parameters,  # the gradient as well
+    }
+    return Cost(_operations(shape, B, form)[operator], moved[operator])
 
 
 def evaluation_cost(shape: Shape, windows: int) -> Cost:
-    """Of the mean loss over so many windows, in float32."""
+    """The cost of the mean loss over so many windows, in float32."""
     forward = shape.T * shape.E * shape.H + shape.H * shape.V
     return Cost(2 * windows * forward, 4 * shape.num_parameters + 8 * windows * (shape.T + 2))
 
 
 def form_of(backend: str, form: str, shape: Shape, batch_size: int) -> str:
-    """The form that a backend computes: autograd's is the gather form."""
+    """The form of the first layer that a backend computes: autograd's is the gather form."""
     return "gather" if backend in GATHER_BACKENDS else choose_form(form, batch_size, shape.V)
 
 
@@ -105,8 +108,8 @@ def step_bound(
 
     Args:
         probes: as probes.measure_all() returns them.
-        threads: on the CPU, how many work; the rate measured for the nearest number counts.
-        sync: how the step waits; nothing where None.
+        threads: on the CPU, those that work; the rate is that of the nearest number of threads measured.
+        sync: the waits of the step; none where None.
     """
     rate, bandwidth = _rate(probes, precision, threads), _bandwidth(probes, cost.bytes)
     if rate is None or bandwidth is None:
@@ -116,7 +119,7 @@ def step_bound(
 
 
 def _nearest(measured: Mapping[str, float], number: float) -> float:
-    """What was measured for the number nearest to this one."""
+    """The value that was measured for the number nearest to this one."""
     return measured[min(measured, key=lambda key: abs(int(key) - number))]
 
 
@@ -141,7 +144,7 @@ def _bandwidth(probes: Probes, size: float) -> float | None:
 
 
 def _waiting(sync: Synchronisation, probes: Probes) -> float:
-    """Milliseconds; of a wait that was not measured, none."""
+    """Milliseconds; 0 for a wait that was not measured."""
     each, barriers = probes.get("graph_node" if sync.captured else "empty_launch"), probes.get("grid_barrier")
     total = sync.launches * each if isinstance(each, float) else 0.0
     if sync.barriers and isinstance(barriers, Mapping):
