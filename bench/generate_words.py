@@ -10,13 +10,14 @@ equal bytes.
 """
 
 import argparse
-import sys
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from mlp_fast.cli import run_main
 from mlp_fast.model.rng import RNG
 
 VOCABULARY = 17_000
@@ -28,28 +29,21 @@ HELD_OUT = 4_000  # tokens in val, and in test
 STREAMS = 1024  # sentences written side by side, one behind the other in the file
 STEPS = 512  # words of a stream before its block is written
 
-_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-_SYLLABLES = [c + v for c in _CONSONANTS for v in _VOWELS]
-
-F64 = npt.NDArray[np.float64]
+_SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
 def spelled(number: int) -> str:
-    """A word for a number: its digits in base 70, as syllables."""
-    word = ""
-    while True:
-        number, digit = divmod(number, len(_SYLLABLES))
-        word += _SYLLABLES[digit]
-        if not number:
-            return word
+    """A word for a number: its digits in base 70, the last one first, as syllables."""
+    number, digit = divmod(number, len(_SYLLABLES))
+    return _SYLLABLES[digit] + (spelled(number) if number else "")
 
 
 def blocks(seed: int) -> Iterator[str]:
     """STREAMS * STEPS words at a time, in sentences, each sentence a line, without end."""
     rng = RNG(seed)
 
-    def uniform(*shape: int) -> F64:
-        return (rng.fill_u32(int(np.prod(shape))) / 2**32).reshape(shape)
+    def uniform(*shape: int) -> npt.NDArray[np.float64]:
+        return (rng.fill_u32(math.prod(shape)) / 2**32).reshape(shape)
 
     vocabulary = np.array([spelled(rank) for rank in range(VOCABULARY)], dtype=object)
     # Zipf's law within a class; class c fills c .. c + 1, so that one search finds a word of any class.
@@ -57,7 +51,7 @@ def blocks(seed: int) -> Iterator[str]:
     bounds = (np.arange(CLASSES)[:, None] + cumulative / cumulative[-1]).ravel()
     successors = (uniform(CLASSES, LIKELY) * CLASSES).astype(np.int64)
     current: npt.NDArray[np.int64] = np.zeros(STREAMS, np.int64)
-    # Invented words have five syllables: none of the others is so long, and there are a hundred million more of them.
+    # Invented words have five syllables. No other word is so long, and there are 1.7 billion of them.
     least, most = len(_SYLLABLES) ** 4, len(_SYLLABLES) ** 5
     while True:
         ranks = np.empty((STEPS, STREAMS), np.int64)
@@ -105,4 +99,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)
