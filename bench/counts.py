@@ -1,38 +1,39 @@
-"""What the machine executes, counted without a GPU, phase by phase, and the time that follows.
+"""What kernels execute, counted without a GPU, phase by phase, and the time that follows.
 
     python -m bench.counts [NAMES ...] [--gpu NAME ...] [--precision P ...]   counts and prints
     python -m bench.counts --write [NAMES ...] [--label TEXT]                 counts what is kept in BUDGETS, writes it
                                                                               anew, and the documents with it
 
-Kernels, as compiled, run in the emulator of PTX (bench/workloads.py), which counts for one program how often each
-instruction runs and what it takes of shared and global memory. The machine code says by its line table which PTX each
-of its instructions comes from, so the counts carry over to what really runs (bench/execution.py); and the stalls and
-waits that the assembler wrote into it give the time of a warp that is alone. bench/gpus.py makes times of that, from
+The emulator of PTX runs the kernels as compiled (bench/workloads.py). For one program it counts how often each
+instruction runs and how much shared and global memory it moves. The line table of the machine code names the PTX that
+each of its instructions comes from, so the counts carry over to what really runs (bench/execution.py); the stalls and
+waits that the assembler wrote into the code give the time of a warp alone. bench/gpus.py computes times from these, by
 documented rates. All figures are those of program 0, the busiest.
 
     instructions           of a warp
-    issue                  clocks of a scheduler that issues one a clock
-    wavefronts             of shared memory; the program's, from the least to the most (engine/count.h)
+    issue                  issue slots of a scheduler, one instruction a clock
+    wavefronts             of shared memory, of the program, from the least to the most (engine/count.h)
     sectors                of 32 bytes of global memory
     exposed                latencies of a load from L2 that a warp alone waits out
-    barriers, grid         of the program, of all programs
+    barriers, grid         barriers of the program, of all programs
     atomics                of all lanes
     us                     from the least to the most
 
-BUDGETS is a promise: tests/gpuless/test_counts.py counts again, and fails where a figure has got worse.
+tests/gpuless/test_counts.py counts again, and fails where a figure has got worse than in BUDGETS.
 """
 
 import argparse
-import functools
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bench import gpus, recording
-from bench.execution import KINDS, Launch, Row, add, rows_of
+from bench.execution import KINDS, Row, add, rows_of
 from bench.gpus import GPUS, Gpu
+from bench.recording import Recording
 from bench.resources import require_compiler
 from bench.workloads import WORKLOADS
 from mlp_fast.cli import run_main
@@ -42,23 +43,19 @@ from mlp_fast.measure.table import table
 
 BUDGETS = Path(__file__).resolve().parent.parent / "tests" / "gpuless" / "budgets.json"
 FIGURES = ("instructions", "issue", "wavefronts", "sectors", "exposed", "barriers", "grid_barriers", "atomics")
-ALL_FIGURES = "instructions issue wavefronts sectors exposed.1 barriers grid_barriers atomics us.2"
+PAIRS = ("wavefronts", "us")  # from the least to the most
 SUM = "sum"
 
-Counted = dict[str, Any]  # as counted() makes it, and as BUDGETS has it
+Counted = dict[str, Any]  # as counted() returns it, and as BUDGETS has it
 
 
 def counted(name: str, gpu: str, precision: str, programs: Sequence[int], phases: Mapping[str, Row]) -> Counted:
-    """A workload on a GPU: the programs of its launches, its phases in the order of the code, and all of them together.
-
-    Pairs are from the least to the most.
-    """
+    """A workload on a GPU: the programs of its launches, its phases in the order of the code, and their sum."""
 
     def figures(row: Row) -> dict[str, Any]:
         row = {"instructions": sum(row.get(kind, 0) for kind in KINDS), **row}
-        got: dict[str, Any] = {name: row.get(name, 0.0) for name in FIGURES}
-        got |= {name: [row.get(f"{name}_{end}", 0.0) for end in ("low", "high")] for name in ("wavefronts", "us")}
-        return {name: [round(x, 2) for x in v] if isinstance(v, list) else round(v, 2) for name, v in got.items()}
+        single = {name: round(row.get(name, 0.0), 2) for name in FIGURES}
+        return single | {name: [round(row.get(f"{name}_{end}", 0.0), 2) for end in ("low", "high")] for name in PAIRS}
 
     total: Row = {}
     for row in phases.values():
@@ -68,18 +65,11 @@ def counted(name: str, gpu: str, precision: str, programs: Sequence[int], phases
     return {**key, "phases": {p: figures(row) for p, row in phases.items()}, SUM: {**figures(total), "kinds": kinds}}
 
 
-@functools.cache
-def launches(name: str, gpu: Gpu, precision: str) -> list[Launch]:
-    """A workload's, as they are on a GPU: GPUs of one architecture and as many multiprocessors have the same."""
-    like = next(g for g in GPUS.values() if g[1:3] == (gpu.sm, gpu.processors))
-    workload = WORKLOADS[name]
-    return workload.launches(gpu, precision, workload.B) if like == gpu else launches(name, like, precision)
-
-
 def count(name: str, gpu: Gpu, precision: str) -> Counted:
     """Compiles, emulates and counts a workload as it is on a GPU."""
+    found = WORKLOADS[name].launches(gpu, precision)
     phases: dict[str, Row] = {}
-    for launch in (found := launches(name, gpu, precision)):
+    for launch in found:
         for phase, row in rows_of(launch, gpu).items():
             if round(sum(row.get(kind, 0) for kind in KINDS)):
                 add(phases.setdefault(phase, {}), row)
@@ -90,103 +80,103 @@ def count(name: str, gpu: Gpu, precision: str) -> Counted:
 
 
 def worse(counted: Counted, budget: Counted) -> list[str]:
-    """Where what is counted is more than its budget; of pairs the most counts. Phases may be new, sums count anyway."""
+    """Where a count exceeds its budget; of a pair the larger figure counts. A new phase counts in the sum only."""
     found = []
     for phase, row in {**counted["phases"], SUM: counted[SUM]}.items():
         most = budget[SUM] if phase == SUM else budget["phases"].get(phase)
         for name in FIGURES if most else ():
-            ours, allowed = (x[name][1] if isinstance(x[name], list) else x[name] for x in (row, most))
+            ours, allowed = (x[name][1] if name in PAIRS else x[name] for x in (row, most))
             if ours > allowed:
                 found.append(f"{counted['name']}, {counted['precision']}, {phase}: {name} {allowed:,} -> {ours:,}")
     return found
 
 
-def measured_us(counted: Counted, folder: Path = recording.RESULTS) -> float | None:
-    """What a recording says of it on such a GPU: the latest that has it."""
-    workload = WORKLOADS[counted["name"]]
-    for recordings in recording.recorded(folder):
-        for record in recordings if gpus.is_measured_on(GPUS[counted["gpu"]], recordings[0].facts["device"]) else ():
-            if entry := record.entry(workload.group, workload.id_of(counted["precision"])):
-                return 1e3 * float(entry["ms"]["median"])
-    return None
+def measured_us(counted: Counted, records: Iterable[Recording]) -> float | None:
+    """The time of a workload on such a GPU in the first of the recordings that has it: of each device the latest."""
+    workload, gpu = WORKLOADS[counted["name"]], GPUS[counted["gpu"]]
+    here = (record for record in records if gpus.is_measured_on(gpu, record.facts["device"]))
+    entries = (record.entry(workload.group, workload.id.format(counted["precision"])) for record in here)
+    return next((1e3 * float(entry["ms"]["median"]) for entry in entries if entry), None)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _cells(row: Mapping[str, Any], figures: str) -> list[str]:
-    """Of a row's figures by name, with so many decimals: "wavefronts exposed.1"; pairs from the least to the most."""
-    cells = []
-    for name, _, digits in (word.partition(".") for word in figures.split()):
-        pair = row[name] if isinstance(row[name], list) else [row[name]]
-        cells.append("..".join(f"{x:,.{digits or 0}f}" for x in dict.fromkeys(pair)))
-    return cells
+def _cell(figure: Any, decimals: int) -> str:
+    """A figure, or a pair from the least to the most; text as it is, and a dash for None."""
+    if figure is None or isinstance(figure, str):
+        return figure or "–"
+    ends = figure if isinstance(figure, list) else [figure]
+    return "..".join(f"{x:,.{decimals}f}" for x in dict.fromkeys(ends))
 
 
-def phases_table(counted: Counted, figures: str, corner: str = "phase", least: float = 0) -> str:
-    """The phases of a workload whose time may be so many microseconds or more, and the sum."""
-    every = {**counted["phases"], SUM: counted[SUM]}
-    rows = [[phase, *_cells(row, figures)] for phase, row in every.items() if row["us"][1] >= least]
-    return table([corner, *(word.split(".")[0].replace("grid_barriers", "grid") for word in figures.split())], rows)
+def _table(corner: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, int]) -> str:
+    """Rows of figures by name; columns: the names of those to show, with their decimals."""
+    header = [corner, *(name.replace("grid_barriers", "grid") for name in columns)]
+    return table(header, [[label, *(_cell(row.get(c), n) for c, n in columns.items())] for label, row in rows.items()])
+
+
+def _label(counted: Counted) -> str:
+    return f"{counted['name']}, {counted['precision']}"
+
+
+def phases_table(counted: Counted, columns: Mapping[str, int], corner: str = "phase", least: float = 0) -> str:
+    """The phases of a workload whose time may be so many microseconds or more, and their sum."""
+    rows = {**counted["phases"], SUM: counted[SUM]}
+    return _table(corner, {phase: row for phase, row in rows.items() if row["us"][1] >= least}, columns)
 
 
 def brief_phases(name: str, gpu: str) -> str:
     """The phases that take time, of a workload in every precision that is kept."""
-    figures = "instructions wavefronts exposed.1 us.1"
-    tables = [phases_table(c, figures, f"{name}, {c['precision']}, {gpu}", 0.1) for c in chosen(name, gpu)]
-    return "\n\n".join(tables)
+    columns = {"instructions": 0, "wavefronts": 0, "exposed": 1, "us": 1}
+    return "\n\n".join(phases_table(c, columns, f"{_label(c)}, {gpu}", 0.1) for c in chosen(name, gpu))
 
 
-def times_table(kept: Sequence[Counted], folder: Path = recording.RESULTS) -> str:
+def times_table(kept: Sequence[Counted], records: Sequence[Recording]) -> str:
     """Microseconds of workloads by GPU, and what was measured behind them where a recording has it."""
-    by_key = {(c["name"], c["precision"], c["gpu"]): c for c in kept}
-    shown = [gpu for gpu in GPUS if any(c["gpu"] == gpu for c in kept)]
-    rows = []
-    for name, precision in dict.fromkeys((c["name"], c["precision"]) for c in kept):
-        cells = []
-        for gpu in shown:
-            counted = by_key.get((name, precision, gpu))
-            measured = counted and measured_us(counted, folder)
-            span = _cells(counted[SUM], "us.1")[0] if counted else "–"
-            cells.append(span + (f", measured {measured:.1f}" if measured else ""))
-        rows.append([f"{name}, {precision}", *cells])
-    return table(("us", *shown), rows)
-
-
-def bounds_table(kept: Sequence[Counted]) -> str:
-    """Microseconds of workloads on a GPU, beside the bound of each."""
-    rows = []
+    rows: dict[str, dict[str, str]] = {}
     for c in kept:
-        bound = gpus.bound_us(GPUS[c["gpu"]], WORKLOADS[c["name"]].cost, c["precision"])
-        measured = measured_us(c)
-        cells = [f"{bound:,.2f}", *_cells(c[SUM], "us.1"), f"{measured:,.1f}" if measured else "–"]
-        rows.append([f"{c['name']}, {c['precision']}, {c['gpu']}", *cells])
-    return table(("us", "lower bound", "counted", "measured"), rows)
+        measured = measured_us(c, records)
+        behind = f", measured {measured:.1f}" if measured else ""
+        rows.setdefault(_label(c), {})[c["gpu"]] = _cell(c[SUM]["us"], 1) + behind
+    return _table("us", rows, {gpu: 1 for gpu in GPUS if any(gpu in row for row in rows.values())})
 
 
-def history_table(entries: Sequence[dict[str, Any]]) -> str:
-    """The persistent step as it was counted, change by change."""
-    parts = []
-    for precision in PRECISIONS:
-        rows = []
-        for entry in entries:
-            by_gpu = {s["gpu"]: s for s in entry["sums"] if (s["name"], s["precision"]) == (STEPS[0], precision)}
-            us = [_cells(by_gpu[gpu], "us.1")[0] for gpu in ("H100", "A100")]
-            rows.append([entry["label"], *_cells(by_gpu["H100"], "issue wavefronts exposed"), *us])
-        head = (f"{STEPS[0]}, {precision}", "issue", "wavefronts", "exposed", "us, H100", "us, A100")
-        parts.append(table(head, rows))
-    return "\n\n".join(parts)
+def bounds_table(kept: Sequence[Counted], records: Sequence[Recording]) -> str:
+    """Microseconds of workloads on a GPU, beside the lower bound of each."""
+    rows = {
+        f"{_label(c)}, {c['gpu']}": {
+            "lower bound": gpus.bound_us(GPUS[c["gpu"]], WORKLOADS[c["name"]].cost, c["precision"]),
+            "counted": c[SUM]["us"],
+            "measured": measured_us(c, records),
+        }
+        for c in kept
+    }
+    return _table("us", rows, {"lower bound": 2, "counted": 1, "measured": 1})
 
 
 def work_table(kept: Sequence[Counted]) -> str:
     """What workloads execute on one GPU."""
-    rows = []
+    rows = {}
     for c in kept:
-        row = {**c[SUM], "arithmetic": c[SUM]["kinds"]["fp32"] + c[SUM]["kinds"]["tensor"]}
+        arithmetic = c[SUM]["kinds"]["fp32"] + c[SUM]["kinds"]["tensor"]
         programs = " + ".join(f"{n:,}" for n in c["programs"])
-        figures = _cells(row, "instructions arithmetic wavefronts sectors exposed")
-        rows.append([f"{c['name']}, {c['precision']}", programs, *figures])
-    return table(("", "programs", "instructions", "arithmetic", "wavefronts", "sectors", "exposed"), rows)
+        rows[_label(c)] = {**c[SUM], "programs": programs, "arithmetic": arithmetic}
+    columns = ("programs", "instructions", "arithmetic", "wavefronts", "sectors", "exposed")
+    return _table("", rows, dict.fromkeys(columns, 0))
+
+
+def history_table(entries: Sequence[dict[str, Any]]) -> str:
+    """The persistent step as it was counted, change by change."""
+    tables = []
+    for precision in PRECISIONS:
+        rows = {}
+        for entry in entries:
+            sums = {s["gpu"]: s for s in entry["sums"] if (s["name"], s["precision"]) == (STEPS[0], precision)}
+            rows[entry["label"]] = {**sums["H100"], **{f"us, {gpu}": sums[gpu]["us"] for gpu in ("H100", "A100")}}
+        columns = {"issue": 0, "wavefronts": 0, "exposed": 0, "us, H100": 1, "us, A100": 1}
+        tables.append(_table(f"{STEPS[0]}, {precision}", rows, columns))
+    return "\n\n".join(tables)
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
@@ -225,14 +215,13 @@ def write(names: Sequence[str], label: str | None) -> None:
 
     old: dict[str, Any] = kept() if BUDGETS.exists() else {"workloads": [], "history": []}
     before = {(c["name"], c["gpu"], c["precision"]): c for c in old["workloads"]}
-    workloads = []
+    workloads, history = [], old["history"]
     for name, gpu, precision in usual():
         if name in names:
             workloads.append(count(name, gpu, precision))
-            print(f"counted: {name}, {precision}, {gpu.name}: {_cells(workloads[-1][SUM], 'us.1')[0]} us", flush=True)
+            print(f"counted: {name}, {precision}, {gpu.name}: {_cell(workloads[-1][SUM]['us'], 1)} us", flush=True)
         elif (name, gpu.name, precision) in before:
             workloads.append(before[name, gpu.name, precision])
-    history = old["history"]
     if label is not None:
         remembered = [c for c in workloads if c["name"] in STEPS and c["gpu"] in REMEMBERED]
         sums = [{**{key: c[key] for key in ("name", "gpu", "precision")}, **c[SUM]} for c in remembered]
@@ -241,6 +230,16 @@ def write(names: Sequence[str], label: str | None) -> None:
     lists = f'"workloads": [\n{first}\n],\n"history": [\n{second}\n]'
     BUDGETS.write_text(f'{{"triton": "{version("triton")}",\n{lists}\n}}\n')
     report.update(report.ROOT, recording.RESULTS, check=False)
+
+
+def show(found: Counted, records: Sequence[Recording]) -> None:
+    """Prints a workload: its phases, its instructions by kind, and its time where one was measured."""
+    print(f"\n{found['name']}, {found['precision']}, {found['gpu']}; programs: {found['programs']}\n")
+    print(phases_table(found, {**dict.fromkeys(FIGURES, 0), "exposed": 1, "us": 2}))
+    kinds = ", ".join(f"{kind} {n:,}" for kind, n in found[SUM]["kinds"].items())
+    print(f"\nInstructions by kind: {kinds}.\n")
+    if measured := measured_us(found, records):
+        print(f"Measured: {measured:.2f} us\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -260,18 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.write:
         write(arguments.names or list(WORKLOADS), arguments.label)
         return 0
-    for name in arguments.names or STEPS:
-        for gpu in (GPUS[each] for each in arguments.gpu):
-            for precision in arguments.precision:
-                if gpu.sm < LEAST_CAPABILITY[precision]:
-                    continue
-                found = count(name, gpu, precision)
-                print(f"\n{name}, {precision}, {gpu.name}; programs: {found['programs']}\n")
-                print(phases_table(found, ALL_FIGURES))
-                kinds = ", ".join(f"{kind} {n:,}" for kind, n in found[SUM]["kinds"].items())
-                print(f"\nInstructions by kind: {kinds}.\n")
-                if measured := measured_us(found):
-                    print(f"Measured: {measured:.2f} us\n")
+    records = [record for recordings in recording.recorded() for record in recordings]
+    for name, gpu, precision in itertools.product(arguments.names or STEPS, arguments.gpu, arguments.precision):
+        if GPUS[gpu].sm >= LEAST_CAPABILITY[precision]:
+            show(count(name, GPUS[gpu], precision), records)
     return 0
 
 

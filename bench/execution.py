@@ -1,4 +1,4 @@
-"""What one program of a launch executes: counts of its PTX carried over to its machine code, phase by phase."""
+"""The work of one program of a launch, phase by phase: counts of its PTX carried over to its machine code."""
 
 import ast
 import functools
@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,21 +17,20 @@ from bench.machine_code import ATOMICS, LOADS, Instruction, Segment
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 KINDS = ("fp32", "tensor", "integer", "special", "shuffle", "shared", "global", "control")
-# Instructions that PTX has one by one as well: they tell how often their surroundings run.
+# Instructions that PTX has one by one as well: their counts say how often the code around them runs.
 ANCHORS = ("shared", "global", "tensor", "shuffle")
 
 
 @functools.cache
 def _functions(file: str) -> list[tuple[range, str, bool]]:
-    """Lines and name of the functions in a file of kernels/, and whether they are made of phases."""
+    """The functions in a file of kernels/: their lines, their names, and whether they are made of phases."""
     path = KERNELS / file
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())) if path.exists() else ():
-        if isinstance(node, ast.FunctionDef):
-            called = {c.func.id for c in ast.walk(node) if isinstance(c, ast.Call) and isinstance(c.func, ast.Name)}
-            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-            found.append((lines, node.name, any(name.endswith("_phase") for name in called)))
-    return found
+    nodes = ast.walk(ast.parse(path.read_text() if path.exists() else ""))
+    return [
+        (range(node.lineno, (node.end_lineno or 0) + 1), node.name, any("_phase(" in ast.unparse(s) for s in node.body))
+        for node in nodes
+        if isinstance(node, ast.FunctionDef)
+    ]
 
 
 @functools.cache
@@ -53,7 +52,7 @@ def phase_of(location: str, kernel: str) -> str:
 
 @dataclass
 class Launch:
-    """A kernel, and what one of its programs has executed of it."""
+    """A kernel, and the counts of one of its programs."""
 
     kernel: str
     warps: int  # of a program
@@ -62,127 +61,135 @@ class Launch:
     code: list[Segment]
     registers: int
     shared: int
-    counts: dict[int, dict[str, float]]  # by line of PTX: those of engine.Counts
+    counts: dict[int, dict[str, float]]  # by line of PTX: those of engine.Counts, of all warps
     phases: dict[int, str]  # by line of PTX
 
     def phase(self, i: Instruction) -> str:
-        """Of an instruction."""
+        """The phase of an instruction."""
         return self.phases.get(i.line, phase_of("", self.kernel))
 
     @functools.cached_property
-    def copies(self) -> Counter[tuple[int, str]]:
-        """How many instructions come from a line: where the assembler unrolls a loop, they share its executions."""
+    def _copies(self) -> Counter[tuple[int, str]]:
+        """How many instructions come from a line of PTX: several where the assembler unrolls a loop."""
         return Counter((i.line, i.root) for segment in self.code for i in segment.code)
+
+    def counts_of(self, i: Instruction) -> dict[str, float]:
+        """The counts of an instruction: its line's, shared out over the copies of an unrolled loop."""
+        return {name: count / self._copies[i.line, i.root] for name, count in self.counts[i.line].items()}
 
     @functools.cached_property
     def visits(self) -> list[float]:
-        """How often a warp comes through each segment: as often as through the PTX of its instructions.
+        """How often a warp runs each segment: as often as the PTX of its instructions.
 
-        The assembler's subroutines are for operands at the edge of the range, which no step has.
+        The assembler's subroutines are for operands at the edge of the range, which no step has: they never run.
         """
         found: list[float] = []
         after_call = False
         for segment in self.code:
             known = [i for i in segment.code if i.line in self.counts]
-            anchors = [i for i in known if i.kind in ANCHORS]
-            times = [self.counts[i.line]["executions"] / self.copies[i.line, i.root] for i in anchors]
+            times = [self.counts_of(i)["executions"] for i in known if i.kind in ANCHORS]
             times = times or [self.counts[i.line]["executions"] for i in known]
             # A CALL of a label is a jump, out of a loop.
             call = segment.ends_in == "CALL" and not segment.target.startswith(".L")
             aside = segment.in_subroutine or call or (after_call and not segment.labels)
             after_call = call
-            usual = statistics.median(times) / self.warps if times else found[-1] if found else 1.0
-            found.append(0.0 if aside else usual)
+            found.append(0.0 if aside else statistics.median(times) / self.warps if times else 1.0)
         return found
 
-    def accesses(self, segment: Segment) -> Iterator[tuple[Instruction, dict[str, float]]]:
-        """Its accesses to memory, with the counts of all visits of all warps."""
-        for i in segment.code:
-            if i.kind in ("shared", "global") and i.line in self.counts:
-                yield i, {name: count / self.copies[i.line, i.root] for name, count in self.counts[i.line].items()}
+    def accesses(self, segment: Segment) -> list[tuple[Instruction, dict[str, float]]]:
+        """The accesses to memory of a segment, with the counts of all visits of all warps."""
+        found = (i for i in segment.code if i.kind in ("shared", "global") and i.line in self.counts)
+        return [(i, self.counts_of(i)) for i in found]
 
     def demand(self, number: int) -> Demand:
-        """What a warp asks for on one way through segment `number`."""
-        segment, kinds = self.code[number], dict[str, float]()
-        for unit, share in (i.unit for i in segment.code):
-            kinds[unit] = kinds.get(unit, 0.0) + share
-        kinds.pop("", None)
-        low = high = read = written = 0.0
-        for i, counts in self.accesses(segment):
-            low, high = low + counts["wavefronts_low"], high + counts["wavefronts_high"]
-            moved = 32 * counts["sectors"]
-            read, written = (read + moved, written) if i.root in LOADS else (read, written + moved)
-        ways = max(self.warps * self.visits[number], 1e-9)
-        shuffles = sum(i.kind == "shuffle" for i in segment.code)
-        return Demand(
-            len(segment.code), kinds, low / ways, high / ways, shuffles, read / ways, written / ways,
-            segment.ends_in == "BAR",
-        )  # fmt: skip
+        """What a warp needs to run segment `number` once."""
+        code, memory, units = self.code[number].code, dict[str, float](), dict[str, float]()
+        for i, counts in self.accesses(self.code[number]):
+            moved = {"read" if i.root in LOADS else "written": 32 * counts["sectors"]}
+            add(memory, {"low": counts["wavefronts_low"], "high": counts["wavefronts_high"], **moved})
+        for unit, amount in (i.unit for i in code if i.unit[0]):
+            add(units, {unit: amount})
+        runs = max(self.warps * self.visits[number], 1e-9)
+        low, high, read, written = (memory.get(name, 0.0) / runs for name in ("low", "high", "read", "written"))
+        shuffles = sum(i.kind == "shuffle" for i in code)
+        return Demand(len(code), units, low, high, shuffles, read, written, self.code[number].ends_in == "BAR")
 
 
 class Chain(NamedTuple):
-    """How a warp that is alone gets through a segment, in clocks by phase."""
+    """The clocks that a warp alone takes for a segment, by phase."""
 
     spent: dict[str, float]
     exposed: dict[str, float]  # of these, waiting for loads from global memory
 
 
-def chains(launch: Launch, gpu: Gpu, high: bool) -> list[Chain]:
-    """Every segment's. Of a loop without another one in it the second way through counts, when the loads that the first
-    has begun are under way."""
-    latency = gpu.l2_latency if high else gpu.l1_latency
-    now = copied = 0.0  # when the asynchronous copies so far will be there
-    ready, owner, groups = [0.0] * 6, [""] * 6, list[float]()
+class _Warp:
+    """A warp alone on its multiprocessor: its clock, and when the results that it may wait for are there."""
 
-    def walk(segment: Segment) -> Chain:
-        nonlocal now, copied
+    def __init__(self, launch: Launch, gpu: Gpu, high: bool) -> None:
+        self.launch = launch
+        self.latency = gpu.l2_latency if high else gpu.l1_latency  # of a load from global memory
+        self.shared_latency = gpu.shared_latency
+        self.now = 0.0
+        self.boards = [(0.0, "")] * 6  # of each scoreboard: when it is free, and the root of the instruction it is for
+        self.copied = 0.0  # when the asynchronous copies begun so far are there
+        self.groups: list[float] = []  # likewise, of every group of them
+
+    def run(self, segment: Segment) -> Chain:
+        """Runs a segment once."""
         chain = Chain(defaultdict(float), defaultdict(float))
         for i in segment.code:
-            began, phase = now, launch.phase(i)
-            waits = [(ready[board], owner[board]) for board in range(6) if i.waits >> board & 1]
-            if group := re.search(r"\.LE.*, 0x([0-9a-f]+)", i.opcode + i.operands) if i.root == "DEPBAR" else None:
-                waits += [(then, "LDGSTS") for then in groups[: len(groups) - int(group[1], 16)]]
+            began, phase = self.now, self.launch.phase(i)
+            waits = [board for n, board in enumerate(self.boards) if i.waits >> n & 1]
+            if left := re.search(r"\.LE.*, 0x([0-9a-f]+)", i.opcode + i.operands) if i.root == "DEPBAR" else None:
+                waits += [(then, "LDGSTS") for then in self.groups[: len(self.groups) - int(left[1], 16)]]
             for then, root in sorted(waits):
-                if then > now:
-                    chain.exposed[phase] += (then - now) * (root in LOADS)
-                    now = then
+                if then > self.now:
+                    chain.exposed[phase] += (then - self.now) * (root in LOADS)
+                    self.now = then
             if i.root == "LDGSTS":
-                copied = now + latency
+                self.copied = self.now + self.latency
             elif i.root == "LDGDEPBAR":
-                groups.append(copied)
-            if i.sets < 6 and i.root != "LDGDEPBAR":
-                then = now + (latency if i.root in LOADS and i.root != "LDGSTS" else gpu.shared_latency)
-                ready[i.sets], owner[i.sets] = max(ready[i.sets], then), i.root
-            now += max(i.stall, 1)
-            chain.spent[phase] += now - began
+                self.groups.append(self.copied)
+            if i.sets < 6:
+                then = self.now + (self.latency if i.root in LOADS else self.shared_latency)
+                self.boards[i.sets] = max(self.boards[i.sets][0], then), i.root
+            self.now += max(i.stall, 1)
+            chain.spent[phase] += self.now - began
         return chain
 
+
+def chains(launch: Launch, gpu: Gpu, high: bool) -> list[Chain]:
+    """The chain of every segment.
+
+    Of an innermost loop the second round counts, when the loads that the first has begun are under way.
+    """
+    warp = _Warp(launch, gpu, high)
     found: list[Chain] = []
     places = {label: number for number, segment in enumerate(launch.code) for label in segment.labels}
-    inner = 0  # where a loop may begin that has none in it
+    inner = 0  # the first segment that may begin an innermost loop
     for number, segment in enumerate(launch.code):
-        found.append(walk(segment))
+        found.append(warp.run(segment))
         first = places.get(segment.target, number + 1)
-        if inner <= first <= number and segment.ends_in == "BRA":
-            found[first:] = [walk(again) for again in launch.code[first : number + 1]]
+        if inner <= first <= number:
+            found[first:] = [warp.run(again) for again in launch.code[first : number + 1]]
             inner = number
     return found
 
 
-# A phase: what program 0 executes of it, and its time; the figures that bench/counts.py lists, by name. Instructions
-# are under their KINDS, the ends of a pair under its name with _low and _high.
+# The figures of a phase, by name: what program 0 executes of it, and its time. Instructions are under their KINDS, the
+# ends of a pair under its name with _low and _high; bench/counts.py lists them.
 Row = dict[str, float]
 
 
 def add(row: Row, other: Mapping[str, float]) -> None:
-    """Another's figures on top of a row's."""
+    """Adds the figures of another row to a row."""
     for name, figure in other.items():
         row[name] = row.get(name, 0.0) + figure
 
 
 def rows_of(launch: Launch, gpu: Gpu) -> dict[str, Row]:
-    """The phases of a launch on a GPU, in the order of the code. Programs are taken to be like the one that is counted,
-    and a multiprocessor to have as many at a time as fit."""
+    """The phases of a launch on a GPU, in the order of the code. All programs are taken to be like the one that is
+    counted, and a multiprocessor to have as many at a time as fit."""
     rows: defaultdict[str, Row] = defaultdict(dict)
     for segment, visits in zip(launch.code, launch.visits, strict=True):
         issue = visits * math.ceil(launch.warps / gpus.SCHEDULERS)
@@ -195,9 +202,9 @@ def rows_of(launch: Launch, gpu: Gpu) -> dict[str, Row]:
                 waits = counts["executions"] * (launch.phase(i) == "grid_barrier")
                 add(row, {"atomics": counts["lanes"], "grid_barriers": waits})
 
-    most = resources.occupancy(gpu.sm, launch.warps, launch.registers, launch.shared)
-    fit = max(1, round(most * resources.ARCHITECTURES[gpu.sm].warps / launch.warps))
-    together = min(fit, math.ceil(launch.programs / gpu.processors))
+    occupancy = resources.occupancy(gpu.sm, launch.warps, launch.registers, launch.shared)
+    fit = max(1, round(occupancy * resources.ARCHITECTURES[gpu.sm].warps / launch.warps))
+    together = min(fit, math.ceil(launch.programs / gpu.processors))  # programs on a multiprocessor at a time
     turns = math.ceil(launch.programs / (gpu.processors * together))
     for high, us in ((False, "us_low"), (True, "us_high")):
         for number, chain in enumerate(chains(launch, gpu, high)):
@@ -207,7 +214,7 @@ def rows_of(launch: Launch, gpu: Gpu) -> dict[str, Row]:
                 exposed = visits * chain.exposed[phase] / gpu.l2_latency * high
                 add(rows[phase], {us: turns * visits * clocks * spent / alone / gpu.ghz / 1000, "exposed": exposed})
         total = sum(row[us] for row in rows.values())
-        slower = max(1.0, gpus.memory_us(gpu, launch.footprint) / total) if total else 1.0
+        slower = max(1.0, gpus.memory_us(gpu, launch.footprint) / total)
         for row in rows.values():
             row[us] = row[us] * slower + row.get("grid_barriers", 0) * gpus.wait_us(gpu, "barrier", high)
     return dict(rows)

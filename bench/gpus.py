@@ -1,6 +1,6 @@
-"""GPUs by their documented rates, and the time that they need for counted work. Nothing in here was fitted.
+"""GPUs by their documented rates, and the time that they take for counted work. Nothing in here was fitted.
 
-Sources, by the column that they are of:
+Sources, by column:
 
     processors, ghz, dram, l2  NVIDIA's data sheets and architecture whitepapers (T4, A100, H100, H200, Ada); the clock
                                is the boost clock. A slice of an A100 has the shares of NVIDIA's MIG User Guide: an
@@ -12,19 +12,19 @@ Sources, by the column that they are of:
 Assumed, for want of a document:
 
     - A multiprocessor has four schedulers of one instruction a clock each (whitepapers). Instructions of one kind keep
-      to the rates above, one wavefront of shared memory takes a clock (128 bytes), on the way that shuffles take.
-    - Between two block barriers or branches the slowest of these alone sets the time: issue slots, a kind of
-      instruction, wavefronts, bytes from L2 (64 a clock and multiprocessor), or one warp's chain of stalls and waits.
+      to the rates above. A wavefront of shared memory (128 bytes) takes a clock of the pipe that shuffles use as well.
+    - Between two block barriers or branches the slowest of these sets the time: issue slots, a kind of instruction,
+      wavefronts, bytes from L2 (64 a clock and multiprocessor), or one warp's chain of stalls and waits.
     - Low: plain loads hit L1, and shared memory merges all lanes of a warp. High: they come from L2, and it does not.
     - A block barrier takes threads / 16 clocks (Programming Guide, __syncthreads), without the wait for the slowest.
-    - A grid barrier takes two round trips to L2 at least (what was stored before has arrived; the others are seen), and
-      the end of a kernel in a captured graph 0.5 us, the launch overhead a kernel that NVIDIA's "Getting Started with
-      CUDA Graphs" measures; at most 1.3 us either, which nobody has measured here.
-    - What is neither arithmetic of a known latency nor a load from global memory (shared memory, shuffles, special
-      functions, conversions) has its result after the latency of shared memory.
+    - A grid barrier takes at least two round trips to L2: one until earlier stores have arrived, one until the arrivals
+      are seen. The end of a kernel in a captured graph takes at least 0.5 us, the launch overhead of a kernel that
+      NVIDIA's "Getting Started with CUDA Graphs" measures. Either takes at most 1.3 us, which is not measured.
+    - The result of an instruction that is neither arithmetic of a known latency nor a load from global memory (shared
+      memory, shuffles, special functions, conversions) is there after the latency of shared memory.
     - Conversions of 32 bits and less keep to the rate of special functions.
     - Bytes that do not fit L2 come from or go to device memory once.
-    - Atomics take the way of stores: 32 bytes a sector, no wait for each other.
+    - Atomics count as stores: 32 bytes a sector, no wait for each other.
 """
 
 import math
@@ -73,12 +73,12 @@ GPUS = {
 
 
 class Demand(NamedTuple):
-    """What a warp asks of its multiprocessor on one way through a piece of code without a barrier in it."""
+    """What a warp needs of its multiprocessor to run a segment, which has no barrier but at its end, once."""
 
     instructions: int
-    units: dict[str, float]  # by the rate that it keeps to: results or multiply-adds
-    low: float  # wavefronts of shared memory
-    high: float
+    units: dict[str, float]  # by the rate of Gpu that limits them: results or multiply-adds
+    low: float  # wavefronts of shared memory, at least
+    high: float  # and at most
     shuffles: int
     read: float  # bytes of loads, in whole sectors
     written: float  # bytes of stores and atomics
@@ -86,7 +86,7 @@ class Demand(NamedTuple):
 
 
 def clocks(gpu: Gpu, demand: Demand, alone: float, warps: int, high: bool) -> float:
-    """That a multiprocessor takes for so many warps of it; `alone`: for one without the others."""
+    """The clocks that a multiprocessor takes for so many warps of a demand; `alone`: those of one warp alone."""
     of_a_scheduler = math.ceil(warps / SCHEDULERS)
     units = (of_a_scheduler * SCHEDULERS * amount / getattr(gpu, unit) for unit, amount in demand.units.items())
     shared = warps * ((demand.high if high else demand.low) + 32 * demand.shuffles / gpu.shuffle)
@@ -97,14 +97,14 @@ def clocks(gpu: Gpu, demand: Demand, alone: float, warps: int, high: bool) -> fl
 
 
 def wait_us(gpu: Gpu, what: str, high: bool) -> float:
-    """Of a grid barrier ("barrier"), or of the end of a kernel in a captured graph ("node")."""
+    """The time of a grid barrier ("barrier"), or of the end of a kernel in a captured graph ("node")."""
     if high:
         return WAIT_US
     return NODE_US if what == "node" else 2 * gpu.l2_latency / gpu.ghz / 1000
 
 
 def memory_us(gpu: Gpu, footprint: float) -> float:
-    """Of moving so many bytes to or from device memory once; none where they stay in L2."""
+    """The time of moving so many bytes to or from device memory once; 0 where they stay in L2."""
     return footprint / gpu.dram / 1000 if footprint > gpu.l2 * 2**20 else 0.0
 
 

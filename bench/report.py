@@ -75,8 +75,10 @@ OVERALL: dict[str, Callable[[Sequence[Recording], bool], str]] = {
     "result": tables.result,
     "promises": lambda records, chinese: tables.claims(records),
     "counted-phases": lambda *_: counts.brief_phases("triton-persistent", "H100"),
-    "counted-times": lambda *_: counts.times_table([c for c in counts.chosen() if c["name"] in counts.STEPS]),
-    "counted-others": lambda *_: counts.bounds_table(counts.chosen(gpu="H100")),
+    "counted-times": lambda records, chinese: counts.times_table(
+        [c for c in counts.chosen() if c["name"] in counts.STEPS], records
+    ),
+    "counted-others": lambda records, chinese: counts.bounds_table(counts.chosen(gpu="H100"), records),
     "counted-history": lambda *_: counts.history_table(counts.kept()["history"]),
     "counted-work": lambda *_: counts.work_table(counts.chosen(gpu="H100")),
 }

@@ -20,6 +20,7 @@ from bench import counts, execution, gpus, workloads
 from bench.execution import Launch, chains, phase_of
 from bench.gpus import GPUS, Demand
 from bench.machine_code import Instruction, Segment, segments
+from bench.recording import recorded
 
 H100 = GPUS["H100"]
 
@@ -291,7 +292,7 @@ def test_no_count_is_worse_than_its_budget(key: tuple[str, str, str]) -> None:
 @pytest.mark.usefixtures("engine", "one_thread")
 def test_machine_code_runs_as_often_as_the_ptx_that_it_comes_from() -> None:
     """Loads, stores, products and shuffles of the persistent step, line by line."""
-    (launch,) = counts.launches("triton-persistent", H100, "fp32")
+    (launch,) = workloads.WORKLOADS["triton-persistent"].launches(H100, "fp32")
     runs: dict[int, float] = {}
     for segment, visits in zip(launch.code, launch.visits, strict=True):
         for instruction in segment.code:
@@ -319,7 +320,7 @@ def test_what_gets_worse_is_named() -> None:
 def test_a_measurement_stands_beside_the_counts(tmp_path: Path) -> None:
     """A synthetic recording, of a whole GPU and of a slice of one."""
     kept = HELD["triton-persistent", "H100", "fp32"]
-    assert counts.measured_us(kept, tmp_path) is None
+    assert counts.measured_us(kept, []) is None
     for folder, device, median in (
         ("a", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", 0.2),
         ("h", "NVIDIA H100 80GB HBM3", 0.0345),
@@ -329,8 +330,9 @@ def test_a_measurement_stands_beside_the_counts(tmp_path: Path) -> None:
         entry = {"group": "step", "id": "triton-persistent-128-fp32", "ms": {"median": median}}
         content = {"schema": 1, "device": device, "date": "2030-01-01", "dry": False, "probes": {}, "entries": [entry]}
         (tmp_path / folder / "1.json").write_text(json.dumps(facts | content | {"skipped": [], "refused": []}))
-    assert counts.measured_us(kept, tmp_path) == pytest.approx(34.5)
-    assert counts.measured_us(HELD["triton-persistent", "A100 1g", "fp32"], tmp_path) == pytest.approx(200)
-    assert counts.measured_us(HELD["triton-persistent", "A100", "fp32"], tmp_path) is None
-    assert counts.measured_us(HELD["triton-persistent", "H100", "tf32x3"], tmp_path) is None
-    assert "measured 34.5" in counts.times_table([kept], tmp_path)
+    records = [record for recordings in recorded(tmp_path) for record in recordings]
+    assert counts.measured_us(kept, records) == pytest.approx(34.5)
+    assert counts.measured_us(HELD["triton-persistent", "A100 1g", "fp32"], records) == pytest.approx(200)
+    assert counts.measured_us(HELD["triton-persistent", "A100", "fp32"], records) is None
+    assert counts.measured_us(HELD["triton-persistent", "H100", "tf32x3"], records) is None
+    assert "measured 34.5" in counts.times_table([kept], records)
