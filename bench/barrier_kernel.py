@@ -1,4 +1,4 @@
-"""The kernel whose time per round is a grid barrier's: nothing but barriers. Needs Triton and a CUDA device to run."""
+"""A kernel of grid barriers alone: its time per round is that of a barrier. Needs Triton, and a CUDA device to run."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from mlp_fast.kernels._barrier import grid_barrier
 
 @triton.jit(do_not_specialize=["rounds"])
 def barriers_kernel(counter_ptr, error_ptr, rounds, G: tl.constexpr):  # type: ignore[no-untyped-def]
-    """So many grid barriers and nothing else."""
+    """`rounds` grid barriers among G programs."""
     for i in range(rounds):
         grid_barrier(counter_ptr, error_ptr, (i + 1) * G)
 

@@ -117,5 +117,5 @@ def bound_us(gpu: Gpu, cost: Cost, precision: str) -> float:
 
 
 def is_measured_on(gpu: Gpu, device: str) -> bool:
-    """Whether a device, as its driver calls it, is this GPU: a slice of one says MIG."""
+    """Whether a device, as its driver calls it, is this GPU: the name of a slice has MIG in it."""
     return gpu.name.removesuffix(" 1g") in device and ("MIG 1g" in device) == gpu.name.endswith("1g")

@@ -56,7 +56,7 @@ class Instruction(NamedTuple):
 
     @property
     def unit(self) -> tuple[str, float]:
-        """The rate of gpus.Gpu that limits it, and the results or multiply-adds that a warp asks of that unit.
+        """The rate of gpus.Gpu that limits it, and the results or multiply-adds that a warp needs of that unit.
 
         "" where an issue slot is its only cost.
         """

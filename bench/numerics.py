@@ -11,7 +11,7 @@ from the same initial values and over the same batches; only the matrix product 
     fp32 table     float32, the first layer as a table of products: the same function, its additions in another order
     tf32x3         operands as a sum of two TF32 numbers, three products of the four: about fp32
     tf32           operands rounded to TF32, to the nearest
-    tf32 cut       operands cut to TF32: what a tensor core does with fp32 numbers that nobody has rounded
+    tf32 cut       operands cut to TF32: what a tensor core does with fp32 numbers that are not rounded
 """
 
 import argparse

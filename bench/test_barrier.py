@@ -38,7 +38,7 @@ def litmus_kernel(  # type: ignore[no-untyped-def]
         for q in range(G):
             seen = tl.load(data_ptr + q * LANES + lanes)
             wrong += (seen != i * G + q + lanes).to(tl.int32)
-        if BARRIER:  # nobody writes the next round's numbers before all have read this round's
+        if BARRIER:  # no program writes the next round's numbers before all have read this round's
             grid_barrier(counter_ptr, error_ptr, (2 * i + 2) * G)
     tl.atomic_add(wrong_ptr, tl.sum(wrong, axis=0))
 
@@ -52,7 +52,7 @@ def wrong_numbers(programs: int, rounds: int, device: torch.device, barrier: boo
         num_warps=8, num_stages=1, launch_cooperative_grid=True,
     )  # fmt: skip
     wrong, _, error = words[::32].tolist()
-    assert error == 0, "a program waited in vain"
+    assert error == 0, "a wait at the barrier timed out"
     return wrong
 
 
