@@ -35,8 +35,9 @@ def sum_parts_kernel(parts_ptr, out_ptr, N, num_parts, BLOCK: tl.constexpr):
 def parts_of(rows: int, size: int, multiple: int, part_rows: int = PART_ROWS) -> tuple[int, int]:
     """How many parts a sum of so many rows, with results of `size` numbers, is cut into, and the rows of each part.
 
-    The rows of a part are a multiple of `multiple`, about part_rows; no part is empty.
+    The rows of a part are a multiple of `multiple`, about part_rows. No part is empty, but for the one of no rows.
     """
+    rows = max(rows, 1)
     parts = max(1, min(triton.cdiv(rows, part_rows), MAX_PARTS, MAX_PART_NUMBERS // max(size, 1)))
     rows_per_part = triton.cdiv(triton.cdiv(rows, parts), multiple) * multiple
     return triton.cdiv(rows, rows_per_part), rows_per_part

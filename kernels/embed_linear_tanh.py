@@ -318,13 +318,14 @@ def _tiles(B: int, H: int, precision: str) -> dict[str, Any]:
     }
 
 
-def embed_linear_tanh_fwd(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor, form: str, precision: str) -> Tensor:
+def embed_linear_tanh_fwd(
+    idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None, form: str, precision: str
+) -> Tensor:
     """h (B, H) of weight's dtype. Arguments as in the module's docstring, already checked; see mlp_fast.ops."""
     (B, T), (V, E), H = idx.shape, wte.shape, weight.shape[0]
     h = torch.empty((B, H), dtype=weight.dtype, device=weight.device)
-    if h.numel() == 0:
-        return h
-    idx, wte, bias = idx.contiguous(), wte.contiguous(), bias.contiguous()
+    idx, wte = idx.contiguous(), wte.contiguous()
+    bias = weight.new_zeros(H) if bias is None else bias.contiguous()
     tiles = _tiles(B, H, precision)
     blocks_h = triton.cdiv(H, tiles["BLOCK_N"])
     if choose_form(form, B, V) == "gather":
@@ -352,9 +353,6 @@ def embed_linear_tanh_bwd(
     dh may have any strides, zero included.
     """
     B, V = idx.shape[0], wte.shape[0]
-    if h.numel() == 0:
-        zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (wte, weight, weight[:, 0])]
-        return (zeros[0] if need_wte else None), *((zeros[1], zeros[2]) if need_weight else (None, None))
     backward = _bwd_table if choose_form(form, B, V) == "table" else _bwd_gather
     return backward(dh, h, idx.contiguous(), wte.contiguous(), weight, precision, need_wte, need_weight)
 

@@ -316,51 +316,57 @@ def _cut(blocks: int, programs: int) -> tuple[int, int]:
 
 
 def linear_cross_entropy_fwd(
-    h: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, precision: str, mean: bool = True
+    h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, precision: str, coefficients: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(loss, a scalar, or without mean (B,); lse (2, B) for the backward pass), both fp32.
+    """(loss, the mean or with coefficients (B,); lse (2, B) for the backward pass), both fp32.
 
-    Arguments already checked: see mlp_fast.ops.
+    coefficients: r and s of each row, (2, B) fp32. Arguments already checked: see mlp_fast.ops.
     """
     (B, H), V = h.shape, weight.shape[0]
+    h, targets = h.contiguous(), targets.contiguous()
+    bias = weight.new_zeros(V) if bias is None else bias.contiguous()
     lse = torch.empty((2, B), dtype=torch.float32, device=h.device)
-    row_loss = torch.empty((B,), dtype=torch.float32, device=h.device)
-    if B == 0:
-        return row_loss.mean() if mean else row_loss, lse
-    h, bias, targets = h.contiguous(), bias.contiguous(), targets.contiguous()
+    nll = torch.empty((B,), dtype=torch.float32, device=h.device)
     block_b = _rows_of_a_tile(B, V)
     row_blocks = triton.cdiv(B, block_b)
     num_parts, blocks_per_part = _cut(triton.cdiv(V, BLOCK_V), row_blocks)
     parts = lse if num_parts == 1 else torch.empty((num_parts, 3, B), dtype=torch.float32, device=h.device)
     linear_cross_entropy_fwd_kernel[(row_blocks, num_parts)](
-        h, weight, bias, targets, lse, row_loss, parts, B, V, H, *weight.stride(), blocks_per_part,
+        h, weight, bias, targets, lse, nll, parts, B, V, H, *weight.stride(), blocks_per_part,
         SINGLE_PART=num_parts == 1, **_tiles(block_b, precision),
     )  # fmt: skip
     if num_parts > 1:
         combine_parts_kernel[(triton.cdiv(B, COMBINE_ROWS),)](
-            parts, targets, lse, row_loss, B, V, num_parts, BLOCK=COMBINE_ROWS, num_warps=4
+            parts, targets, lse, nll, B, V, num_parts, BLOCK=COMBINE_ROWS, num_warps=4
         )
-    return row_loss.mean() if mean else row_loss, lse
+    if coefficients is None:
+        return nll.mean(), lse
+    r, s = coefficients
+    return r * nll + s * lse.sum(0), lse
 
 
 def linear_cross_entropy_bwd(
-    dloss: Tensor, lse: Tensor, h: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, precision: str,
-    need_h: bool, need_weight: bool, rows: Tensor | None = None,
+    dloss: Tensor, lse: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, precision: str,
+    need_h: bool, need_weight: bool, coefficients: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dh or None if it is not needed, dweight and dbias or None both), each of its input's dtype.
 
-    dloss is of the mean; with rows, the coefficients a and r (2, B) fp32, it multiplies all gradients as it is.
+    Arguments as in the forward pass, which has returned lse; dloss is of the mean, or with coefficients (B,).
     """
     (B, H), V = h.shape, weight.shape[0]
+    h, targets = h.contiguous(), targets.contiguous()
+    bias = weight.new_zeros(V) if bias is None else bias.contiguous()
     if B == 0:
-        zeros = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (h, weight, bias)]
-        return (zeros[0] if need_h else None), *((zeros[1], zeros[2]) if need_weight else (None, None))
-    h, bias, targets = h.contiguous(), bias.contiguous(), targets.contiguous()
+        return h.new_zeros(h.shape), weight.new_zeros(weight.shape), bias.new_zeros(V)
+    by_row = coefficients is not None
+    if by_row:
+        r, s = dloss * coefficients
+        # g is rounded to 16 bits where the operands have no more: so its largest is about 1, and comes in after.
+        dloss = torch.cat([(r + s).abs(), r.new_full((1,), torch.finfo(r.dtype).tiny)]).amax()
+        lse = torch.cat([lse, torch.stack([r + s, r]) / dloss])
     block_b = _rows_of_a_tile(B, V)
     row_blocks, blocks_v, blocks_h = triton.cdiv(B, block_b), triton.cdiv(V, BLOCK_V), triton.cdiv(H, BLOCK_H)
     dh = dweight = dbias = None
-    by_row = rows is not None
-    lse = torch.cat([lse, rows]) if by_row else lse
     if need_h:
         # fp32 although h may be 16 bits: it is added to once for every block of V.
         dh = torch.empty((B, H), dtype=torch.float32, device=h.device)
@@ -380,7 +386,7 @@ def linear_cross_entropy_bwd(
             h, weight, bias, targets, lse, dloss, partial, bias_partial, B, V, H, *weight.stride(),
             rows_per_part, blocks_per_part, BY_ROW=by_row, BLOCK_H=BLOCK_H, **_tiles(block_b, precision),
         )  # fmt: skip
-        dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, bias.dtype)
+        dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, weight.dtype)
     return dh, dweight, dbias
 
 

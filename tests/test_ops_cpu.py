@@ -159,17 +159,18 @@ def test_opcheck() -> None:
     check(OPERATORS.embed_linear_tanh.default, embed)
     check(OPERATORS.embed_linear_tanh.default, (*embed[:2], x["weight"].t().detach().contiguous().t(), embed[3]))
     check(OPERATORS.embed_linear_tanh.default, (*(t.detach() for t in embed), "gather", "tf32"))
-    loss, options = (x["h"], x["weight2"], x["bias2"], x["targets"]), (None, "mean", None, 0.0, "fp32")
+    loss, opaque = (x["h"], x["weight2"], x["bias2"], x["targets"]), (x["targets"], x["h"], x["weight2"], x["bias2"])
     check(OPERATORS.linear_cross_entropy.default, loss)
     check(OPERATORS.linear_cross_entropy.default, (*loss, torch.ones(SHAPE.V), "none", 0, 0.1))
-    check(OPERATORS.linear_cross_entropy_forward.default, (*loss, *options))
+    for rows in (None, torch.rand(2, 5)):
+        check(OPERATORS.linear_cross_entropy_forward.default, (*opaque, rows, "fp32"))
     h = eager_hidden(x).detach()
-    for needs in ((True, True), (True, False), (False, True)):
-        backward = (torch.ones_like(h), h, *(t.detach() for t in embed[:3]), "auto", "fp32", *needs)
-        check(OPERATORS.embed_linear_tanh_backward.default, backward)
-        detached = [t.detach() for t in loss]
-        lse = OPERATORS.linear_cross_entropy_forward(*detached, *options)[1]
-        check(OPERATORS.linear_cross_entropy_backward.default, (torch.ones(()), lse, *detached, *options, *needs))
+    embed, opaque = (tuple(t.detach() for t in operands) for operands in (embed, opaque))
+    for needs in ([True, True, True], [True, False, False], [False, True, True], [False, False, True]):
+        check(OPERATORS.embed_linear_tanh_backward.default, (torch.ones_like(h), h, needs, *embed, "auto", "fp32"))
+        for rows, dloss in ((None, torch.ones(())), (torch.rand(2, 5), torch.rand(5))):
+            lse = OPERATORS.linear_cross_entropy_forward(*opaque, rows, "fp32")[1]
+            check(OPERATORS.linear_cross_entropy_backward.default, (dloss, lse, needs, *opaque, rows, "fp32"))
 
 
 def test_opcheck_adamw() -> None:

@@ -20,16 +20,10 @@ def one_of(what: str, name: str, names: Iterable[str]) -> str:
 
 def check_dtype(names: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
     """All tensors have the same dtype, one of `dtypes`."""
-    dtype = None
-    for t in tensors:  # a loop, for a generator's start takes as long as several passes
-        if t.dtype != dtype:
-            if dtype is not None or t.dtype not in dtypes:
-                expected, found = (
-                    ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in group}))
-                    for group in (dtypes, [t.dtype for t in tensors])
-                )
-                raise TypeError(f"{names} must have one dtype of {expected}, not {found}")
-            dtype = t.dtype
+    for t in tensors:  # as loops, for these checks are a noticeable part of a small operator's time
+        if t.dtype is not tensors[0].dtype or t.dtype not in dtypes:
+            found = _listed(t.dtype for t in tensors)
+            raise TypeError(f"{names} must have one dtype of {_listed(dtypes)}, not {found}")
 
 
 def check_device(names: str, tensors: Sequence[Tensor]) -> None:
@@ -37,8 +31,11 @@ def check_device(names: str, tensors: Sequence[Tensor]) -> None:
     device = tensors[0].device
     for t in tensors:
         if t.device != device:
-            found = ", ".join(sorted({str(t.device) for t in tensors}))
-            raise ValueError(f"{names} must be on one device, not on {found}")
+            raise ValueError(f"{names} must be on one device, not on {_listed(t.device for t in tensors)}")
+
+
+def _listed(things: Iterable[torch.dtype | torch.device]) -> str:
+    return ", ".join(sorted({str(thing).removeprefix("torch.") for thing in things}))
 
 
 def check_capability(t: Tensor, precision: str) -> None:
@@ -58,20 +55,6 @@ def check_in_range(what: str, t: Tensor, V: int) -> None:
         low, high = (int(x) for x in t.aminmax())
         if low < 0 or high >= V:
             raise ValueError(f"{what} must be in [0, {V}), but reach from {low} to {high}")
-
-
-def check_operands(floats: str, names: str, index: Tensor, first: Tensor, second: Tensor, third: Tensor | None) -> None:
-    """The tensors `floats` (first, second, third) have one floating-point dtype; `names`, all four, one device."""
-    # float32 in the CPU's memory, as most are: the checks below take longer.
-    if (
-        first.dtype is second.dtype is torch.float32
-        and (index.is_cpu and first.is_cpu and second.is_cpu)
-        and (third is None or (third.dtype is torch.float32 and third.is_cpu))
-    ):
-        return
-    operands = [first, second] if third is None else [first, second, third]
-    check_dtype(floats, operands, FLOATS)
-    check_device(names, [index, *operands])
 
 
 def shapes(*tensors: Tensor | None) -> str:

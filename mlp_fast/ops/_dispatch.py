@@ -1,11 +1,13 @@
-"""Which implementation computes an operator, and what all differentiable operators register.
+"""Which implementation computes an operator, and how torch learns of a differentiable one.
 
-A public operator is composed of others: of an opaque one, which runs the Triton kernels and which compilers take as it
-is, or of plain torch. Plain torch computes wherever there is no kernel, and every derivative that the kernels lack.
+A differentiable operator mlp_fast::NAME is composed of others: of mlp_fast::NAME_forward, which runs the Triton kernels
+and which compilers take as it is; or of plain torch, wherever there is no kernel and for every derivative that the
+kernels lack.
 """
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -41,13 +43,12 @@ def transformed(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-def use_opaque(*operands: Tensor | None) -> bool:
-    """Whether a public operator calls its opaque one, else plain torch; the first operand decides on the kernels.
+def use_opaque(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether an operator on these operands calls its NAME_forward, else plain torch.
 
     Compiled code calls it on the CPU too, so that it computes what eager code computes, to the bit.
     """
-    assert operands[0] is not None
-    return (use_kernels(operands[0]) or torch.compiler.is_compiling()) and not transformed(operands)
+    return (use_kernels(first) or torch.compiler.is_compiling()) and not transformed((first, *others))
 
 
 def wide(t: Tensor) -> Tensor:
@@ -55,60 +56,89 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
-def plain_gradients(
-    f: Callable[..., Tensor], operands: Sequence[Tensor | None], needs: Sequence[bool], dout: Tensor
-) -> list[Tensor | None]:
-    """The gradients that are needed of f(*operands), by torch; they can be differentiated again."""
-    leaves = [t for t, need in zip(operands, needs, strict=True) if t is not None and need]
-
-    def of(*leaves: Tensor) -> Tensor:
-        given = iter(leaves)
-        return f(*(next(given) if need else t for t, need in zip(operands, needs, strict=True)))
-
-    gradients = iter(torch.func.vjp(of, *leaves)[1](dout))
-    return [next(gradients) if need else None for need in needs]
-
-
-def differentiated_again(dout: Tensor) -> bool:
-    """In a backward pass: whether its result will be differentiated too, which the kernels' cannot be."""
-    return torch.is_grad_enabled() or transformed([dout])
-
-
-def or_empty(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """An opaque operator cannot return None: gradients that are not needed become empty tensors."""
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
-
-
-def or_none(gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    """The reverse of or_empty."""
-    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
-
-
-def fake_gradients(operands: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> tuple[Tensor, ...]:
-    """What a backward operator returns, without its numbers."""
-    needed = [t if need else None for t, need in zip(operands, needs, strict=True)]
-    return or_empty([None if t is None else t.new_empty(t.shape) for t in needed], like)
-
-
-def call(name: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Calls a public operator, or its function alone where no compiler, autocast or torch.func has to see the operator:
-    the way through torch's dispatcher and back takes as long as a small model's forward pass."""
+def call(name: str, public: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Calls an operator, or its function alone where no compiler, autocast or torch.func has to see the operator: the
+    way through torch's dispatcher and back takes as long as a small model's forward pass."""
     seen = (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
     )
-    return (getattr(torch.ops.mlp_fast, name) if seen else function)(*args)
+    return (getattr(torch.ops.mlp_fast, name) if seen else public)(*args)
 
 
-def register(name: str, function: Callable[..., Tensor], operands: slice) -> None:
-    """Makes the function the public operator mlp_fast::name.
+def register(
+    name: str,
+    public: Callable[..., Tensor],
+    operands: slice,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Sequence[Tensor | None]],
+    plain: Callable[..., Tensor],
+) -> None:
+    """Registers the operators mlp_fast::NAME, NAME_forward and NAME_backward. Type hints become schemas.
 
-    Under autocast those arguments that are floating-point are cast to its dtype of the moment.
+    Args:
+        name: NAME.
+        public: what NAME computes, composed of NAME_forward or of plain torch.
+        operands: which of its arguments autocast casts to its dtype of the moment, where they are floating-point.
+        forward: what NAME_forward computes, with kernels or without: (index, x, weight, bias, ...) -> out, or
+            (out, kept). The arguments after bias are tensors without a gradient, and then strings. The backward pass
+            gets kept, or else out.
+        fake: the same with results that have no numbers.
+        backward: its gradients, with kernels or without: (dout, kept, need_x, need_weight, *arguments of forward) ->
+            (dx, dweight, dbias), of which those are None that are not needed. dweight and dbias come together.
+        plain: (index, x, weight, bias, ...) -> out in plain torch, without the strings. Gradients that are to be
+            differentiated again are its gradients.
     """
-    _library.define(f"{name}{torch.library.infer_schema(function, mutates_args=())}")
+    _register_public(name, public, operands)
+    schema = torch.library.infer_schema(forward, mutates_args=())
+    forward_op = torch.library.custom_op(
+        f"mlp_fast::{name}_forward", _on_device(forward), mutates_args=(), schema=schema
+    )
+    forward_op.register_fake(fake)
+
+    @torch.library.custom_op(
+        f"mlp_fast::{name}_backward",
+        mutates_args=(),
+        schema=f"(Tensor dout, Tensor kept, bool[] needs, {schema[1:].split(') -> ')[0]}) -> Tensor[]",
+    )
+    @_on_device
+    def backward_op(dout: Tensor, kept: Tensor, needs: Sequence[bool], *inputs: Any) -> list[Tensor]:
+        gradients = backward(dout, kept, needs[0], needs[1] or needs[2], *inputs)
+        return [g for g, need in zip(gradients, needs, strict=True) if need and g is not None]
+
+    @backward_op.register_fake
+    def _(dout: Tensor, kept: Tensor, needs: Sequence[bool], index: Tensor, *inputs: Any) -> list[Tensor]:
+        return [t.new_empty(t.shape) for t, need in zip(inputs, needs, strict=False) if need]
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        kept = output
+        if not isinstance(output, Tensor):
+            kept = output[1]
+            ctx.mark_non_differentiable(kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(kept, *(a for a in inputs if not isinstance(a, str)))
+        ctx.strings = [a for a in inputs if isinstance(a, str)]
+
+    def differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        kept, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled() or transformed([dout]):  # the gradients will be differentiated too
+            found = _gradients_of_plain(plain, tensors, ctx.needs_input_grad, dout)
+        else:
+            found = backward_op(dout, kept, ctx.needs_input_grad[1:4], *tensors, *ctx.strings)
+        gradients = iter(found)
+        return tuple(next(gradients) if need else None for need in ctx.needs_input_grad)
+
+    forward_op.register_autograd(differentiate, setup_context=save)
+
+
+def _register_public(name: str, public: Callable[..., Tensor], operands: slice) -> None:
+    _library.define(f"{name}{torch.library.infer_schema(public, mutates_args=())}")
     for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):
-        _library.impl(name, function, key)
+        _library.impl(name, public, key)
     op: Callable[..., Tensor] = getattr(torch.ops.mlp_fast, name)
 
     def under_autocast(device: str) -> Callable[..., Tensor]:
@@ -122,3 +152,28 @@ def register(name: str, function: Callable[..., Tensor], operands: slice) -> Non
 
     for device in ("cpu", "cuda"):
         _library.impl(name, under_autocast(device), f"Autocast{device.upper()}")
+
+
+def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run with the device of its first argument as the current one: Triton launches there."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        with torch.cuda.device_of(args[0]):
+            return function(*args)
+
+    return run
+
+
+def _gradients_of_plain(
+    plain: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], dout: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of plain(*inputs) that are needed; they can be differentiated again."""
+    leaves = [t for t, need in zip(inputs, needs, strict=False) if need]
+
+    def of(*leaves: Tensor | None) -> Tensor:
+        given = iter(leaves)
+        return plain(*(next(given) if need else t for t, need in zip(inputs, needs, strict=False)))
+
+    gradients: tuple[Tensor, ...] = torch.func.vjp(of, *leaves)[1](dout)
+    return gradients

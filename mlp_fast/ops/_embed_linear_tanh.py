@@ -1,7 +1,6 @@
 """The operator embed_linear_tanh."""
 
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,27 +9,16 @@ from torch import Tensor
 from mlp_fast.kernels._model import FORMS
 from mlp_fast.kernels._runtime import INPUT_PRECISION
 from mlp_fast.ops._checks import (
+    FLOATS,
     INTEGERS,
     check_capability,
+    check_device,
     check_dtype,
     check_in_range,
-    check_operands,
     one_of,
     shapes,
 )
-from mlp_fast.ops._dispatch import (
-    call,
-    differentiated_again,
-    fake_gradients,
-    kernels,
-    or_empty,
-    or_none,
-    plain_gradients,
-    register,
-    use_kernels,
-    use_opaque,
-    wide,
-)
+from mlp_fast.ops._dispatch import call, kernels, register, use_kernels, use_opaque, wide
 
 
 def embed_linear_tanh(
@@ -70,26 +58,15 @@ def _check(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None, form: 
     one_of("form", form, FORMS)
     one_of("precision", precision, INPUT_PRECISION)
     check_dtype("idx", [idx], INTEGERS)
-    check_operands("wte, weight and bias", "idx, wte, weight and bias", idx, wte, weight, bias)
-    if (
-        (idx.dim(), wte.dim(), weight.dim()) != (2, 2, 2)
-        or weight.shape[1] != idx.shape[1] * wte.shape[1]
-        or (bias is not None and bias.shape != weight.shape[:1])
-        or 0 in (idx.shape[1], *wte.shape, *weight.shape)
-    ):
+    operands = [wte, weight] if bias is None else [wte, weight, bias]
+    check_dtype("wte, weight and bias", operands, FLOATS)
+    check_device("idx, wte, weight and bias", [idx, *operands])
+    (V, E), (H, TE) = wte.shape if wte.dim() == 2 else (0, 0), weight.shape if weight.dim() == 2 else (0, 0)
+    if 0 in (V, H, TE) or idx.dim() != 2 or idx.shape[1] * E != TE or (bias is not None and bias.shape != (H,)):
         raise ValueError(
             "shapes must be idx (B, T), wte (V, E), weight (H, T*E), bias (H,), none but B zero, "
             f"not {shapes(idx, wte, weight, bias)}"
         )
-
-
-def _plain(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    try:
-        emb = F.embedding(idx.long(), wide(wte)).flatten(1)
-    except IndexError:
-        check_in_range("tokens of idx", idx, wte.shape[0])
-        raise
-    return F.linear(emb, wide(weight), None if bias is None else wide(bias)).tanh().to(weight.dtype)
 
 
 def _public(
@@ -101,46 +78,38 @@ def _public(
     return _plain(idx, wte, weight, bias)
 
 
-@torch.library.custom_op("mlp_fast::embed_linear_tanh_forward", mutates_args=())
+def _plain(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    try:
+        emb = F.embedding(idx.long(), wide(wte)).flatten(1)
+    except IndexError:
+        check_in_range("tokens of idx", idx, wte.shape[0])
+        raise
+    return F.linear(emb, wide(weight), None if bias is None else wide(bias)).tanh().to(weight.dtype)
+
+
 def _forward(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None, form: str, precision: str) -> Tensor:
     if not use_kernels(weight):
         return _plain(idx, wte, weight, bias)
     check_capability(weight, precision)
     check_in_range("tokens of idx", idx, wte.shape[0])
-    with torch.cuda.device_of(weight):
-        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-        return kernels("embed_linear_tanh").embed_linear_tanh_fwd(idx, wte, weight, bias, form, precision)
+    return kernels("embed_linear_tanh").embed_linear_tanh_fwd(idx, wte, weight, bias, form, precision)
 
 
-@_forward.register_fake
-def _(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None, form: str, precision: str) -> Tensor:
+def _fake(idx: Tensor, wte: Tensor, weight: Tensor, *rest: object) -> Tensor:
     return weight.new_empty(idx.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("mlp_fast::embed_linear_tanh_backward", mutates_args=())
 def _backward(
-    dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, form: str, precision: str,
-    need_wte: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dwte, dweight, dbias), the last two together; what is not needed is empty."""
+    dh: Tensor, h: Tensor, need_wte: bool, need_weight: bool,
+    idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None, form: str, precision: str,
+) -> Sequence[Tensor | None]:  # fmt: skip
     if use_kernels(weight):
-        with torch.cuda.device_of(weight):
-            gradients = kernels("embed_linear_tanh").embed_linear_tanh_bwd(
-                dh, h, idx, wte, weight, form, precision, need_wte, need_weight
-            )
-    else:
-        gradients = _plain_backward(dh, h, idx, wte, weight, need_wte, need_weight)
-    dwte, dweight, dbias = or_empty(gradients, weight)
-    return dwte, dweight, dbias
-
-
-def _plain_backward(
-    dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, need_wte: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """By the functions that autograd calls in _plain: compiled code computes the bits of eager code."""
+        backward = kernels("embed_linear_tanh").embed_linear_tanh_bwd
+        return backward(dh, h, idx, wte, weight, form, precision, need_wte, need_weight)
+    # By the functions that autograd calls in _plain: compiled code computes the bits of eager code.
     dwte = dweight = dbias = None
-    dpre = torch.ops.aten.tanh_backward(wide(dh), wide(h))
     tokens = idx.long()
+    dpre = torch.ops.aten.tanh_backward(wide(dh), wide(h))
     if need_weight:
         emb = F.embedding(tokens, wide(wte)).flatten(1)
         dweight, dbias = (dpre.t() @ emb).to(weight.dtype), dpre.sum(0).to(weight.dtype)
@@ -150,33 +119,6 @@ def _plain_backward(
     return dwte, dweight, dbias
 
 
-@_backward.register_fake
-def _(
-    dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, form: str, precision: str,
-    need_wte: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    needs = need_wte, need_weight, need_weight
-    dwte, dweight, dbias = fake_gradients((wte, weight, weight[:, 0]), needs, weight)
-    return dwte, dweight, dbias
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    idx, wte, weight, bias, ctx.form, ctx.precision = inputs
-    ctx.save_for_backward(output, idx, wte, weight, bias)
-
-
-def _autograd(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-    h, idx, wte, weight, bias = ctx.saved_tensors
-    needs = ctx.needs_input_grad[1:4]
-    if differentiated_again(dh):
-        gradients = plain_gradients(partial(_plain, idx), (wte, weight, bias), needs, dh)
-    else:
-        found = torch.ops.mlp_fast.embed_linear_tanh_backward(
-            dh, h, idx, wte, weight, ctx.form, ctx.precision, needs[0], needs[1] or needs[2]
-        )
-        gradients = or_none(found, needs)
-    return None, *gradients, None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup)
-register("embed_linear_tanh", _public, operands=slice(1, 4))
+register(
+    "embed_linear_tanh", _public, operands=slice(1, 4), forward=_forward, fake=_fake, backward=_backward, plain=_plain
+)
