@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._math import dot, load_dpre
 from ._sum import MAX_PART_NUMBERS, MAX_PARTS, parts_of, sum_parts
+from ._tiles import load_tile, span, store_tile
 
 # Up to this vocabulary dP is a product with a one-hot matrix; beyond it sorting is cheaper.
 ONE_HOT_V = 64
@@ -36,30 +37,26 @@ def dtable_one_hot_kernel(
 
     dP = one_hot^T dpre, where one_hot[b, r] = 1 if idx[b, t] = v.
     """
-    part = tl.program_id(2)
-    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    in_r, in_cols = r < T * V, cols < H
+    part = tl.program_id(2).to(tl.int64)
+    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # int32, of which a division is short
+    in_r = r < T * V
     t, v = r // V, r % V
-    begin = part.to(tl.int64) * rows_per_part
+    cols, in_cols = span(tl.program_id(1) * BLOCK_N, H, BLOCK_N)
+    begin = part * rows_per_part
     end = tl.minimum(begin + rows_per_part, B)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for b0 in range(begin, end, BLOCK_K):
-        b = b0 + k
-        in_b = b < end
+        b, in_b = span(b0, end, BLOCK_K)
         # one_hot^T: 1 where idx[b, t] = v
         mask = in_r[:, None] & in_b[None, :]
         tokens = tl.load(idx_ptr + b[None, :] * T + t[:, None], mask=mask, other=0).to(tl.int64)
         one_hot = tl.where(mask & (tokens == v[:, None]), 1.0, 0.0)
-        dpre = load_dpre(
-            dh_ptr, h_ptr, b[:, None], cols[None, :], in_b[:, None] & in_cols[None, :], H, stride_db, stride_dh
-        )
         # dP[r] += one_hot[:, r]^T dpre
+        mask = in_b[:, None] & in_cols[None, :]
+        dpre = load_dpre(dh_ptr, h_ptr, b[:, None], cols[None, :], mask, H, stride_db, stride_dh)
         operand = h_ptr.dtype.element_ty
         acc = dot(one_hot.to(operand), dpre.to(operand), acc, INPUT_PRECISION)
-    offsets = (part.to(tl.int64) * (T * V) + r[:, None]) * H + cols[None, :]
-    tl.store(parts_ptr + offsets, acc, mask=in_r[:, None] & in_cols[None, :])
+    store_tile(parts_ptr, part * (T * V) + r, cols, in_r, in_cols, H, acc)
 
 
 @triton.jit(do_not_specialize=["num_parts"])  # for sm_100 the code of one part alone spills
@@ -73,39 +70,36 @@ def segment_sum_kernel(
     With OF_DPRE, order holds occurrences b T + t and the rows are dpre[b], made of x = dh and h.
     """
     r = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    cols, in_cols = span(tl.program_id(1) * BLOCK_D, D, BLOCK_D)
     part = tl.program_id(2)
-    in_cols = cols < D
     first, last = tl.load(starts_ptr + r), tl.load(starts_ptr + r + 1)
     length = tl.cdiv(last - first, num_parts)
     begin = first + part * length
     end = tl.minimum(begin + length, last)
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for i0 in range(begin, end, BLOCK_ROWS):
-        i = i0 + tl.arange(0, BLOCK_ROWS)
-        in_i = i < end
+        i, in_i = span(i0, end, BLOCK_ROWS)
         row = tl.load(order_ptr + i, mask=in_i, other=0)
-        mask = in_i[:, None] & in_cols[None, :]
         # out[r] += the rows x[order[i]], or dpre[order[i] / T]
         if OF_DPRE:
-            b = (row // T)[:, None]
-            x = load_dpre(x_ptr, h_ptr, b, cols[None, :], mask, D, stride_xr, stride_xd)
+            mask = in_i[:, None] & in_cols[None, :]
+            x = load_dpre(x_ptr, h_ptr, (row // T)[:, None], cols[None, :], mask, D, stride_xr, stride_xd)
         else:
-            x = tl.load(x_ptr + row[:, None] * stride_xr + cols[None, :].to(tl.int64) * stride_xd, mask=mask, other=0.0)
+            x = load_tile(x_ptr, row, cols, in_i, in_cols, stride_xr, stride_xd)
         acc += tl.sum(x, axis=0)
     tl.store(parts_ptr + (part.to(tl.int64) * R + r) * D + cols, acc, mask=in_cols)
 
 
-def dtable_sums(dh: Tensor, h: Tensor, idx: Tensor, V: int, tiles: dict[str, Any]) -> Tensor:
-    """dP (T*V, H) fp32 of dpre = dh (1 - h^2), for idx (B, T). tiles: the options of a matrix product's launch."""
+def dtable_sums(dh: Tensor, h: Tensor, idx: Tensor, V: int, options: dict[str, Any]) -> Tensor:
+    """dP (T*V, H) fp32 of dpre = dh (1 - h^2), for idx (B, T). options: of a product's launch."""
     (B, T), H = idx.shape, h.shape[1]
     if V > ONE_HOT_V:
         keys = valid_tokens(idx, V) + torch.arange(T, device=idx.device) * V
         return segment_sums(keys, dh, h, T * V, T)
-    parts, rows_per_part = parts_of(B, T * V * H, tiles["BLOCK_K"])
+    parts, rows_per_part = parts_of(B, T * V * H, options["BLOCK_K"])
     partial = torch.empty((parts, T * V, H), dtype=torch.float32, device=h.device)
-    dtable_one_hot_kernel[(triton.cdiv(T * V, tiles["BLOCK_M"]), triton.cdiv(H, ONE_HOT_N), parts)](
-        idx, h, dh, partial, B, V, H, *dh.stride(), rows_per_part, T=T, **(tiles | {"BLOCK_N": ONE_HOT_N})
+    dtable_one_hot_kernel[(triton.cdiv(T * V, options["BLOCK_M"]), triton.cdiv(H, ONE_HOT_N), parts)](
+        idx, h, dh, partial, B, V, H, *dh.stride(), rows_per_part, T=T, **(options | {"BLOCK_N": ONE_HOT_N})
     )
     return sum_parts(partial)
 

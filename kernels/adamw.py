@@ -123,12 +123,9 @@ def adamw_1(
     lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """adamw() by the naive kernel, a launch for every tensor."""
+    options = _options(beta1, beta2, eps, weight_decay)
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        if p.numel() > 0:
-            adamw_1_kernel[(triton.cdiv(p.numel(), BLOCK),)](
-                p, g, m, v, p.numel(), step, lr,
-                BETA1=beta1, BETA2=beta2, EPS=eps, WEIGHT_DECAY=weight_decay, BLOCK=BLOCK, num_warps=4,
-            )  # fmt: skip
+        adamw_1_kernel[(triton.cdiv(p.numel(), BLOCK),)](p, g, m, v, p.numel(), step, lr, **options)
 
 
 def adamw(
@@ -139,14 +136,18 @@ def adamw(
 
     The four tensors of an index share a dense layout; checked, like everything else, in mlp_fast.ops.
     """
-    tensors = [group for group in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True) if group[0].numel() > 0]
-    for i in range(0, len(tensors), MAX_TENSORS):
-        p, g, m, v = zip(*tensors[i : i + MAX_TENSORS], strict=True)
+    options = _options(beta1, beta2, eps, weight_decay)
+    for i in range(0, len(params), MAX_TENSORS):
+        p, g, m, v = (tuple(tensors[i : i + MAX_TENSORS]) for tensors in (params, grads, exp_avgs, exp_avg_sqs))
         numels = tuple(t.numel() for t in p)
-        adamw_kernel[(sum(triton.cdiv(n, BLOCK) for n in numels),)](
-            p, g, m, v, numels, step, lr, N=len(p),
-            BETA1=beta1, BETA2=beta2, EPS=eps, WEIGHT_DECAY=weight_decay, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+        blocks = sum(triton.cdiv(numel, BLOCK) for numel in numels)
+        adamw_kernel[(blocks,)](p, g, m, v, numels, step, lr, N=len(p), **options)
+
+
+def _options(beta1: float, beta2: float, eps: float, weight_decay: float) -> dict[str, float]:
+    return {
+        "BETA1": beta1, "BETA2": beta2, "EPS": eps, "WEIGHT_DECAY": weight_decay, "BLOCK": BLOCK, "num_warps": 4
+    }  # fmt: skip
 
 
 def shipped():

@@ -33,9 +33,10 @@ from torch import Tensor
 
 from ._math import dot, load_dpre, load_transposed, tanh
 from ._model import choose_form
-from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision
+from ._runtime import INPUT_PRECISION, MAX_REGISTERS
 from ._sum import MIN_PROGRAMS, parts_of, sum_parts
 from ._sum_by_token import dtable_sums, segment_sums, valid_tokens
+from ._tiles import load_tile, product_options, span, store_tile
 
 NAIVE_H = 128  # hidden units of a program of the naive kernel: one a thread
 # Tiles of every matrix product here: M rows, N columns, K a step. Larger fp32 FMA tiles spill registers. The small ones
@@ -75,9 +76,9 @@ def embed_linear_tanh_1_kernel(
 
 
 @triton.jit
-def _load_tokens(idx_ptr, rows, in_rows, V):
-    """Tokens at these flat positions as int64, 0 where invalid, and whether they are valid."""
-    tokens = tl.load(idx_ptr + rows, mask=in_rows, other=0).to(tl.int64)
+def _load_tokens(idx_ptr, rows, t, in_rows, V, T: tl.constexpr):
+    """idx[rows, t] as int64, 0 where invalid, and whether they are valid."""
+    tokens = tl.load(idx_ptr + rows.to(tl.int64) * T + t, mask=in_rows, other=0).to(tl.int64)
     valid = in_rows & (tokens >= 0) & (tokens < V)
     return tl.where(valid, tokens, 0), valid
 
@@ -89,21 +90,18 @@ def embed_linear_tanh_fwd_gather_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """2, forward: h tile (BLOCK_M samples, BLOCK_N hidden units)."""
-    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows, in_rows = span(tl.program_id(0) * BLOCK_M, B, BLOCK_M)
     cols0 = tl.program_id(1) * BLOCK_N
-    cols = cols0 + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    in_rows, in_cols = rows < B, cols < H
+    cols, in_cols = span(cols0, H, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     invalid = tl.zeros((BLOCK_M,), tl.int32)
     for t in range(T):
-        tokens, valid = _load_tokens(idx_ptr, rows * T + t, in_rows, V)
+        tokens, valid = _load_tokens(idx_ptr, rows, t, in_rows, V, T)
         invalid += tl.where(valid, 0, 1)
         for e0 in range(0, E, BLOCK_K):
-            e = e0 + k
-            in_e = e < E
+            e, in_e = span(e0, E, BLOCK_K)
             # acc += wte[tokens, e] weight[cols, t E + e]^T
-            emb = tl.load(wte_ptr + tokens[:, None] * E + e[None, :], mask=valid[:, None] & in_e[None, :], other=0.0)
+            emb = load_tile(wte_ptr, tokens, e, valid, in_e, E, 1)
             weight = load_transposed(
                 weight_ptr, cols0, t * E + e, in_e, H, stride_wh, stride_wk, INPUT_PRECISION, BLOCK_N
             )
@@ -111,7 +109,7 @@ def embed_linear_tanh_fwd_gather_kernel(
     # h = tanh(acc + bias), NaN in rows with an invalid token
     bias = tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
     h = tl.where(invalid[:, None] > 0, float("nan"), tanh(acc + bias[None, :]))
-    tl.store(h_ptr + rows[:, None] * H + cols[None, :], h, mask=in_rows[:, None] & in_cols[None, :])
+    store_tile(h_ptr, rows, cols, in_rows, in_cols, H, h)
 
 
 @triton.jit
@@ -124,27 +122,22 @@ def dweight_gather_kernel(
     blocks_e = tl.cdiv(E, BLOCK_N)
     t = tl.program_id(1) // blocks_e
     part = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = (tl.program_id(1) % blocks_e) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    in_rows, in_cols = rows < H, cols < E
+    rows, in_rows = span(tl.program_id(0) * BLOCK_M, H, BLOCK_M)
+    cols, in_cols = span((tl.program_id(1) % blocks_e) * BLOCK_N, E, BLOCK_N)
     begin = part * rows_per_part
     end = tl.minimum(begin + rows_per_part, B)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for b0 in range(begin, end, BLOCK_K):
-        b = b0 + k
-        in_b = b < end
-        tokens, valid = _load_tokens(idx_ptr, b * T + t, in_b, V)
-        dpre = load_dpre(
-            dh_ptr, h_ptr, b[None, :], rows[:, None], in_rows[:, None] & in_b[None, :], H, stride_db, stride_dh
-        )
-        emb = tl.load(wte_ptr + tokens[:, None] * E + cols[None, :], mask=valid[:, None] & in_cols[None, :], other=0.0)
+        b, in_b = span(b0, end, BLOCK_K)
+        tokens, valid = _load_tokens(idx_ptr, b, t, in_b, V, T)
         # dweight[:, tE:] += dpre[b]^T wte[idx[b, t]];   dbias += dpre[b]
+        mask = in_rows[:, None] & in_b[None, :]
+        dpre = load_dpre(dh_ptr, h_ptr, b[None, :], rows[:, None], mask, H, stride_db, stride_dh)
+        emb = load_tile(wte_ptr, tokens, cols, valid, in_cols, E, 1)
         acc = dot(dpre.to(emb.dtype), emb, acc, INPUT_PRECISION)
         total += tl.sum(dpre, axis=1)
-    offsets = (part * H + rows[:, None]) * (T * E) + t * E + cols[None, :]
-    tl.store(parts_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
+    store_tile(parts_ptr, part * H + rows, t * E + cols, in_rows, in_cols, T * E, acc)
     tl.store(bias_parts_ptr + part * H + rows, total, mask=in_rows & (tl.program_id(1) == 0))
 
 
@@ -154,25 +147,17 @@ def demb_kernel(
     INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """2, backward: demb = dpre weight, the gradient of gathered embeddings; (BLOCK_M samples, BLOCK_N of K = T E)."""
-    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    in_rows, in_cols = rows < B, cols < K
+    rows, in_rows = span(tl.program_id(0) * BLOCK_M, B, BLOCK_M)
+    cols, in_cols = span(tl.program_id(1) * BLOCK_N, K, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for h0 in range(0, H, BLOCK_K):
-        h = h0 + k
-        in_h = h < H
-        dpre = load_dpre(
-            dh_ptr, h_ptr, rows[:, None], h[None, :], in_rows[:, None] & in_h[None, :], H, stride_db, stride_dh
-        )
-        weight = tl.load(
-            weight_ptr + h[:, None].to(tl.int64) * stride_wh + cols[None, :].to(tl.int64) * stride_wk,
-            mask=in_h[:, None] & in_cols[None, :],
-            other=0.0,
-        )
+        h, in_h = span(h0, H, BLOCK_K)
         # demb += dpre[:, h] weight[h]
+        mask = in_rows[:, None] & in_h[None, :]
+        dpre = load_dpre(dh_ptr, h_ptr, rows[:, None].to(tl.int64), h[None, :], mask, H, stride_db, stride_dh)
+        weight = load_tile(weight_ptr, h, cols, in_h, in_cols, stride_wh, stride_wk)
         acc = dot(dpre.to(weight.dtype), weight, acc, INPUT_PRECISION)
-    tl.store(demb_ptr + rows[:, None] * K + cols[None, :], acc, mask=in_rows[:, None] & in_cols[None, :])
+    store_tile(demb_ptr, rows, cols, in_rows, in_cols, K, acc)
 
 
 # --- 3: table ---------------------------------------------------------------------------------------------------------
@@ -186,21 +171,17 @@ def embed_table_kernel(
 ):  # fmt: skip
     """3, forward: P tile (BLOCK_M tokens, BLOCK_N hidden units) of one position t; P is (T, V, H) fp32."""
     t = tl.program_id(2)
-    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows, in_rows = span(tl.program_id(0) * BLOCK_M, V, BLOCK_M)
     cols0 = tl.program_id(1) * BLOCK_N
-    cols = cols0 + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    in_rows, in_cols = rows < V, cols < H
+    cols, in_cols = span(cols0, H, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for e0 in range(0, E, BLOCK_K):
-        e = e0 + k
-        in_e = e < E
+        e, in_e = span(e0, E, BLOCK_K)
         # P[t] += wte[rows, e] weight[cols, t E + e]^T
-        wte = tl.load(wte_ptr + rows[:, None] * E + e[None, :], mask=in_rows[:, None] & in_e[None, :], other=0.0)
+        wte = load_tile(wte_ptr, rows, e, in_rows, in_e, E, 1)
         weight = load_transposed(weight_ptr, cols0, t * E + e, in_e, H, stride_wh, stride_wk, INPUT_PRECISION, BLOCK_N)
         acc = dot(wte, weight, acc, INPUT_PRECISION)
-    offsets = (t.to(tl.int64) * V + rows[:, None]) * H + cols[None, :]
-    tl.store(table_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
+    store_tile(table_ptr, t * V + rows, cols, in_rows, in_cols, H, acc)
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["idx_ptr"])
@@ -208,24 +189,22 @@ def embed_lookup_tanh_kernel(
     idx_ptr, table_ptr, bias_ptr, h_ptr, B, V, H, T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """3, forward: h tile (BLOCK_B samples, BLOCK_H hidden units) = tanh(bias + T rows of the table)."""
-    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_rows, in_cols = rows < B, cols < H
+    rows, in_rows = span(tl.program_id(0) * BLOCK_B, B, BLOCK_B)
+    cols, in_cols = span(tl.program_id(1) * BLOCK_H, H, BLOCK_H)
     # pre = bias
     pre = tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
     pre = tl.broadcast_to(pre, (BLOCK_B, BLOCK_H))
     invalid = tl.zeros((BLOCK_B,), tl.int32)
     for t in tl.static_range(T):
-        tokens, valid = _load_tokens(idx_ptr, rows * T + t, in_rows, V)
+        tokens, valid = _load_tokens(idx_ptr, rows, t, in_rows, V, T)
         invalid += tl.where(valid, 0, 1)
         # pre += P[t, tokens]; all programs read the small table: keep it in L1
-        offsets = (t * V + tokens)[:, None] * H + cols[None, :]
+        ptrs = table_ptr + (t * V + tokens)[:, None] * H + cols[None, :]
         mask = valid[:, None] & in_cols[None, :]
-        ptrs = table_ptr + offsets
         pre += tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_last")
     # h = tanh(pre), NaN in rows with an invalid token
     h = tl.where(invalid[:, None] > 0, float("nan"), tanh(pre))
-    tl.store(h_ptr + rows[:, None] * H + cols[None, :], h, mask=in_rows[:, None] & in_cols[None, :])
+    store_tile(h_ptr, rows, cols, in_rows, in_cols, H, h)
 
 
 @triton.jit
@@ -236,24 +215,19 @@ def dweight_table_kernel(
 ):  # fmt: skip
     """3, backward: dweight tile (BLOCK_M hidden units, BLOCK_N of E) of position t, and dbias."""
     t = tl.program_id(2)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    in_rows, in_cols = rows < H, cols < E
+    rows, in_rows = span(tl.program_id(0) * BLOCK_M, H, BLOCK_M)
+    cols, in_cols = span(tl.program_id(1) * BLOCK_N, E, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for v0 in range(0, V, BLOCK_K):
-        v = (v0 + k).to(tl.int64)
-        in_v = v < V
+        v, in_v = span(v0, V, BLOCK_K)
         # dweight[:, tE:] += dP[t, v]^T wte[v]
-        offsets = (t.to(tl.int64) * V + v[None, :]) * H + rows[:, None]
-        dtable = tl.load(dtable_ptr + offsets, mask=in_rows[:, None] & in_v[None, :], other=0.0)
-        wte = tl.load(wte_ptr + v[:, None] * E + cols[None, :], mask=in_v[:, None] & in_cols[None, :], other=0.0)
+        dtable = load_tile(dtable_ptr, rows, t * V + v, in_rows, in_v, 1, H)
+        wte = load_tile(wte_ptr, v, cols, in_v, in_cols, E, 1)
         acc = dot(dtable, wte.to(tl.float32), acc, INPUT_PRECISION)
         # dbias += dP[t, v]: every sample has one token at t, so any one t gives sum_b dpre[b]
         total += tl.sum(dtable, axis=1)
-    offsets = rows[:, None].to(tl.int64) * (T * E) + t * E + cols[None, :]
-    tl.store(dweight_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
+    store_tile(dweight_ptr, rows, t * E + cols, in_rows, in_cols, T * E, acc)
     tl.store(dbias_ptr + rows, total, mask=in_rows & (t == 0) & (tl.program_id(1) == 0))
 
 
@@ -264,29 +238,20 @@ def dwte_table_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """3, backward: one part of a dwte tile (BLOCK_M tokens, BLOCK_N of E), summed over its chunks of (t, h)."""
-    part = tl.program_id(2)
-    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    in_rows, in_cols = rows < V, cols < E
+    part = tl.program_id(2).to(tl.int64)
+    rows, in_rows = span(tl.program_id(0) * BLOCK_M, V, BLOCK_M)
+    cols, in_cols = span(tl.program_id(1) * BLOCK_N, E, BLOCK_N)
     chunks = tl.cdiv(H, BLOCK_K)
-    begin = part * chunks_per_part
+    begin = tl.program_id(2) * chunks_per_part
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for chunk in range(begin, tl.minimum(begin + chunks_per_part, T * chunks)):
         t = chunk // chunks
-        h = (chunk % chunks) * BLOCK_K + k
-        in_h = h < H
+        h, in_h = span((chunk % chunks) * BLOCK_K, H, BLOCK_K)
         # dwte += dP[t, :, h] weight[h, tE:]
-        offsets = (t * V + rows[:, None]) * H + h[None, :]
-        dtable = tl.load(dtable_ptr + offsets, mask=in_rows[:, None] & in_h[None, :], other=0.0)
-        weight = tl.load(
-            weight_ptr + h[:, None].to(tl.int64) * stride_wh + (t * E + cols)[None, :].to(tl.int64) * stride_wk,
-            mask=in_h[:, None] & in_cols[None, :],
-            other=0.0,
-        )
+        dtable = load_tile(dtable_ptr, t * V + rows, h, in_rows, in_h, H, 1)
+        weight = load_tile(weight_ptr, h, t * E + cols, in_h, in_cols, stride_wh, stride_wk)
         acc = dot(dtable, weight.to(tl.float32), acc, INPUT_PRECISION)
-    offsets = (part.to(tl.int64) * V + rows[:, None]) * E + cols[None, :]
-    tl.store(parts_ptr + offsets, acc, mask=in_rows[:, None] & in_cols[None, :])
+    store_tile(parts_ptr, part * V + rows, cols, in_rows, in_cols, E, acc)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -296,26 +261,18 @@ def embed_linear_tanh_1(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor) 
     """h (B, H) by the naive kernel. Arguments as in the module's docstring, fp32, every token in [0, V)."""
     (B, T), E, H = idx.shape, wte.shape[1], weight.shape[0]
     h = torch.empty((B, H), dtype=weight.dtype, device=weight.device)
-    if h.numel() > 0:
-        embed_linear_tanh_1_kernel[(B, triton.cdiv(H, NAIVE_H))](
-            idx.contiguous(), wte.contiguous(), weight, bias.contiguous(), h, H, *weight.stride(),
-            T=T, E=E, BLOCK_H=NAIVE_H, num_warps=4,
-        )  # fmt: skip
+    embed_linear_tanh_1_kernel[(B, triton.cdiv(H, NAIVE_H))](
+        idx.contiguous(), wte.contiguous(), weight, bias.contiguous(), h, H, *weight.stride(),
+        T=T, E=E, BLOCK_H=NAIVE_H, num_warps=4,
+    )  # fmt: skip
     return h
 
 
-def _tiles(B: int, H: int, precision: str) -> dict[str, Any]:
+def _tiles(B: int, H: int, precision: str) -> tuple[int, int, int, dict[str, Any]]:
+    """The tile of a product, M rows, N columns and K a step; and the options of its launch."""
     enough = triton.cdiv(B, BLOCK_M) * triton.cdiv(H, BLOCK_N) >= MIN_PROGRAMS
     M, N, K = (BLOCK_M, BLOCK_N, BLOCK_K) if enough else (SMALL_M, SMALL_N, SMALL_K)
-    return {
-        "INPUT_PRECISION": input_precision(precision),
-        "BLOCK_M": M,
-        "BLOCK_N": N,
-        "BLOCK_K": K,
-        "num_warps": 4,
-        "num_stages": 2,
-        "maxnreg": MAX_REGISTERS,
-    }
+    return M, N, K, product_options(precision, num_stages=2, BLOCK_M=M, BLOCK_N=N, BLOCK_K=K)
 
 
 def embed_linear_tanh_fwd(
@@ -323,19 +280,18 @@ def embed_linear_tanh_fwd(
 ) -> Tensor:
     """h (B, H) of weight's dtype. Arguments as in the module's docstring, already checked; see mlp_fast.ops."""
     (B, T), (V, E), H = idx.shape, wte.shape, weight.shape[0]
-    h = torch.empty((B, H), dtype=weight.dtype, device=weight.device)
     idx, wte = idx.contiguous(), wte.contiguous()
     bias = weight.new_zeros(H) if bias is None else bias.contiguous()
-    tiles = _tiles(B, H, precision)
-    blocks_h = triton.cdiv(H, tiles["BLOCK_N"])
+    h = torch.empty((B, H), dtype=weight.dtype, device=weight.device)
+    M, N, _, options = _tiles(B, H, precision)
     if choose_form(form, B, V) == "gather":
-        embed_linear_tanh_fwd_gather_kernel[(triton.cdiv(B, tiles["BLOCK_M"]), blocks_h)](
-            idx, wte, weight, bias, h, B, V, H, *weight.stride(), T=T, E=E, **tiles
+        embed_linear_tanh_fwd_gather_kernel[(triton.cdiv(B, M), triton.cdiv(H, N))](
+            idx, wte, weight, bias, h, B, V, H, *weight.stride(), T=T, E=E, **options
         )
         return h
     table = torch.empty((T, V, H), dtype=torch.float32, device=weight.device)
-    embed_table_kernel[(triton.cdiv(V, tiles["BLOCK_M"]), blocks_h, T)](
-        wte, weight, table, V, H, *weight.stride(), E=E, **tiles
+    embed_table_kernel[(triton.cdiv(V, M), triton.cdiv(H, N), T)](
+        wte, weight, table, V, H, *weight.stride(), E=E, **options
     )
     embed_lookup_tanh_kernel[(triton.cdiv(B, LOOKUP_ROWS), triton.cdiv(H, LOOKUP_COLUMNS))](
         idx, table, bias, h, B, V, H, T=T, BLOCK_B=LOOKUP_ROWS, BLOCK_H=LOOKUP_COLUMNS,
@@ -352,55 +308,39 @@ def embed_linear_tanh_bwd(
 
     dh may have any strides, zero included.
     """
-    B, V = idx.shape[0], wte.shape[0]
-    backward = _bwd_table if choose_form(form, B, V) == "table" else _bwd_gather
-    return backward(dh, h, idx.contiguous(), wte.contiguous(), weight, precision, need_wte, need_weight)
-
-
-def _bwd_gather(
-    dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, precision: str, need_wte: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     (B, T), (V, E), H = idx.shape, wte.shape, weight.shape[0]
-    tiles = _tiles(B, H, precision)
-    M, N, K = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
+    idx, wte = idx.contiguous(), wte.contiguous()
+    M, N, K, options = _tiles(B, H, precision)
     dwte = dweight = dbias = None
-    if need_weight:
-        parts, rows_per_part = parts_of(B, weight.numel(), K)
-        partial = torch.empty((parts, H, T * E), dtype=torch.float32, device=h.device)
-        bias_partial = torch.empty((parts, H), dtype=torch.float32, device=h.device)
-        dweight_gather_kernel[(triton.cdiv(H, M), T * triton.cdiv(E, N), parts)](
-            idx, wte, h, dh, partial, bias_partial, B, V, H, *dh.stride(), rows_per_part, T=T, E=E, **tiles
-        )
-        dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, weight.dtype)
-    if need_wte:
-        demb = torch.empty((B * T, E), dtype=torch.float32, device=h.device)
-        demb_kernel[(triton.cdiv(B, M), triton.cdiv(T * E, N))](
-            h, dh, weight, demb, B, H, T * E, *dh.stride(), *weight.stride(), **tiles
-        )
-        dwte = segment_sums(valid_tokens(idx, V), demb, None, V, T).to(wte.dtype)
-    return dwte, dweight, dbias
-
-
-def _bwd_table(
-    dh: Tensor, h: Tensor, idx: Tensor, wte: Tensor, weight: Tensor, precision: str, need_wte: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    (B, T), (V, E), H = idx.shape, wte.shape, weight.shape[0]
-    tiles = _tiles(B, H, precision)
-    M, N, K = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
-    dtable = dtable_sums(dh, h, idx, V, tiles)
-    dwte = dweight = dbias = None
+    if choose_form(form, B, V) == "gather":
+        if need_weight:
+            parts, rows_per_part = parts_of(B, weight.numel(), K)
+            partial = torch.empty((parts, H, T * E), dtype=torch.float32, device=h.device)
+            bias_partial = torch.empty((parts, H), dtype=torch.float32, device=h.device)
+            dweight_gather_kernel[(triton.cdiv(H, M), T * triton.cdiv(E, N), parts)](
+                idx, wte, h, dh, partial, bias_partial, B, V, H, *dh.stride(), rows_per_part, T=T, E=E, **options
+            )
+            dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, weight.dtype)
+        if need_wte:
+            demb = torch.empty((B * T, E), dtype=torch.float32, device=h.device)
+            demb_kernel[(triton.cdiv(B, M), triton.cdiv(T * E, N))](
+                h, dh, weight, demb, B, H, T * E, *dh.stride(), *weight.stride(), **options
+            )
+            dwte = segment_sums(valid_tokens(idx, V), demb, None, V, T).to(wte.dtype)
+        return dwte, dweight, dbias
+    dtable = dtable_sums(dh, h, idx, V, options)
     if need_weight:
         dweight = torch.empty((H, T * E), dtype=weight.dtype, device=h.device)
         dbias = torch.empty((H,), dtype=weight.dtype, device=h.device)
         dweight_table_kernel[(triton.cdiv(H, M), triton.cdiv(E, N), T)](
-            dtable, wte, dweight, dbias, V, H, T=T, E=E, **tiles
+            dtable, wte, dweight, dbias, V, H, T=T, E=E, **options
         )
     if need_wte:
         chunks = T * triton.cdiv(H, K)
         parts, rows_per_part = parts_of(chunks * K, V * E, K)
         partial = torch.empty((parts, V, E), dtype=torch.float32, device=h.device)
         dwte_table_kernel[(triton.cdiv(V, M), triton.cdiv(E, N), parts)](
-            dtable, weight, partial, V, H, *weight.stride(), rows_per_part // K, T=T, E=E, **tiles
+            dtable, weight, partial, V, H, *weight.stride(), rows_per_part // K, T=T, E=E, **options
         )
         dwte = sum_parts(partial, wte.dtype)
     return dwte, dweight, dbias

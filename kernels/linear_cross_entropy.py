@@ -22,6 +22,7 @@ No time has been measured on a GPU yet.
 """
 
 import itertools
+from typing import Any
 
 import torch
 import triton
@@ -29,8 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._math import dot, load_transposed
-from ._runtime import INPUT_PRECISION, MAX_REGISTERS, input_precision
+from ._runtime import INPUT_PRECISION
 from ._sum import MIN_PROGRAMS, parts_of, sum_parts
+from ._tiles import load_tile, product_options, span
 
 # Tiles of logits: tokens, and hidden units a step; and the hidden units of a gradient tile. More would spill.
 BLOCK_V, BLOCK_K, BLOCK_H = 32, 32, 32
@@ -69,40 +71,34 @@ def linear_cross_entropy_1_kernel(
 
 @triton.jit
 def _logits_tile(
-    h_ptr, weight_ptr, bias_ptr, rows, in_rows, v0, V, H, stride_wv, stride_wh,
-    INPUT_PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+    layer, rows, in_rows, v0, INPUT_PRECISION: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """Logits of rows x (v0, v0 + 1, ...), fp32; -inf in columns past V."""
-    cols = v0 + tl.arange(0, BLOCK_V)
-    in_cols = cols < V
-    k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_B, BLOCK_V), tl.float32)
+    h_ptr, weight_ptr, bias_ptr, V, H, stride_wv, stride_wh = layer
+    acc = tl.zeros((rows.shape[0], BLOCK_V), tl.float32)
     for h0 in range(0, H, BLOCK_K):
-        i = h0 + k
-        in_h = i < H
-        h = tl.load(h_ptr + rows[:, None] * H + i[None, :], mask=in_rows[:, None] & in_h[None, :], other=0.0)
+        i, in_h = span(h0, H, BLOCK_K)
         # logits += h[rows, i] weight[cols, i]^T
+        h = load_tile(h_ptr, rows, i, in_rows, in_h, H, 1)
         weight = load_transposed(weight_ptr, v0, i, in_h, V, stride_wv, stride_wh, INPUT_PRECISION, BLOCK_V)
         acc = dot(h, weight, acc, INPUT_PRECISION)
+    cols, in_cols = span(v0, V, BLOCK_V)
     bias = tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
     return tl.where(in_cols[None, :], acc + bias[None, :], float("-inf"))
 
 
 @triton.jit
 def _g_tile(
-    h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, in_rows, v0, B, V, H, stride_wv, stride_wh,
-    BY_ROW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+    layer, targets_ptr, lse_ptr, rows, in_rows, v0, B,
+    BY_ROW: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """g of rows x (v0, v0 + 1, ...), fp32; 0 outside the matrix, NaN in rows whose target is invalid.
 
     a = r = 1, or BY_ROW after the two numbers of each row in lse: lse is (2, B), or (4, B).
     """
-    logits = _logits_tile(
-        h_ptr, weight_ptr, bias_ptr, rows, in_rows, v0, V, H, stride_wv, stride_wh,
-        INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
-    )  # fmt: skip
-    cols = v0 + tl.arange(0, BLOCK_V)
+    logits = _logits_tile(layer, rows, in_rows, v0, INPUT_PRECISION, BLOCK_V, BLOCK_K)
+    V = layer[3]
+    cols, in_cols = span(v0, V, BLOCK_V)
     highest = tl.load(lse_ptr + rows, mask=in_rows, other=0.0)
     log_sum = tl.load(lse_ptr + B + rows, mask=in_rows, other=0.0)
     targets = tl.load(targets_ptr + rows, mask=in_rows, other=0).to(tl.int64)
@@ -116,7 +112,7 @@ def _g_tile(
     # g = a p - r one_hot
     g = p - one_hot
     g = tl.where(((targets >= 0) & (targets < V))[:, None], g, float("nan"))
-    return tl.where(in_rows[:, None] & (cols < V)[None, :], g, 0.0)
+    return tl.where(in_rows[:, None] & in_cols[None, :], g, 0.0)
 
 
 @triton.jit
@@ -144,9 +140,9 @@ def linear_cross_entropy_fwd_kernel(
     BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """2: row losses (BLOCK_B); 3: of one part of V, each row's maximum, sum of exponentials and target logit."""
+    layer = (h_ptr, weight_ptr, bias_ptr, V, H, stride_wv, stride_wh)
     part = tl.program_id(1)
-    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    in_rows = rows < B
+    rows, in_rows = span(tl.program_id(0) * BLOCK_B, B, BLOCK_B)
     targets = tl.load(targets_ptr + rows, mask=in_rows, other=0).to(tl.int64)
     highest = tl.full((BLOCK_B,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_B,), tl.float32)
@@ -155,10 +151,7 @@ def linear_cross_entropy_fwd_kernel(
     for block in range(begin, tl.minimum(begin + blocks_per_part, tl.cdiv(V, BLOCK_V))):
         v0 = block * BLOCK_V
         cols = v0 + tl.arange(0, BLOCK_V)
-        logits = _logits_tile(
-            h_ptr, weight_ptr, bias_ptr, rows, in_rows, v0, V, H, stride_wv, stride_wh,
-            INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
-        )  # fmt: skip
+        logits = _logits_tile(layer, rows, in_rows, v0, INPUT_PRECISION, BLOCK_V, BLOCK_K)
         # total = sum of exp(logits - highest) so far: what was summed under a lower maximum is scaled down
         new_highest = tl.maximum(highest, tl.max(logits, axis=1))
         base = _base(new_highest)
@@ -177,8 +170,7 @@ def linear_cross_entropy_fwd_kernel(
 @triton.jit
 def combine_parts_kernel(parts_ptr, targets_ptr, lse_ptr, loss_ptr, B, V, num_parts, BLOCK: tl.constexpr):
     """3: row losses from the parts of V, in their order."""
-    rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    in_rows = rows < B
+    rows, in_rows = span(tl.program_id(0) * BLOCK, B, BLOCK)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     target_logit = tl.zeros((BLOCK,), tl.float32)
@@ -202,29 +194,20 @@ def linear_cross_entropy_dh_kernel(
     BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dh (BLOCK_B samples, one part of the hidden units), fp32, summed over blocks of V in their order."""
-    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    in_rows = rows < B
+    layer = (h_ptr, weight_ptr, bias_ptr, V, H, stride_wv, stride_wh)
+    rows, in_rows = span(tl.program_id(0) * BLOCK_B, B, BLOCK_B)
     # s = dloss / B
     scale = tl.load(dloss_ptr).to(tl.float32) / (1 if BY_ROW else B)
     begin = tl.program_id(1) * blocks_per_part
     end = tl.minimum(begin + blocks_per_part, tl.cdiv(H, BLOCK_H))
     for v0 in range(0, V, BLOCK_V):
-        cols = (v0 + tl.arange(0, BLOCK_V)).to(tl.int64)
-        in_cols = cols < V
-        g = _g_tile(
-            h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, in_rows, v0, B, V, H,
-            stride_wv, stride_wh, BY_ROW, INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
-        )  # fmt: skip
+        cols, in_cols = span(v0, V, BLOCK_V)
+        g = _g_tile(layer, targets_ptr, lse_ptr, rows, in_rows, v0, B, BY_ROW, INPUT_PRECISION, BLOCK_V, BLOCK_K)
         for block in range(begin, end):
-            i = block * BLOCK_H + tl.arange(0, BLOCK_H)
-            in_h = i < H
-            weight = tl.load(
-                weight_ptr + cols[:, None] * stride_wv + i[None, :].to(tl.int64) * stride_wh,
-                mask=in_cols[:, None] & in_h[None, :],
-                other=0.0,
-            )
+            i, in_h = span(block * BLOCK_H, H, BLOCK_H)
             # dh += s g weight
-            dh_ptrs = dh_ptr + rows[:, None] * H + i[None, :]
+            weight = load_tile(weight_ptr, cols, i, in_cols, in_h, stride_wv, stride_wh)
+            dh_ptrs = dh_ptr + rows[:, None].to(tl.int64) * H + i[None, :]
             mask = in_rows[:, None] & in_h[None, :]
             so_far = tl.load(dh_ptrs, mask=mask & (v0 > 0), other=0.0)
             product = dot(g.to(weight.dtype), weight, tl.zeros((BLOCK_B, BLOCK_H), tl.float32), INPUT_PRECISION)
@@ -240,10 +223,10 @@ def linear_cross_entropy_dweight_kernel(
     BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One part of dweight (BLOCK_V tokens, one part of the hidden units) and dbias, fp32, over its samples in order."""
+    layer = (h_ptr, weight_ptr, bias_ptr, V, H, stride_wv, stride_wh)
     part = tl.program_id(2).to(tl.int64)
     v0 = tl.program_id(0) * BLOCK_V
-    cols = (v0 + tl.arange(0, BLOCK_V)).to(tl.int64)
-    in_cols = cols < V
+    cols, in_cols = span(v0, V, BLOCK_V)
     # s = dloss / B
     scale = tl.load(dloss_ptr).to(tl.float32) / (1 if BY_ROW else B)
     begin = tl.program_id(1) * blocks_per_part
@@ -252,19 +235,14 @@ def linear_cross_entropy_dweight_kernel(
     last = tl.minimum(first + rows_per_part, B)
     total = tl.zeros((BLOCK_V,), tl.float32)
     for b0 in range(first, last, BLOCK_B):
-        rows = b0 + tl.arange(0, BLOCK_B)
-        in_rows = rows < last
-        g = _g_tile(
-            h_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, rows, in_rows, v0, B, V, H,
-            stride_wv, stride_wh, BY_ROW, INPUT_PRECISION, BLOCK_B, BLOCK_V, BLOCK_K,
-        )  # fmt: skip
+        rows, in_rows = span(b0, last, BLOCK_B)
+        g = _g_tile(layer, targets_ptr, lse_ptr, rows, in_rows, v0, B, BY_ROW, INPUT_PRECISION, BLOCK_V, BLOCK_K)
         # dbias += s g
         total += tl.sum(g, axis=0)
         for block in range(begin, end):
-            i = block * BLOCK_H + tl.arange(0, BLOCK_H)
-            in_h = i < H
-            h = tl.load(h_ptr + rows[:, None] * H + i[None, :], mask=in_rows[:, None] & in_h[None, :], other=0.0)
+            i, in_h = span(block * BLOCK_H, H, BLOCK_H)
             # dweight += s g^T h
+            h = load_tile(h_ptr, rows, i, in_rows, in_h, H, 1)
             part_ptrs = parts_ptr + (part * V + cols[:, None]) * H + i[None, :]
             mask = in_cols[:, None] & in_h[None, :]
             so_far = tl.load(part_ptrs, mask=mask & (b0 > first), other=0.0)
@@ -282,11 +260,10 @@ def linear_cross_entropy_1(h: Tensor, weight: Tensor, bias: Tensor, targets: Ten
     """The mean loss, a scalar, by the naive kernel. Arguments as in the module's docstring, fp32, valid targets."""
     (B, H), V = h.shape, weight.shape[0]
     loss = torch.empty((B,), dtype=torch.float32, device=h.device)
-    if B > 0:
-        linear_cross_entropy_1_kernel[(B,)](
-            h.contiguous(), weight, bias.contiguous(), targets.contiguous(), loss, V, H, *weight.stride(),
-            BLOCK_V=triton.next_power_of_2(V), num_warps=1,
-        )  # fmt: skip
+    linear_cross_entropy_1_kernel[(B,)](
+        h.contiguous(), weight, bias.contiguous(), targets.contiguous(), loss, V, H, *weight.stride(),
+        BLOCK_V=triton.next_power_of_2(V), num_warps=1,
+    )  # fmt: skip
     return loss.mean()
 
 
@@ -295,17 +272,9 @@ def _rows_of_a_tile(B: int, V: int) -> int:
     return MANY_ROWS if triton.cdiv(B, MANY_ROWS) * triton.cdiv(V, BLOCK_V) >= MIN_PROGRAMS else FEW_ROWS
 
 
-def _tiles(block_b: int, precision: str) -> dict[str, object]:
+def _options(block_b: int, precision: str) -> dict[str, Any]:
     # One stage: the software pipeline would load a gradient tile before the previous round has stored it.
-    return {
-        "INPUT_PRECISION": input_precision(precision),
-        "BLOCK_B": block_b,
-        "BLOCK_V": BLOCK_V,
-        "BLOCK_K": BLOCK_K,
-        "num_warps": 4,
-        "num_stages": 1,
-        "maxnreg": MAX_REGISTERS,
-    }
+    return product_options(precision, num_stages=1, BLOCK_B=block_b, BLOCK_V=BLOCK_V, BLOCK_K=BLOCK_K)
 
 
 def _cut(blocks: int, programs: int) -> tuple[int, int]:
@@ -328,12 +297,12 @@ def linear_cross_entropy_fwd(
     lse = torch.empty((2, B), dtype=torch.float32, device=h.device)
     nll = torch.empty((B,), dtype=torch.float32, device=h.device)
     block_b = _rows_of_a_tile(B, V)
-    row_blocks = triton.cdiv(B, block_b)
+    options, row_blocks = _options(block_b, precision), triton.cdiv(B, block_b)
     num_parts, blocks_per_part = _cut(triton.cdiv(V, BLOCK_V), row_blocks)
     parts = lse if num_parts == 1 else torch.empty((num_parts, 3, B), dtype=torch.float32, device=h.device)
     linear_cross_entropy_fwd_kernel[(row_blocks, num_parts)](
         h, weight, bias, targets, lse, nll, parts, B, V, H, *weight.stride(), blocks_per_part,
-        SINGLE_PART=num_parts == 1, **_tiles(block_b, precision),
+        SINGLE_PART=num_parts == 1, **options,
     )  # fmt: skip
     if num_parts > 1:
         combine_parts_kernel[(triton.cdiv(B, COMBINE_ROWS),)](
@@ -365,6 +334,7 @@ def linear_cross_entropy_bwd(
         dloss = torch.cat([(r + s).abs(), r.new_full((1,), torch.finfo(r.dtype).tiny)]).amax()
         lse = torch.cat([lse, torch.stack([r + s, r]) / dloss])
     block_b = _rows_of_a_tile(B, V)
+    options = {"BY_ROW": by_row, "BLOCK_H": BLOCK_H, **_options(block_b, precision)}
     row_blocks, blocks_v, blocks_h = triton.cdiv(B, block_b), triton.cdiv(V, BLOCK_V), triton.cdiv(H, BLOCK_H)
     dh = dweight = dbias = None
     if need_h:
@@ -372,8 +342,7 @@ def linear_cross_entropy_bwd(
         dh = torch.empty((B, H), dtype=torch.float32, device=h.device)
         num_parts, blocks_per_part = _cut(blocks_h, row_blocks)
         linear_cross_entropy_dh_kernel[(row_blocks, num_parts)](
-            h, weight, bias, targets, lse, dloss, dh, B, V, H, *weight.stride(), blocks_per_part,
-            BY_ROW=by_row, BLOCK_H=BLOCK_H, **_tiles(block_b, precision),
+            h, weight, bias, targets, lse, dloss, dh, B, V, H, *weight.stride(), blocks_per_part, **options
         )  # fmt: skip
         dh = dh.to(h.dtype)
     if need_weight:
@@ -384,7 +353,7 @@ def linear_cross_entropy_bwd(
         num_parts, blocks_per_part = _cut(blocks_h, blocks_v * parts)
         linear_cross_entropy_dweight_kernel[(blocks_v, num_parts, parts)](
             h, weight, bias, targets, lse, dloss, partial, bias_partial, B, V, H, *weight.stride(),
-            rows_per_part, blocks_per_part, BY_ROW=by_row, BLOCK_H=BLOCK_H, **_tiles(block_b, precision),
+            rows_per_part, blocks_per_part, **options,
         )  # fmt: skip
         dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, weight.dtype)
     return dh, dweight, dbias

@@ -7,7 +7,6 @@ kernels lack.
 
 import importlib
 from collections.abc import Callable, Sequence
-from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -46,7 +45,7 @@ def transformed(tensors: Sequence[Tensor | None]) -> bool:
 def use_opaque(first: Tensor, *others: Tensor | None) -> bool:
     """Whether an operator on these operands calls its NAME_forward, else plain torch.
 
-    Compiled code calls it on the CPU too, so that it computes what eager code computes, to the bit.
+    Compiled code calls it on the CPU too, so that without options it computes what eager code computes, to the bit.
     """
     return (use_kernels(first) or torch.compiler.is_compiling()) and not transformed((first, *others))
 
@@ -157,7 +156,6 @@ def _register_public(name: str, public: Callable[..., Tensor], operands: slice) 
 def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, run with the device of its first argument as the current one: Triton launches there."""
 
-    @wraps(function)
     def run(*args: Any) -> Any:
         with torch.cuda.device_of(args[0]):
             return function(*args)
