@@ -16,8 +16,13 @@ h (B, H), weight (V, H) of any strides, bias (V), targets (B) integer, all sums 
 They keep two numbers of a row for the backward pass: the maximum, and the logarithm of the sum of exponentials above
 it; apart, because their sum would round away digits of large logits. Backward computes each tile of logits again and
 multiplies it at once: one kernel goes through V for dh, another through rows for dweight. No two programs add to the
-same numbers: no atomics, the same bits on every run. Losses weighted by row enter the backward pass as coefficients of
-each row, g = a softmax(logits) - r onehot(targets). A target outside [0, V) makes the loss and the gradients NaN.
+same numbers: no atomics, the same bits on every run. A target outside [0, V) makes the loss and the gradients NaN.
+
+In place of the mean the losses of all rows may be asked for, weighted by two coefficients of each row, r and s:
+
+    loss[b] = r[b] nll[b] + s[b] lse[b];   lse = logsumexp(logits[b]), nll = lse - logits[b, targets[b]]
+    g[b] = dloss[b] (a[b] softmax(logits[b]) - r[b] onehot(targets[b])),   a = r + s
+
 No time has been measured on a GPU yet.
 """
 
@@ -318,7 +323,7 @@ def linear_cross_entropy_bwd(
     dloss: Tensor, lse: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, precision: str,
     need_h: bool, need_weight: bool, coefficients: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dh or None if it is not needed, dweight and dbias or None both), each of its input's dtype.
+    """(dh, dweight, dbias), each of its input's dtype, or None where it is not needed; the last two go together.
 
     Arguments as in the forward pass, which has returned lse; dloss is of the mean, or with coefficients (B,).
     """
