@@ -272,14 +272,13 @@ def linear_cross_entropy_1(h: Tensor, weight: Tensor, bias: Tensor, targets: Ten
     return loss.mean()
 
 
-def _rows_of_a_tile(B: int, V: int) -> int:
-    """Many, since a number of weight that is loaded serves all of them, unless a device would idle."""
-    return MANY_ROWS if triton.cdiv(B, MANY_ROWS) * triton.cdiv(V, BLOCK_V) >= MIN_PROGRAMS else FEW_ROWS
-
-
-def _options(block_b: int, precision: str) -> dict[str, Any]:
+def _tiles(B: int, V: int, precision: str) -> tuple[int, dict[str, Any]]:
+    """The rows of a tile of logits; and the options of the launch."""
+    # Many rows, since a number of weight that is loaded serves all of them, unless a device would idle.
+    enough = triton.cdiv(B, MANY_ROWS) * triton.cdiv(V, BLOCK_V) >= MIN_PROGRAMS
+    block_b = MANY_ROWS if enough else FEW_ROWS
     # One stage: the software pipeline would load a gradient tile before the previous round has stored it.
-    return product_options(precision, num_stages=1, BLOCK_B=block_b, BLOCK_V=BLOCK_V, BLOCK_K=BLOCK_K)
+    return block_b, product_options(precision, num_stages=1, BLOCK_B=block_b, BLOCK_V=BLOCK_V, BLOCK_K=BLOCK_K)
 
 
 def _cut(blocks: int, programs: int) -> tuple[int, int]:
@@ -301,8 +300,8 @@ def linear_cross_entropy_fwd(
     bias = weight.new_zeros(V) if bias is None else bias.contiguous()
     lse = torch.empty((2, B), dtype=torch.float32, device=h.device)
     nll = torch.empty((B,), dtype=torch.float32, device=h.device)
-    block_b = _rows_of_a_tile(B, V)
-    options, row_blocks = _options(block_b, precision), triton.cdiv(B, block_b)
+    block_b, options = _tiles(B, V, precision)
+    row_blocks = triton.cdiv(B, block_b)
     num_parts, blocks_per_part = _cut(triton.cdiv(V, BLOCK_V), row_blocks)
     parts = lse if num_parts == 1 else torch.empty((num_parts, 3, B), dtype=torch.float32, device=h.device)
     linear_cross_entropy_fwd_kernel[(row_blocks, num_parts)](
@@ -338,8 +337,8 @@ def linear_cross_entropy_bwd(
         # g is rounded to 16 bits where the operands have no more: so its largest is about 1, and comes in after.
         dloss = torch.cat([(r + s).abs(), r.new_full((1,), torch.finfo(r.dtype).tiny)]).amax()
         lse = torch.cat([lse, torch.stack([r + s, r]) / dloss])
-    block_b = _rows_of_a_tile(B, V)
-    options = {"BY_ROW": by_row, "BLOCK_H": BLOCK_H, **_options(block_b, precision)}
+    block_b, options = _tiles(B, V, precision)
+    options |= {"BY_ROW": by_row, "BLOCK_H": BLOCK_H}
     row_blocks, blocks_v, blocks_h = triton.cdiv(B, block_b), triton.cdiv(V, BLOCK_V), triton.cdiv(H, BLOCK_H)
     dh = dweight = dbias = None
     if need_h:

@@ -121,9 +121,8 @@ def _public(
 ) -> Tensor:  # fmt: skip
     _check(input, linear_weight, linear_bias, target, weight, reduction, label_smoothing, precision)
     operands = input, linear_weight, linear_bias
-    ignored = _NO_TARGET if ignore_index is None else ignore_index
     if not use_opaque(*operands):
-        return _cross_entropy(_logits(*operands), target, weight, reduction, ignored, label_smoothing)
+        return _cross_entropy(_logits(*operands), target, weight, reduction, ignore_index, label_smoothing)
     forward = torch.ops.mlp_fast.linear_cross_entropy_forward
     if weight is None and (reduction, ignore_index, label_smoothing) == ("mean", None, 0):
         return forward(target, *operands, None, precision)[0]
@@ -133,7 +132,7 @@ def _public(
     counts = None if ignore_index is None else target != ignore_index
 
     def counting(values: Tensor) -> Tensor:
-        """share values, also where a value that does not count is not finite."""
+        """share * values; 0 also for an ignored row whose value is not finite."""
         return values if counts is None else torch.where(counts, values, 0)
 
     target = counting(target)
@@ -157,16 +156,17 @@ def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) ->
 
 def _cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean",
-    ignore_index: int = _NO_TARGET, label_smoothing: float = 0.0,
+    ignore_index: int | None = None, label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
     weight = None if weight is None else weight.to(logits.dtype)
     target = target.long()
+    ignored = _NO_TARGET if ignore_index is None else ignore_index
     try:
         return F.cross_entropy(
-            logits, target, weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
+            logits, target, weight, reduction=reduction, ignore_index=ignored, label_smoothing=label_smoothing
         )
     except IndexError:
-        check_in_range("targets", target[target != ignore_index], logits.shape[1])
+        check_in_range("targets", target[target != ignored], logits.shape[1])
         raise
 
 
