@@ -27,6 +27,7 @@ def sum_parts_kernel(parts_ptr, out_ptr, N, num_parts, BLOCK: tl.constexpr):
         for j in tl.static_range(AHEAD):
             ptrs = parts_ptr + (first + j) * N + i
             loaded += (tl.load(ptrs, mask=mask & (first + j < num_parts), other=0.0),)
+        # out[i] += parts[first, i], then parts[first + 1, i], ...
         for j in tl.static_range(AHEAD):
             acc += loaded[j]
     tl.store(out_ptr + i, acc, mask=mask)

@@ -285,10 +285,12 @@ def embed_linear_tanh_fwd(
     h = torch.empty((B, H), dtype=weight.dtype, device=weight.device)
     M, N, _, options = _tiles(B, H, precision)
     if choose_form(form, B, V) == "gather":
+        # h[b] = tanh(bias + sum_t weight[:, tE:(t+1)E] wte[idx[b, t]])
         embed_linear_tanh_fwd_gather_kernel[(triton.cdiv(B, M), triton.cdiv(H, N))](
             idx, wte, weight, bias, h, B, V, H, *weight.stride(), T=T, E=E, **options
         )
         return h
+    # P[t, v] = weight[:, tE:(t+1)E] wte[v];   h[b] = tanh(bias + sum_t P[t, idx[b, t]])
     table = torch.empty((T, V, H), dtype=torch.float32, device=weight.device)
     embed_table_kernel[(triton.cdiv(V, M), triton.cdiv(H, N), T)](
         wte, weight, table, V, H, *weight.stride(), E=E, **options
@@ -314,6 +316,7 @@ def embed_linear_tanh_bwd(
     dwte = dweight = dbias = None
     if choose_form(form, B, V) == "gather":
         if need_weight:
+            # dweight[:, tE:(t+1)E] = sum_b dpre[b] wte[idx[b, t]]^T;   dbias = sum_b dpre[b]
             parts, rows_per_part = parts_of(B, weight.numel(), K)
             partial = torch.empty((parts, H, T * E), dtype=torch.float32, device=h.device)
             bias_partial = torch.empty((parts, H), dtype=torch.float32, device=h.device)
@@ -322,20 +325,24 @@ def embed_linear_tanh_bwd(
             )
             dweight, dbias = sum_parts(partial, weight.dtype), sum_parts(bias_partial, weight.dtype)
         if need_wte:
+            # demb = dpre weight;   dwte[v] = sum of demb[b, t] over the (b, t) with idx[b, t] = v
             demb = torch.empty((B * T, E), dtype=torch.float32, device=h.device)
             demb_kernel[(triton.cdiv(B, M), triton.cdiv(T * E, N))](
                 h, dh, weight, demb, B, H, T * E, *dh.stride(), *weight.stride(), **options
             )
             dwte = segment_sums(valid_tokens(idx, V), demb, None, V, T).to(wte.dtype)
         return dwte, dweight, dbias
+    # dP[t, v] = sum of dpre[b] over the b with idx[b, t] = v
     dtable = dtable_sums(dh, h, idx, V, options)
     if need_weight:
+        # dweight[:, tE:(t+1)E] = sum_v dP[t, v] wte[v]^T;   dbias = sum_v dP[0, v]
         dweight = torch.empty((H, T * E), dtype=weight.dtype, device=h.device)
         dbias = torch.empty((H,), dtype=weight.dtype, device=h.device)
         dweight_table_kernel[(triton.cdiv(H, M), triton.cdiv(E, N), T)](
             dtable, wte, dweight, dbias, V, H, T=T, E=E, **options
         )
     if need_wte:
+        # dwte[v] = sum_t weight[:, tE:(t+1)E]^T dP[t, v]
         chunks = T * triton.cdiv(H, K)
         parts, rows_per_part = parts_of(chunks * K, V * E, K)
         partial = torch.empty((parts, V, E), dtype=torch.float32, device=h.device)

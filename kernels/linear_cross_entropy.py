@@ -162,6 +162,7 @@ def linear_cross_entropy_fwd_kernel(
         base = _base(new_highest)
         total = total * tl.exp(highest - base) + tl.sum(tl.exp(logits - base[:, None]), axis=1)
         highest = new_highest
+        # target_logit = logits[target], which is in one of the blocks
         target_logit += tl.sum(tl.where(cols[None, :] == targets[:, None], logits, 0.0), axis=1)
     if SINGLE_PART:
         _store_loss(lse_ptr, loss_ptr, targets_ptr, rows, in_rows, highest, total, target_logit, B, V)
@@ -314,6 +315,7 @@ def linear_cross_entropy_fwd(
         )
     if coefficients is None:
         return nll.mean(), lse
+    # loss[b] = r[b] nll[b] + s[b] lse[b]
     r, s = coefficients
     return r * nll + s * lse.sum(0), lse
 
@@ -333,6 +335,7 @@ def linear_cross_entropy_bwd(
         return h.new_zeros(h.shape), weight.new_zeros(weight.shape), bias.new_zeros(V)
     by_row = coefficients is not None
     if by_row:
+        # g[b] = dloss[b] ((r[b] + s[b]) softmax(logits[b]) - r[b] onehot(targets[b]))
         r, s = dloss * coefficients
         # g is rounded to 16 bits where the operands have no more: so its largest is about 1, and comes in after.
         dloss = torch.cat([(r + s).abs(), r.new_full((1,), torch.finfo(r.dtype).tiny)]).amax()
@@ -342,7 +345,7 @@ def linear_cross_entropy_bwd(
     row_blocks, blocks_v, blocks_h = triton.cdiv(B, block_b), triton.cdiv(V, BLOCK_V), triton.cdiv(H, BLOCK_H)
     dh = dweight = dbias = None
     if need_h:
-        # fp32 although h may be 16 bits: it is added to once for every block of V.
+        # dh = s g weight, fp32 although h may be 16 bits: it is added to once for every block of V.
         dh = torch.empty((B, H), dtype=torch.float32, device=h.device)
         num_parts, blocks_per_part = _cut(blocks_h, row_blocks)
         linear_cross_entropy_dh_kernel[(row_blocks, num_parts)](
@@ -350,6 +353,7 @@ def linear_cross_entropy_bwd(
         )  # fmt: skip
         dh = dh.to(h.dtype)
     if need_weight:
+        # dweight = s g^T h;   dbias = s sum_b g[b]
         # Few rows a part: to compute their logits again takes longer than to add up more parts.
         parts, rows_per_part = parts_of(B, V * H, block_b, part_rows=block_b)
         partial = torch.empty((parts, V, H), dtype=torch.float32, device=h.device)

@@ -61,7 +61,8 @@ def _check(idx: Tensor, wte: Tensor, weight: Tensor, bias: Tensor | None, form: 
     operands = [wte, weight] if bias is None else [wte, weight, bias]
     check_dtype("wte, weight and bias", operands, FLOATS)
     check_device("idx, wte, weight and bias", [idx, *operands])
-    (V, E), (H, TE) = wte.shape if wte.dim() == 2 else (0, 0), weight.shape if weight.dim() == 2 else (0, 0)
+    V, E = wte.shape if wte.dim() == 2 else (0, 0)
+    H, TE = weight.shape if weight.dim() == 2 else (0, 0)
     if 0 in (V, H, TE) or idx.dim() != 2 or idx.shape[1] * E != TE or (bias is not None and bias.shape != (H,)):
         raise ValueError(
             "shapes must be idx (B, T), wte (V, E), weight (H, T*E), bias (H,), none but B zero, "

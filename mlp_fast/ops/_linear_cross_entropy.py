@@ -93,7 +93,8 @@ def _check(
     operands = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
     check_dtype("input, linear_weight and linear_bias", operands, FLOATS)
     check_device("input, linear_weight, linear_bias and target", [target, *operands])
-    B, (V, H) = target.numel(), linear_weight.shape if linear_weight.dim() == 2 else (0, 0)
+    B = target.numel()
+    V, H = linear_weight.shape if linear_weight.dim() == 2 else (0, 0)
     if (
         0 in (V, H)
         or input.shape != (B, H)
