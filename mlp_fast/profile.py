@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from mlp_fast import backends
 from mlp_fast.cli import Parser, add_config_arguments, config_from, number, run_main
 from mlp_fast.config import RUN_ONLY
@@ -25,7 +27,6 @@ from mlp_fast.measure.profiling import (
     external_commands,
     profile_steps,
     proton_missing,
-    run_for_external_profiler,
     run_steps,
     run_under_proton,
     warm_up,
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend = choice.create(config, shape, tape, TrainState.initial(shape, config.seed))
     warm_up(backend, arguments.warmup)
     if arguments.no_profiler:
-        run_for_external_profiler(backend, steps)
+        with torch.cuda.profiler.profile() if device.type == "cuda" else contextlib.nullcontext():
+            run_steps(backend, steps)
         return 0
     where = machine.facts(device)
     print(f"{name} on {where['device']} | torch {where['versions']['torch']} | {steps} warm steps\n")

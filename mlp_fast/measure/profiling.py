@@ -16,9 +16,9 @@ import torch
 from torch.profiler import record_function
 
 from mlp_fast.backends.base import Backend
+from mlp_fast.measure.table import table
 
 STEPS_RANGE = "steps"  # the range around the warm steps, in the trace and in NVTX
-DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("LaunchKernel", "LaunchCooperativeKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
 
 
@@ -67,29 +67,28 @@ class Summary:
         return 1 - self.busy / self.wall
 
     def table(self, top: int = 15) -> str:
-        """The summary as Markdown."""
-        what = "kernel" if self.device else "operator (own time)"
-        lines = [f"| {what} | calls/step | us/step | share |", "| --- | --: | --: | --: |"]
-        for row in self.rows[:top]:
-            name = row.name if len(row.name) <= 60 else row.name[:57] + "..."
-            lines.append(f"| {name.replace('|', '/')} | {row.calls:.2f} | {row.microseconds:.2f} | {row.share:.1%} |")
-        if len(self.rows) > top:
-            rest = self.rows[top:]
-            calls, time, share = (sum(getattr(row, key) for row in rest) for key in ("calls", "microseconds", "share"))
-            lines.append(f"| {len(rest)} others | {calls:.2f} | {time:.2f} | {share:.1%} |")
+        """The summary as Markdown; rows after the first `top` are one, their sum."""
+        rows, others = self.rows[:top], self.rows[top:]
+        if others:
+            sums = (sum(getattr(row, key) for row in others) for key in ("calls", "microseconds", "share"))
+            rows = [*rows, Row(f"{len(others)} others", *sums)]
+        cells = [(_cell(row.name), f"{row.calls:.2f}", f"{row.microseconds:.2f}", f"{row.share:.1%}") for row in rows]
+        what, gaps = "operator (own time)", "outside torch's operators"
+        launched = f"{self.launches:.2f} operator calls"
         if self.device:
+            what, gaps = "kernel", "no kernel running"
             launched = f"{self.launches:.2f} launches from {self.host_launches:.2f} calls of the host"
-            gaps = "gaps, no kernel running:"
-        else:
-            launched = f"{self.launches:.2f} operator calls"
-            gaps = "gaps, outside torch's operators:"
-        lines += [
-            "",
-            f"{self.wall:.2f} us a step under the profiler; {launched}",
-            f"{gaps} {self.wall - self.busy:.2f} us a step ({self.idle_share:.1%}), "
-            f"the largest {self.largest_gap:.2f} us",
-        ]
-        return "\n".join(lines)
+        return (
+            f"{table((what, 'calls/step', 'us/step', 'share'), cells)}\n\n"
+            f"{self.wall:.2f} us a step under the profiler; {launched}\n"
+            f"gaps, {gaps}: {self.wall - self.busy:.2f} us a step ({self.idle_share:.1%}), "
+            f"the largest {self.largest_gap:.2f} us"
+        )
+
+
+def _cell(name: str) -> str:
+    """A name of at most 60 characters that does not end its cell."""
+    return (name if len(name) <= 60 else name[:57] + "...").replace("|", "/")
 
 
 def summarise(trace: dict[str, Any], steps: int) -> Summary:
@@ -102,17 +101,18 @@ def summarise(trace: dict[str, Any], steps: int) -> Summary:
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     root = next(e for e in events if e["name"] == STEPS_RANGE and e.get("cat") == "user_annotation")
     start, end = root["ts"], root["ts"] + root["dur"]
-    inside = [e for e in events if e is not root and e["ts"] + e["dur"] > start and e["ts"] < end]
-    work = [event for event in inside if event.get("cat") in DEVICE_WORK]
+
+    def inside(*categories: str) -> list[dict[str, Any]]:
+        found = [e for e in events if e.get("cat") in categories and e is not root]
+        return [e for e in found if e["ts"] + e["dur"] > start and e["ts"] < end]
+
+    work = inside("kernel", "gpu_memcpy", "gpu_memset")
     device = bool(work)
-    own = [(event["name"], event["dur"]) for event in work]
-    if not device:
-        work = [event for event in inside if event.get("cat") == "cpu_op"]
-        own = _own_times([event for event in inside if event.get("cat") in ("cpu_op", "user_annotation")])
-    host = sum(
-        event.get("cat") in ("cuda_runtime", "cuda_driver") and any(name in event["name"] for name in LAUNCHES)
-        for event in inside
-    )
+    if device:
+        own = [(event["name"], event["dur"]) for event in work]
+    else:
+        work, own = inside("cpu_op"), _own_times(inside("cpu_op", "user_annotation"))
+    host = sum(any(name in event["name"] for name in LAUNCHES) for event in inside("cuda_runtime", "cuda_driver"))
     times: dict[str, list[float]] = defaultdict(list)
     for name, time in own:
         times[name].append(time)
@@ -127,34 +127,27 @@ def _busy(intervals: list[tuple[float, float]], start: float, end: float) -> tup
     """How long at least one of the intervals covers [start, end], and the longest stretch that none covers."""
     busy, gap, reached = 0.0, 0.0, start
     for left, right in sorted(intervals):
-        left, right = max(left, start), min(right, end)
-        if left > reached:
-            gap = max(gap, left - reached)
-            reached = left
+        gap = max(gap, left - reached)
         if right > reached:
-            busy += right - reached
-            reached = right
+            busy += min(right, end) - max(left, reached)
+            reached = min(right, end)
     return busy, max(gap, end - reached)
 
 
 def _own_times(events: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    """Name and duration without what is nested inside, by thread."""
+    """Name and duration of every event, without the events of its thread that are nested inside."""
     own: list[float] = []
+    around: list[tuple[Any, float, int]] = []  # thread, end and place of the events that the next may be inside of
     ordered = sorted(events, key=lambda e: (str(e.get("pid")), str(e.get("tid")), e["ts"], -e["dur"]))
-    around: list[int] = []  # the places of the events that the next one may be inside of
     for place, event in enumerate(ordered):
-        while around and not _inside(event, ordered[around[-1]]):
+        thread = event.get("pid"), event.get("tid")
+        while around and (around[-1][0] != thread or around[-1][1] <= event["ts"]):
             around.pop()
         if around:
-            own[around[-1]] -= event["dur"]
-        around.append(place)
+            own[around[-1][2]] -= event["dur"]
+        around.append((thread, event["ts"] + event["dur"], place))
         own.append(event["dur"])
     return [(event["name"], time) for event, time in zip(ordered, own, strict=True)]
-
-
-def _inside(event: dict[str, Any], outer: dict[str, Any]) -> bool:
-    same_thread = all(event.get(key) == outer.get(key) for key in ("pid", "tid"))
-    return same_thread and event["ts"] < outer["ts"] + outer["dur"]
 
 
 def nvtx(name: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -190,12 +183,6 @@ def run_steps(backend: Backend, steps: int) -> None:
         backend.synchronize()
 
 
-def run_for_external_profiler(backend: Backend, steps: int) -> None:
-    """Does steps between cudaProfilerStart and cudaProfilerStop, on CUDA."""
-    with torch.cuda.profiler.profile() if backend.device.type == "cuda" else contextlib.nullcontext():
-        run_steps(backend, steps)
-
-
 def run_under_proton(backend: Backend, steps: int, stem: str) -> None:
     """Does steps under Triton's Proton, which writes STEM.hatchet."""
     import triton.profiler as proton
@@ -228,13 +215,11 @@ def external_commands(arguments: Sequence[str], backend: str, steps: int) -> str
         replaced.add_argument(option)
     kept = replaced.parse_known_args(arguments)[1]
     command = ["python", "-m", "mlp_fast.profile", "--backend", backend, *kept, "--no-profiler", "--steps"]
-    return "\n".join(
-        [
-            "ncu, the kernels of one step in depth:",
-            "  ncu --profile-from-start off --graph-profiling node --set full --import-source yes --force-overwrite "
-            f"--export {backend} {shlex.join([*command, '1'])}",
-            "nsys, the timeline of all steps:",
-            "  nsys profile --capture-range=cudaProfilerApi --capture-range-end=stop --cuda-graph-trace=node "
-            f"--trace=cuda,nvtx,osrt --force-overwrite=true --output {backend} {shlex.join([*command, str(steps)])}",
-        ]
+    return (
+        "ncu, the kernels of one step in depth:\n"
+        "  ncu --profile-from-start off --graph-profiling node --set full --import-source yes --force-overwrite "
+        f"--export {backend} {shlex.join([*command, '1'])}\n"
+        "nsys, the timeline of all steps:\n"
+        "  nsys profile --capture-range=cudaProfilerApi --capture-range-end=stop --cuda-graph-trace=node "
+        f"--trace=cuda,nvtx,osrt --force-overwrite=true --output {backend} {shlex.join([*command, str(steps)])}"
     )
