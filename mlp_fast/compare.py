@@ -21,9 +21,7 @@ from mlp_fast.run.plot import check_plot, draw_times, drawable, figure
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 1 where a backend was refused."""
     parser = Parser(prog="python -m mlp_fast.compare", description=__doc__)
-    parser.add_argument(
-        "--backends", type=named, metavar="A,B,C", help="whom to compare (default: all that this machine has)"
-    )
+    parser.add_argument("--backends", type=named, metavar="A,B,C", help="to compare (default: all that can run here)")
     parser.add_argument("--json", dest="record", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--plot", dest="picture", metavar="FILE", help="draw the times (PNG, SVG or PDF)")
     add_config_arguments(parser, leave_out=("backend", *RUN_ONLY))

@@ -6,7 +6,7 @@ The same steps in three ways, on any machine:
     --proton FILE    Triton's Proton in torch.profiler's place, on CUDA
     --no-profiler    nothing attached: for ncu and nsys, whose commands are printed; they see the warm steps only
 
-docs/profiling.md tells how to read what comes out.
+docs/profiling.md explains the output.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def _checked_trace(given: str | None, backend: str) -> Path:
     """The file of the Chrome trace; UserError where it cannot be written."""
     trace = Path(given or f"runs/trace-{backend}.json")
     if given is None:
-        with contextlib.suppress(OSError):  # told by what follows
+        with contextlib.suppress(OSError):  # check_writable() reports it
             trace.parent.mkdir(parents=True, exist_ok=True)
     check_writable(trace, "--trace")
     return trace

@@ -1,13 +1,14 @@
 """Backends side by side: same seed, same batches, their rounds interleaved.
 
 Every backend trains the same N steps twice, each pass cut into rounds; timing.py says how these are taken in turns, and
-equivalence.py who gets a number. Eager is always among the backends, as the baseline.
+equivalence.py which backends get a number. Eager is always among them, as the baseline.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,66 +59,66 @@ def compare(names: Sequence[str], config: Config, shape: Shape, tape: Tape) -> l
 
     Args:
         names: backends, not aliases; eager is added in front where it is missing.
-        config: the settings all of them share; its `backend` is not looked at.
+        config: the settings that all of them share; its `backend` is not looked at.
         shape: the model's sizes.
         tape: the training split, on the CPU.
     """
     names = list(names) if BASELINE in names else [BASELINE, *names]
     verifier = Verifier(config, shape, tape)
-    built = {}
+    built: dict[str, Backend] = {}
+    results: dict[str, Result] = {}
     for name in names:
-        start = time.perf_counter()
-        choice = backends.resolve(dataclasses.replace(config, backend=name), shape, tape)
+        start, own = time.perf_counter(), dataclasses.replace(config, backend=name)
+        choice = backends.resolve(own, shape, tape)
         with machine.PeakMemory(choice.device) as memory:
-            backend = choice.create(dataclasses.replace(config, backend=name), shape, tape, verifier.initial)
-            backend.prepare()
-        built[name] = (backend, Result(name, time.perf_counter() - start, memory.bytes))
-    for backend, result in built.values():
+            built[name] = choice.create(own, shape, tape, verifier.initial)
+            built[name].prepare()
+        results[name] = Result(name, time.perf_counter() - start, memory.bytes)
+    for name, result in results.items():
         try:
-            verifier.check(backend)
+            verifier.check(built[name])
         except NotEquivalent as refusal:
             result.refused = str(refusal)
-    timed = {name: backend for name, (backend, result) in built.items() if result.refused is None}
-    first, second = (_one_pass(timed, verifier.initial, config.num_steps) for _ in range(2))
-    for name in timed:
-        result = built[name][1]
-        result.ms_per_step = Spread.of(first.ms_per_step[name] + second.ms_per_step[name])
-        result.repeatable = first.same_bits(second, name)
-        if BASELINE in timed:
-            eager = Spread.of(first.ms_per_step[BASELINE] + second.ms_per_step[BASELINE])
-            result.x_eager = eager.median / result.ms_per_step.median
-            result.loss_difference = (first.losses[name].double() - first.losses[BASELINE].double()).abs().max().item()
-    return [result for _, result in built.values()]
+            del built[name]
+    first, second = (_one_pass(built, verifier.initial, config.num_steps) for _ in range(2))
+    spreads = {name: Spread.of(first[name].ms_per_step + second[name].ms_per_step) for name in built}
+    for name, spread in spreads.items():
+        result = results[name]
+        result.ms_per_step = spread
+        result.repeatable = all(map(torch.equal, first[name].outcome, second[name].outcome))
+        if BASELINE in spreads:
+            result.x_eager = spreads[BASELINE].median / spread.median
+            losses, eager = (first[one].outcome[0].double() for one in (name, BASELINE))
+            result.loss_difference = (losses - eager).abs().max().item()
+    return list(results.values())
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """What a pass gave, by the names of the backends: every round's time, the losses, and the state at the end."""
+class _Pass(NamedTuple):
+    """What one pass of a backend gave: the time of every round; the losses (steps,), then the state's tensors."""
 
-    ms_per_step: dict[str, list[float]]
-    losses: dict[str, Tensor]
-    states: dict[str, TrainState]
-
-    def same_bits(self, other: "_Pass", name: str) -> bool:
-        ours, theirs = (
-            [one.losses[name], *(t for part in one.states[name].parts.values() for t in part.values())]
-            for one in (self, other)
-        )
-        return all(map(torch.equal, ours, theirs))
+    ms_per_step: list[float]
+    outcome: list[Tensor]
 
 
-def _one_pass(timed: dict[str, Backend], initial: TrainState, steps: int) -> _Pass:
-    losses: dict[str, list[Tensor]] = {name: [] for name in timed}
-    for backend in timed.values():
+def _one_pass(built: Mapping[str, Backend], initial: TrainState, steps: int) -> dict[str, _Pass]:
+    """Trains all backends from the initial state, their rounds in turns."""
+    losses: dict[str, list[Tensor]] = {name: [] for name in built}
+
+    def candidate(name: str, backend: Backend) -> Candidate:
+        def run(count: int) -> Tensor:
+            part = backend.advance(count)
+            backend.synchronize()
+            return part
+
         backend.load(initial)
+        return Candidate(name, run, lambda part: losses[name].append(part.cpu().clone()))
 
-    def kept(name: str) -> Callable[[Tensor], None]:
-        return lambda part: losses[name].append(part.cpu().clone())
-
-    candidates = [Candidate.of(backend, kept(name)) for name, backend in timed.items()]
-    samples = measure(candidates, cut(steps, ROUNDS)) if candidates else {}
-    states = {name: backend.state() for name, backend in timed.items()}
-    return _Pass(samples, {name: torch.cat(parts) for name, parts in losses.items()}, states)
+    samples = measure([candidate(name, backend) for name, backend in built.items()], cut(steps, ROUNDS))
+    passes = {}
+    for name, backend in built.items():
+        state = [tensor for part in backend.state().parts.values() for tensor in part.values()]
+        passes[name] = _Pass(samples[name], [torch.cat(losses[name]), *state])
+    return passes
 
 
 def cut(steps: int, rounds: int) -> list[int]:
@@ -132,19 +133,14 @@ def table(results: Sequence[Result]) -> str:
     def or_dash(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    rows = [
-        (
-            result.backend,
-            "not equivalent" if result.ms_per_step is None else f"{result.ms_per_step.median:.4f}",
-            "-" if result.ms_per_step is None else f"{result.ms_per_step.min:.4f}..{result.ms_per_step.max:.4f}",
-            or_dash(result.x_eager, ".2f"),
-            f"{result.compile_seconds:.2f}",
-            f"{result.peak_bytes / 1e6:.1f}",
-            or_dash(result.loss_difference, ".1e"),
-            {None: "-", True: "bit for bit", False: "no"}[result.repeatable],
-        )
-        for result in results
-    ]
+    rows = []
+    for result in results:
+        ms = result.ms_per_step
+        times = ("not equivalent", "-") if ms is None else (f"{ms.median:.4f}", f"{ms.min:.4f}..{ms.max:.4f}")
+        ratio, difference = or_dash(result.x_eager, ".2f"), or_dash(result.loss_difference, ".1e")
+        costs = f"{result.compile_seconds:.2f}", f"{result.peak_bytes / 1e6:.1f}"
+        repeatable = {None: "-", True: "bit for bit", False: "no"}[result.repeatable]
+        rows.append((result.backend, *times, ratio, *costs, difference, repeatable))
     header = ("backend", "ms/step, median", "fastest..slowest round", "x eager", "first step, s", "peak memory, MB")
     shown = markdown.table((*header, "largest loss difference", "repeatable"), rows)
     return "\n".join([shown, *(f"no number: {result.refused}" for result in results if result.refused)])

@@ -1,20 +1,18 @@
-"""Honest times: candidates measured in turns.
+"""Times of candidates, measured in turns.
 
 A round is some steps and one synchronisation. The rounds of all candidates are interleaved, in an order that rotates by
-one each time, so that a machine that warms up, throttles or is shared does so to all of them; a short rest comes before
-each, so that none runs beside threads that another has left spinning. What is reported is the median over rounds, with
-the fastest and the slowest beside it. equivalence.py says whose time counts at all.
+one each time, so that a machine that warms up, throttles or is shared does so to all of them. A short rest comes before
+each round, so that none runs beside threads that another has left spinning. Reported are the median over rounds, the
+fastest and the slowest. equivalence.py decides which candidates are timed at all.
 """
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from mlp_fast.backends.base import Backend
 from mlp_fast.config import Config
 from mlp_fast.corpus.load import check_sizes, load_for
 from mlp_fast.model.mlp import Shape
@@ -71,17 +69,6 @@ class Candidate:
     run: Callable[[int], Any]
     finish: Callable[[Any], None] = lambda result: None
 
-    @classmethod
-    def of(cls, backend: Backend, finish: Callable[[Any], None] = lambda result: None) -> "Candidate":
-        """A backend; `finish` gets its losses."""
-
-        def run(steps: int) -> Tensor:
-            losses = backend.advance(steps)
-            backend.synchronize()
-            return losses
-
-        return cls(backend.name, run, finish)
-
 
 def measure(candidates: Sequence[Candidate], rounds: Sequence[int]) -> dict[str, list[float]]:
     """Times candidates in turns.
@@ -94,13 +81,13 @@ def measure(candidates: Sequence[Candidate], rounds: Sequence[int]) -> dict[str,
         By name, milliseconds per step of every round.
     """
     samples: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    for turn, steps in enumerate(rounds):
-        first = turn % len(candidates)
-        for candidate in (*candidates[first:], *candidates[:first]):
+    turn = deque(candidates)
+    for steps in rounds:
+        for candidate in turn:
             rest()
             start = time.perf_counter()
             result = candidate.run(steps)
-            elapsed = time.perf_counter() - start
-            samples[candidate.name].append(1e3 * elapsed / steps)
+            samples[candidate.name].append(1e3 * (time.perf_counter() - start) / steps)
             candidate.finish(result)
+        turn.rotate(-1)
     return samples
