@@ -101,37 +101,35 @@ def plain_timer(work: Work, before: Callable[[], None], rounds: int) -> list[flo
 
 
 def timed_beside(
-    timer: Timer, work: Work, others: Mapping[str, Work], rounds: int, calls: Mapping[str, int] | int = 1
+    timer: Timer, work: Work, others: Mapping[str, Work], rounds: int, calls: int = 1, calls_of: Mapping[str, int] = {}
 ) -> Entry:
     """Times some work, and before each of its rounds everything else that it is compared with, each after a rest.
 
     Args:
         others: by name; they do the same as `work`, in another way.
-        calls: how often each does what is measured: all of them, or by name, of `work` by "".
+        calls: how often a round does what is measured.
+        calls_of: the same of each of `others` whose round does it more or less often.
 
     Returns:
         compared(), of the milliseconds of a call.
     """
-    counts = dict.fromkeys(["", *others], calls) if isinstance(calls, int) else calls
     samples: dict[str, list[float]] = {name: [] for name in others}
 
     def before() -> None:
         for name, other in others.items():
             rest()
-            samples[name].append(1e3 * seconds(other) / counts[name])
+            samples[name].append(1e3 * seconds(other) / calls_of.get(name, calls))
         rest()
 
-    return compared([1e3 * t / counts[""] for t in timer(work, before, rounds)], samples)
+    return compared([1e3 * t / calls for t in timer(work, before, rounds)], samples)
 
 
 def compared(times: Sequence[float], others: Mapping[str, Sequence[float]]) -> Entry:
-    """Of milliseconds: `ms`, their Spread; and `rivals`, by name `ms` and `ratio`, how many times as long they take."""
+    """The Spread of milliseconds as `ms`; and as `rivals` by name the `ms` of others, and the `ratio` to it."""
     spread = Spread.of(times)
-    beside = {name: Spread.of(theirs) for name, theirs in others.items() if theirs}
-    return {
-        "ms": asdict(spread),
-        "rivals": {name: {"ms": asdict(its), "ratio": its.median / spread.median} for name, its in beside.items()},
-    }
+    beside = {name: Spread.of(samples) for name, samples in others.items() if samples}
+    rivals = {name: {"ms": asdict(other), "ratio": other.median / spread.median} for name, other in beside.items()}
+    return {"ms": asdict(spread), "rivals": rivals}
 
 
 def waited(work: Work, device: torch.device) -> Work:

@@ -14,8 +14,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ import torch
 from bench import generate_words
 from bench.case import TOLERANCE, Case, Entry, Plan, Skipped, Timer, compared, require_supported, timed_beside
 from bench.lower_bound import Probes
-from bench.steps import REFERENCE, Setting, step_case
-from mlp_fast import backends, distributed, train
+from bench.steps import REFERENCE, Setting, step_case, step_entry
+from mlp_fast import backends, train
 from mlp_fast.cli import Parser, add_config_arguments, config_from, run_main
 from mlp_fast.corpus import cache as token_cache
 from mlp_fast.measure import machine
@@ -37,19 +38,24 @@ from mlp_fast.model.mlp import Shape
 TEST_LOSS = {20: 2.921876, 40: 2.766121, 5000: 2.425677, 50000: 2.388702}
 RUN_TOLERANCE = 2e-6  # two units of the last printed digit
 
+Placement = Callable[[int], object]  # decides where a process that has just begun runs, by its id
+
 
 def require_loss(name: str, steps: int, loss: float) -> None:
     """NotEquivalent where a run at the default settings on the embedded corpus ends with another test loss."""
     require(name, f"the test loss after {steps:,} steps", abs(loss - TEST_LOSS[steps]), RUN_TOLERANCE)
 
 
-def python(command: Sequence[str]) -> str:
+def python(command: Sequence[str], placed: Placement | None = None) -> str:
     """What a Python process prints; Skipped where it fails, with the line that says why."""
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"it ended with code {result.returncode}"]
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        if placed is not None:
+            placed(run.pid)
+        printed, errors = run.communicate()
+    if run.returncode:
+        lines = errors.strip().splitlines() or [f"it ended with code {run.returncode}"]
         raise Skipped(next((line for line in lines if line.startswith("mlp_fast: ")), lines[-1]))
-    return result.stdout
+    return printed
 
 
 def process_case(
@@ -103,11 +109,50 @@ def run_cases(plan: Plan) -> Iterator[Case]:
         yield process_case("run", f"{steps} steps", "run", commands, rounds, steps=steps)
 
 
-# --- beside other work ------------------------------------------------------------------------------------------------
+# --- training processes -----------------------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    """A training run: milliseconds a step, the largest memory of one of its processes in bytes, its test loss."""
+
+    milliseconds: float
+    peak: int
+    test_loss: float
+
+
+def trained(options: Sequence[str], processes: int = 1, placed: Placement | None = None) -> Trained:
+    """Trains in processes of their own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        command = ["-m", "bench.processes", "--quiet", "--log-json", str(log), *options]
+        printed = python([*(launcher if processes > 1 else []), *command], placed)
+        events = logged(log)
+    peaks = [int(size) for size in re.findall(r"^peak (\d+)$", printed, re.MULTILINE)]
+    return Trained(events["eval"][-1]["ms_per_step"], max(peaks), events["test"][0]["loss"])
+
+
+def logged(log: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of a run's --log-json by their event."""
+    events: dict[str, list[dict[str, Any]]] = {}
+    for event in map(json.loads, log.read_text().splitlines()):
+        events.setdefault(event["event"], []).append(event)
+    return events
+
+
+def main(argv: Sequence[str]) -> int:
+    """A process of a measured run: mlp_fast.train, which prints its peak at the end.
+
+    The process asks for it itself: what the system tells of a process that has ended counts the one that started it.
+    """
+    code = train.main(argv)
+    print(f"peak {machine.resident_peak()}")
+    return code
+
+
+# --- on a busy machine ------------------------------------------------------------------------------------------------
 
 THREADS = 2
-PROGRAM = "import os, runpy; {}; runpy.run_module('mlp_fast.train', run_name='__main__', alter_sys=True)"
-ONE_CORE = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
 # Where control groups are mounted, version 1 and version 2, and what grants the time of one processor.
 QUOTAS = (
     (Path("/sys/fs/cgroup/cpu"), {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "100000"}),
@@ -116,8 +161,8 @@ QUOTAS = (
 
 
 @contextlib.contextmanager
-def one_processor() -> Iterator[str]:
-    """A control group with the time of one processor: the code by which a process enters it. It goes in the end."""
+def one_processor() -> Iterator[Placement]:
+    """A control group with the time of one processor, for processes to be put into; it goes in the end."""
     for root, limits in QUOTAS:
         folder = root / f"mlp_fast-{os.getpid()}"
         with contextlib.ExitStack() as stack:
@@ -129,9 +174,13 @@ def one_processor() -> Iterator[str]:
                         file.write(limit)
             except OSError:
                 continue
-            yield f"open({str(folder / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
+            yield partial(_enter, folder)
             return
     raise Skipped("no control group can be made here; that takes root, and control groups of processors")
+
+
+def _enter(group: Path, pid: int) -> None:
+    (group / "cgroup.procs").write_text(str(pid))
 
 
 def busy_cases(plan: Plan) -> Iterator[Case]:
@@ -139,43 +188,37 @@ def busy_cases(plan: Plan) -> Iterator[Case]:
     steps = "20" if plan.dry else "10000"
     options = ("--backend", "native", "--threads", str(THREADS), "--num-steps", steps, "--eval-every", steps)
 
-    def case(id: str, processes: int, before: str | None) -> Case:
+    def one_core(pid: int) -> None:
+        os.sched_setaffinity(pid, {min(os.sched_getaffinity(0))})
+
+    def case(id: str, processes: int, placing: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Case:
         def run(timer: Timer, probes: Probes) -> Entry:
             samples: list[float] = []
+            with ThreadPoolExecutor(processes) as pool, placing() as placed:
 
-            def at_once(code: str) -> None:
-                with ThreadPoolExecutor(processes) as pool:
-                    printed = pool.map(python, [("-c", PROGRAM.format(code), *options)] * processes)
-                    samples.extend(float(ms) for text in printed for ms in re.findall(r"\(([\d.]+) ms/step\)", text))
+                def at_once() -> None:
+                    runs = pool.map(lambda _: trained(options, placed=placed), range(processes))
+                    samples.extend(run.milliseconds for run in runs)
 
-            with one_processor() if before is None else contextlib.nullcontext(before) as code:
-                timer(lambda: at_once(code), lambda: None, 1 if plan.dry else 3)
+                timer(at_once, lambda: None, 1 if plan.dry else 3)
             facts = {"backend": "native", "threads": THREADS, "processes": processes, "per": "step"}
-            return {**facts, **compared(samples, {})}
+            return facts | compared(samples, {})
 
         return Case("busy", id, run)
 
     if plan.device == "cpu":
-        yield case("alone", 1, "pass")
-        yield case("two at once", 2, "pass")
-        yield case("one core", 1, ONE_CORE)
-        yield case("the time of one processor", 1, None)
+        yield case("alone", 1)
+        yield case("two at once", 2)
+        yield case("one core", 1, lambda: nullcontext(one_core))
+        yield case("the time of one processor", 1, one_processor)
 
 
-# --- larger models and corpora, several processes --------------------------------------------------------------------
+# --- larger models and corpora, several processes ---------------------------------------------------------------------
 
 TOKENS = 10_000_000
 MEMORY_LIMIT = 4 * 2**30  # of a CPU process that trains on them
 VOCABULARIES = (256, 1024, 4096, 16384, 65536)
 PROCESSES = (1, 2, 4)
-
-
-def logged(log: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of a run's --log-json by their event."""
-    events: dict[str, list[dict[str, Any]]] = {}
-    for event in map(json.loads, log.read_text().splitlines()):
-        events.setdefault(event["event"], []).append(event)
-    return events
 
 
 def word_corpus(tokens: int) -> Path:
@@ -187,25 +230,6 @@ def word_corpus(tokens: int) -> Path:
             generate_words.generate(Path(temporary) / "words", tokens)
             (Path(temporary) / "words").rename(folder)
     return folder
-
-
-class Trained(NamedTuple):
-    """What a training run tells: milliseconds a step, the bytes of its largest process at their most, its test loss."""
-
-    milliseconds: float
-    peak: int
-    test_loss: float
-
-
-def trained(options: Sequence[str], processes: int = 1) -> Trained:
-    """Trains in processes of their own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        command = ["-m", "bench.processes", folder, "--quiet", "--log-json", str(log), *options]
-        python([*(launcher if processes > 1 else []), *command])
-        events, peaks = logged(log), [int(file.read_text()) for file in Path(folder).glob("peak-*")]
-    return Trained(events["eval"][-1]["ms_per_step"], max(peaks), events["test"][0]["loss"])
 
 
 def training_case(
@@ -236,17 +260,9 @@ def training_case(
         peak = max(one.peak for one in runs)
         if plan.device == "cpu" and peak > MEMORY_LIMIT:
             raise NotEquivalent(f"it took {peak / 2**30:.1f} GiB, more than {MEMORY_LIMIT / 2**30:g}")
-        entry = compared([one.milliseconds for one in runs], {BASELINE: [one.milliseconds for one in eager]})
-        return {
-            "backend": backend,
-            "processes": processes,
-            **{"B": config.batch_size, "T": shape.T, "E": shape.E, "H": shape.H, "V": shape.V},
-            "threads": max(1, torch.get_num_threads() // processes),
-            "per": "step",
-            "samples_per_second": 1e3 * config.batch_size / entry["ms"]["median"],
-            "peak_bytes": peak,
-            **entry,
-        }
+        times = compared([one.milliseconds for one in runs], {BASELINE: [one.milliseconds for one in eager]})
+        threads = max(1, torch.get_num_threads() // processes)
+        return step_entry(backend, config, shape, times, processes=processes, threads=threads, peak_bytes=peak)
 
     return Case("scale", id, run)
 
@@ -271,17 +287,6 @@ def scale_cases(plan: Plan) -> Iterator[Case]:
         for processes in (2,) if plan.dry else PROCESSES:
             id = f"{label} eager, {processes} {'process' if processes == 1 else 'processes'}"
             yield training_case(id, BASELINE, plan, options, vocab_size, processes=processes)
-
-
-def main(argv: Sequence[str]) -> int:
-    """A process of a measured run: mlp_fast.train with the options after the first, a folder that its peak goes to.
-
-    The process writes it down itself: what the system tells of a process that has ended counts the one that started it.
-    """
-    folder, *options = argv
-    code = train.main(options)
-    (Path(folder) / f"peak-{distributed.launched_rank()}").write_text(str(machine.resident_peak()))
-    return code
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ import json
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import numerics, tables
-from bench.case import Plan, Skipped, Work, plain_timer, reason
+from bench.case import Case, Entry, Plan, Skipped, plain_timer, reason
 from bench.processes import logged, require_loss
 from bench.recording import Recording, default_path
 from bench.suite import OPTIONS, cases, chosen
@@ -35,7 +34,7 @@ ARITHMETIC_STEPS = 1000
 
 
 def record(
-    plan: Plan, groups: Sequence[str], extras: Mapping[str, Work], path: Path, budget: float | None = None
+    plan: Plan, groups: Sequence[str], extras: Sequence[Case], path: Path, budget: float | None = None
 ) -> Recording:
     """Measures cases and then further results, printing how it goes, and writes the recording after each.
 
@@ -44,33 +43,28 @@ def record(
     Args:
         plan: how much, and where.
         groups: of cases, some of suite.GROUPS.
-        extras: what makes each further result, by its name.
+        extras: the further results, as cases of the group "extra".
         path: of the recording.
         budget: seconds, of which cases may use four fifths: none is begun after that, no slow one after half, and what
             is left out is noted as skipped. None: as long as it needs.
     """
     start = time.perf_counter()
     recording = Recording.begin(torch.device(plan.device), dry=plan.dry)
-    # Group, id, until when it may begin, as a share of the budget, and what it does.
-    jobs: list[tuple[str, str, float, Work]] = []
-    for case in sorted((case for group in groups for case in cases(group, plan)), key=lambda case: case.slow):
-        entry = partial(case.entry, plain_timer, recording.probes)
-        jobs.append((case.group, case.id, 0.5 if case.slow else 0.8, entry))
-    jobs += [("extra", name, 1, extra) for name, extra in extras.items()]
-    for group, id, share, work in jobs:
+    for case in [*sorted((c for group in groups for c in cases(group, plan)), key=lambda c: c.slow), *extras]:
         begun = time.perf_counter()
+        share = 1 if case.group == "extra" else 0.5 if case.slow else 0.8
         if budget is not None and begun - start >= share * budget:
-            recording.skipped.append((group, id, f"the budget of {budget:g} s was spent"))
+            recording.skipped.append((case.group, case.id, f"the budget of {budget:g} s was spent"))
             continue
         try:
-            found = recording.measure(group, id, work)
-            outcome = "done" if group == "extra" else f"{found['ms']['median']:.4f} ms per {found['per']}"
+            found = recording.measure(case, plain_timer)
+            outcome = "done" if case.group == "extra" else f"{found['ms']['median']:.4f} ms per {found['per']}"
         except Exception as error:
             outcome = f"{'skipped' if isinstance(error, Skipped) else 'no number'}: {reason(error)}"
             if not isinstance(error, Skipped | NotEquivalent):
                 traceback.print_exception(error)
         recording.save(path)
-        print(f"{group:10} {id:36} {outcome}  [{time.perf_counter() - begun:.1f} s]", flush=True)
+        print(f"{case.group:10} {case.id:36} {outcome}  [{time.perf_counter() - begun:.1f} s]", flush=True)
     recording.save(path)
     return recording
 
@@ -153,14 +147,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if plan.dry and arguments.out is None:
         raise UserError("--dry-run needs --out FILE: its times mean nothing and stay out of bench/results")
     path = arguments.out or default_path(torch.device(plan.device))
-    extras: dict[str, Work] = {
-        "profile": lambda: profiles(plan, arguments.trace),
-        "compare": lambda: comparison(plan),
-        "losses": lambda: losses(plan),
+    extras: dict[str, Callable[..., Entry]] = {
+        "profile": lambda *_: profiles(plan, arguments.trace),
+        "compare": lambda *_: comparison(plan),
+        "losses": lambda *_: losses(plan),
     }
     if plan.device == "cpu":  # it has nothing to do with the device
-        extras["numerics"] = lambda: arithmetic(plan)
-    recording = record(plan, groups, {} if arguments.groups else extras, path, arguments.budget)
+        extras["numerics"] = lambda *_: arithmetic(plan)
+    further = [] if arguments.groups else [Case("extra", name, run) for name, run in extras.items()]
+    recording = record(plan, groups, further, path, arguments.budget)
     print(f"\n{tables.whole(recording)}\n\nrecorded in {path}")
     return 1 if recording.refused else 0
 

@@ -1,16 +1,16 @@
 """Recordings: what was measured on one machine at one time, as a JSON file under bench/results/<device>/."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import probes
-from bench.case import Entry, Skipped, reason
+from bench.case import Case, Entry, Skipped, Timer, reason
 from mlp_fast import backends
 from mlp_fast.errors import UserError
 from mlp_fast.files import write_atomically
@@ -27,12 +27,11 @@ class Recording:
     Attributes:
         facts: machine.facts() of the device.
         dry: made by a dry run: its times mean nothing, and the report refuses it.
-        probes: what the machine can do; measured when first asked for.
-        entries: by group and id, as case.Case.entry() makes them. Files keep the keys of the first recordings: what
-            tables call a lower bound is floor_ms and x_floor, what a case is compared with its rivals.
+        probes: what the machine can do, by probes.measure_all().
+        entries: as case.Case.entry() makes them. Files keep the keys of the first recordings: what tables call a lower
+            bound is floor_ms and x_floor, what a case is compared with its rivals.
         skipped, refused: (group, id, reason): could not run here; computed something else, or broke off with an error.
-            Of further results the group is "extra".
-        extra: further results by name: those of EXTRA.
+        extra: further results, those of EXTRA, by name; as cases their group is "extra".
     """
 
     facts: dict[str, Any]
@@ -48,15 +47,17 @@ class Recording:
         """An empty recording of this machine, its probes measured."""
         return cls(machine.facts(device), dry, probes.measure_all(device, quick=dry))
 
-    def measure(self, group: str, id: str, work: Callable[[], Any]) -> Any:
-        """Does a measurement and keeps its entry, or its result in `extra`; why there is none is noted, and raised."""
+    def measure(self, case: Case, timer: Timer) -> Any:
+        """Runs a case and keeps its entry, or in `extra` its result; why there is none is noted, and raised."""
+        extra = case.group == "extra"
         try:
-            found = work()
+            found = case.run(timer, self.probes) if extra else case.entry(timer, self.probes)
         except Exception as error:
-            (self.skipped if isinstance(error, Skipped) else self.refused).append((group, id, reason(error)))
+            noted = self.skipped if isinstance(error, Skipped) else self.refused
+            noted.append((case.group, case.id, reason(error)))
             raise
-        if group == "extra":
-            self.extra[id] = found
+        if extra:
+            self.extra[case.id] = found
         else:
             self.entries.append(found)
         return found
@@ -78,16 +79,15 @@ class Recording:
     def save(self, path: Path) -> None:
         """Writes the file, with its folder; a process that is ended meanwhile leaves the last one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        lists = {name: getattr(self, name) for name in ("dry", "probes", "entries", "skipped", "refused")}
-        content = {"schema": SCHEMA, **self.facts, **lists, **self.extra}
+        kept = {name: getattr(self, name) for name in ("dry", "probes", "entries", "skipped", "refused")}
+        content = {"schema": SCHEMA, **self.facts, **kept, **self.extra}
         write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def default_path(device: torch.device) -> Path:
     """bench/results/<device>/<date and time>.json, for a recording begun now."""
-    facts = machine.facts(device)
-    begun = datetime.fromisoformat(facts["date"])
-    return RESULTS / machine.folder_name(facts["device"]) / f"{begun:%Y-%m-%d-%H%M}.json"
+    folder = machine.folder_name(machine.device_name(device))
+    return RESULTS / folder / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M}.json"
 
 
 EXTRA = ("compare", "profile", "losses", "numerics")

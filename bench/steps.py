@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,22 +60,21 @@ class Candidates:
         self._ready: dict[str, tuple[Backend, int, Entry]] = {}
 
     def backend(self, name: str) -> tuple[Backend, Entry]:
-        """The backend of that name, prepared and checked, at the initial state, and how long and how well that went.
+        """The backend of that name, prepared and checked, at the initial state; seconds and error of its first steps.
 
         Raises:
             Skipped: it cannot run here.
             NotEquivalent: it computes something else.
         """
-        config, start = self.setting.config, time.perf_counter()
+        config, initial, start = self.setting.config, self.verifier.initial, time.perf_counter()
         if name == REFERENCE:
             if config.device != "cpu" or config.precision != "fp32":
                 raise Skipped("it is the reference on the CPU")
-            initial, cpu = self.verifier.initial, torch.device("cpu")
-            backend: Backend = ReferenceLoop(config, self.shape, self.tape, initial, cpu)
+            backend: Backend = ReferenceLoop(config, self.shape, self.tape, initial, torch.device("cpu"))
         else:
             config = replace(config, backend=name)
             require_supported(name, config, self.shape)
-            backend = backends.create(config, self.shape, self.tape, self.verifier.initial)
+            backend = backends.create(config, self.shape, self.tape, initial)
         backend.prepare()
         first = time.perf_counter() - start
         return backend, {"first_step_seconds": first, "loss_error": self.verifier.check(backend)}
@@ -86,21 +86,22 @@ class Candidates:
         """
         torch.set_num_threads(self.setting.threads)
         if name not in self._ready:
-            config = self.setting.config
             backend, facts = self.backend(name)
             steps = self._steps_per_round(backend, round_seconds)
-            sync = self._look_at_device(backend, steps, facts) if backend.device.type == "cuda" else None
-            # What a step costs at the least, and by the probes the lower bound of its time.
-            form = lower_bound.form_of(name, config.form, self.shape, config.batch_size)
-            cost = lower_bound.step_cost(self.shape, config.batch_size, form)
-            facts |= {"form": form, "operations": cost.operations, "bytes": cost.bytes}
-            bound = lower_bound.step_bound(cost, probes, config.precision, self.setting.threads, sync)
-            if bound is not None:
-                facts |= {"floor_ms": bound.total, "floor_parts_ms": bound._asdict()}
-            self._ready[name] = backend, steps, facts
+            on_device, sync = self._on_device(backend, steps) if backend.device.type == "cuda" else ({}, None)
+            self._ready[name] = backend, steps, facts | on_device | self._least(name, probes, sync)
         backend, steps, facts = self._ready[name]
         backend.load(self.verifier.initial)
         return waited(partial(backend.advance, steps), backend.device), steps, facts
+
+    def _least(self, name: str, probes: Probes, sync: Synchronisation | None) -> Entry:
+        """What a step costs at the least, and, where the probes suffice, the lower bound of its time."""
+        config = self.setting.config
+        form = lower_bound.form_of(name, config.form, self.shape, config.batch_size)
+        cost = lower_bound.step_cost(self.shape, config.batch_size, form)
+        facts = {"form": form, **cost._asdict()}
+        bound = lower_bound.step_bound(cost, probes, config.precision, self.setting.threads, sync)
+        return facts | ({} if bound is None else {"floor_ms": bound.total, "floor_parts_ms": bound._asdict()})
 
     def _steps_per_round(self, backend: Backend, round_seconds: float) -> int:
         """As many as fill a round; on CUDA whole evaluation intervals, as training asks for them."""
@@ -112,20 +113,19 @@ class Candidates:
             steps = 200 * round(steps / 200)
         return min(max(steps, trial), 4000)
 
-    def _look_at_device(self, backend: Backend, steps: int, facts: Entry) -> Synchronisation:
-        """Device time and launches of a step by torch.profiler, off every clock."""
+    def _on_device(self, backend: Backend, steps: int) -> tuple[Entry, Synchronisation]:
+        """Device time and launches of a step by torch.profiler, off every clock; and how the step waits."""
         # Enough for a whole captured graph; of autograd's hundreds of operators a step, fewer.
-        looked_at = min(steps, 20 if backend.name in lower_bound.GATHER_BACKENDS else 200)
+        steps = min(steps, 20 if backend.name in lower_bound.GATHER_BACKENDS else 200)
         with tempfile.TemporaryDirectory() as folder:
-            summary = profile_steps(backend, looked_at, Path(folder) / "trace.json")
-        if summary.device:
-            facts |= {"device_ms": summary.busy / 1e3, "launches": summary.launches}
+            summary = profile_steps(backend, steps, Path(folder) / "trace.json")
+        facts = {"device_ms": summary.busy / 1e3, "launches": summary.launches} if summary.device else {}
         kernels = getattr(getattr(backend, "kernels", None), "config", None)
         if backend.name == "triton-persistent" and kernels is not None:
-            facts["programs"] = kernels.PROGRAMS
-            return Synchronisation(barriers=kernels.exchanges, programs=kernels.PROGRAMS)
-        launches = summary.launches if summary.device else 0.0
-        return Synchronisation(launches=launches, captured=summary.host_launches < 0.5 * launches)
+            sync = Synchronisation(barriers=kernels.exchanges, programs=kernels.PROGRAMS)
+            return facts | {"programs": kernels.PROGRAMS}, sync
+        launches = facts.get("launches", 0.0)
+        return facts, Synchronisation(launches=launches, captured=summary.host_launches < 0.5 * launches)
 
 
 _HELD: list[Candidates] = []
@@ -139,6 +139,19 @@ def candidates(setting: Setting) -> Candidates:
     return _HELD[0]
 
 
+def step_entry(backend: str, config: Config, shape: Shape, times: Entry, **facts: Any) -> Entry:
+    """The entry of a training step: the backend, all sizes, compared() of its times, and more facts."""
+    return {
+        "backend": backend,
+        "B": config.batch_size,
+        **{letter: getattr(shape, letter) for letter in "TEHV"},
+        "per": "step",
+        "samples_per_second": 1e3 * config.batch_size / times["ms"]["median"],
+        **times,
+        **facts,
+    }
+
+
 def step_case(
     group: str, id: str, name: str, setting: Setting, others: Sequence[str], plan: Plan, rounds: int | None = None
 ) -> Case:
@@ -146,43 +159,32 @@ def step_case(
 
     def run(timer: Timer, probes: Probes) -> Entry:
         threads, config = torch.get_num_threads(), setting.config
+        works, counts = {}, {}
         try:
-            of_setting = candidates(setting)
-            work, steps, facts = of_setting.ready(name, plan.round_seconds, probes)
-            works, counts = {}, {"": steps}
+            found = candidates(setting)
+            work, steps, facts = found.ready(name, plan.round_seconds, probes)
             for other in others:
                 with contextlib.suppress(Skipped):  # it has a case of its own, which says why
-                    works[other], counts[other], _ = of_setting.ready(other, plan.round_seconds, probes)
-            entry = timed_beside(timer, work, works, rounds or plan.rounds, counts)
+                    works[other], counts[other], _ = found.ready(other, plan.round_seconds, probes)
+            times = timed_beside(timer, work, works, rounds or plan.rounds, steps, counts)
         finally:
             torch.set_num_threads(threads)
-        entry |= {
-            "backend": name,
-            "B": config.batch_size,
-            **{letter: getattr(of_setting.shape, letter) for letter in "TEHV"},
-            "precision": config.precision,
-            "compile_mode": config.compile_mode,
-            "threads": setting.threads,
-            "per": "step",
-            "steps_per_round": steps,
-            "samples_per_second": 1e3 * config.batch_size / entry["ms"]["median"],
-            **facts,
-        }
-        if "floor_ms" in entry:
-            entry["x_floor"] = entry["ms"]["median"] / entry["floor_ms"]
-        return entry
+        if "floor_ms" in facts:
+            facts = facts | {"x_floor": times["ms"]["median"] / facts["floor_ms"]}
+        settings = {"precision": config.precision, "compile_mode": config.compile_mode, "threads": setting.threads}
+        return step_entry(name, config, found.shape, times, steps_per_round=steps, **settings, **facts)
 
     return Case(group, id, run)
 
 
 def beside(name: str, plan: Plan) -> tuple[str, ...]:
-    """With whom a step is compared: eager always, and whoever the project claims a ratio over."""
+    """What a step is compared with: eager always, and all that the project promises a ratio over."""
     if plan.device == "cpu":
-        claimed = {"native": (BASELINE, REFERENCE, "compile-step"), BASELINE: (REFERENCE,), REFERENCE: (BASELINE,)}
+        promised = {"native": (BASELINE, REFERENCE, "compile-step"), BASELINE: (REFERENCE,)}
     else:
-        # The honest peer of the persistent kernel is the captured graph of the same phases.
-        claimed = {"triton-persistent": (BASELINE, "triton-step"), BASELINE: ()}
-    return claimed.get(name, (BASELINE,))
+        # triton-step is the captured graph of the same phases.
+        promised = {"triton-persistent": (BASELINE, "triton-step"), BASELINE: ()}
+    return promised.get(name, (BASELINE,))
 
 
 def step_cases(plan: Plan) -> Iterator[Case]:

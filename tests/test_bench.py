@@ -192,9 +192,9 @@ def test_a_backend_of_5_ms_a_step_is_recorded_at_5_ms() -> None:
 
 @pytest.mark.usefixtures("candidates")
 def test_a_wrong_backend_is_recorded_without_a_number() -> None:
-    record_ = Recording(FACTS)
+    record_ = Recording(FACTS, probes=PROBES)
     with pytest.raises(NotEquivalent):
-        record_.measure("step", "wrong", lambda: step_case("wrong").entry(plain_timer, PROBES))
+        record_.measure(step_case("wrong"), plain_timer)
     assert record_.entries == []
     assert record_.refused[0][:2] == ("step", "wrong")
     assert "no number: wrong is not equivalent" in tables.skipped(record_)
@@ -266,7 +266,7 @@ def test_on_cuda_what_inductor_compiles_comes_after_all_else(
 
     monkeypatch.setattr(record, "cases", without_a_gpu)
     monkeypatch.setattr(recording.Recording, "begin", lambda device, dry: recording.Recording(FACTS, dry))
-    record.record(plan, ["step", "rng"], {}, tmp_path / "recording.json")
+    record.record(plan, ["step", "rng"], [], tmp_path / "recording.json")
     slow = [id.startswith("compile") for id in measured]
     assert slow == sorted(slow)
     assert any(slow)
