@@ -5,9 +5,11 @@ So what is timed is the device's time for kernels back to back, and not how fast
 compared with float64 first: error(fused) <= 2 * error(torch) + 1e-6, relative to the largest number, in every result.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +27,11 @@ from mlp_fast.model.schedule import BETA1, BETA2, EPS
 
 CALLS = 100  # in a captured graph
 WARM = 3  # calls before any that counts
-# Who computes an operator, and what it is timed beside.
-FUSED, TORCH, COMPILE, NAIVE = "fused", "torch", "torch.compile", "naive kernel"
+# An operator is computed by one of these,
+FUSED, TORCH, NAIVE = "fused", "torch", "naive kernel"
+# and timed beside these too.
 CHUNKED = "F.linear_cross_entropy"  # in chunks of rows, without all logits in memory
-COPY, EMPTY = "copy of as many bytes", "an empty kernel"
+COMPILE, COPY, EMPTY = "torch.compile", "copy of as many bytes", "an empty kernel"
 LARGE_BATCH = 65_536
 V = 27
 
@@ -57,6 +60,11 @@ def _passes(forward: Callable[[], Tensor], inputs: list[Tensor], gradient: Tenso
     return lambda: [forward().detach()]
 
 
+def _naive(operator: str) -> Callable[..., Any]:
+    """An operator's first kernel, which has no backward pass; it needs the package triton."""
+    return getattr(importlib.import_module(f"mlp_fast.kernels.{operator}"), f"{operator}_1")
+
+
 def embed_linear_tanh(
     config: Config, device: torch.device, dtype: torch.dtype, by: str, *, form: str, backward: bool
 ) -> Work:
@@ -67,9 +75,7 @@ def embed_linear_tanh(
     if by == FUSED:
         forward = partial(ops.embed_linear_tanh, idx, *weights, form=form, precision=config.precision)
     elif by == NAIVE:
-        from mlp_fast.kernels.embed_linear_tanh import embed_linear_tanh_1
-
-        forward = partial(embed_linear_tanh_1, idx, *(weight.detach() for weight in weights))
+        forward = partial(_naive("embed_linear_tanh"), idx, *(weight.detach() for weight in weights))
     else:
         forward = lambda: torch.tanh(F.linear(F.embedding(idx, x[WTE]).flatten(1), x[W1], x[B1]))  # noqa: E731
     return _passes(forward, weights, x["h"].detach(), backward)
@@ -84,9 +90,7 @@ def linear_cross_entropy(config: Config, device: torch.device, dtype: torch.dtyp
     if by == FUSED:
         forward = partial(ops.linear_cross_entropy, h, weight, bias, targets, precision=config.precision)
     elif by == NAIVE:
-        from mlp_fast.kernels.linear_cross_entropy import linear_cross_entropy_1
-
-        forward = partial(linear_cross_entropy_1, h.detach(), weight.detach(), bias.detach(), targets)
+        forward = partial(_naive("linear_cross_entropy"), *(operand.detach() for operand in operands), targets)
     elif by == CHUNKED:
         options = torch.nn.LinearCrossEntropyOptions()
         forward = partial(F.linear_cross_entropy, h, weight, targets, linear_bias=bias, options=options)
@@ -101,24 +105,20 @@ def adamw(config: Config, device: torch.device, dtype: torch.dtype, by: str) -> 
     params = [x[name].detach().requires_grad_() for name in (WTE, W1, B1, W2, B2)]
     grads = [torch.sin(torch.arange(p.numel(), device=device, dtype=dtype)).view_as(p) * 1e-2 for p in params]
     held = [p.detach() for p in params]
-    first, second = ([torch.zeros_like(p) for p in held] for _ in range(2))
-    step, rate = torch.ones((), device=device), torch.tensor(config.learning_rate, dtype=torch.float64, device=device)
-    betas, decay = (BETA1, BETA2), config.weight_decay
+    moments = ([torch.zeros_like(p) for p in held] for _ in range(2))
+    rate = torch.tensor(config.learning_rate, dtype=torch.float64, device=device)
+    operands: list[Any] = [held, grads, *moments, torch.ones((), device=device), rate]
+    settings: dict[str, Any] = {"betas": (BETA1, BETA2), "eps": EPS, "weight_decay": config.weight_decay}
+    update: Callable[[], object]
     if by == FUSED:
-        update: Callable[[], object] = partial(
-            ops.adamw_, held, grads, first, second, step, rate, betas=betas, eps=EPS, weight_decay=decay
-        )
+        update = partial(ops.adamw_, *operands, **settings)
     elif by == NAIVE:
-        from mlp_fast.kernels.adamw import adamw_1
-
-        update = partial(adamw_1, held, grads, first, second, step, rate, *betas, EPS, decay)
+        update = partial(_naive("adamw"), *operands, BETA1, BETA2, EPS, config.weight_decay)
     else:
         for p, gradient in zip(params, grads, strict=True):
             p.grad = gradient
         cuda = device.type == "cuda"
-        update = torch.optim.AdamW(
-            params, config.learning_rate, betas=betas, eps=EPS, weight_decay=decay, fused=cuda or None, capturable=cuda
-        ).step
+        update = torch.optim.AdamW(params, config.learning_rate, fused=cuda or None, capturable=cuda, **settings).step
 
     def work() -> list[Tensor]:
         update()
@@ -127,16 +127,14 @@ def adamw(config: Config, device: torch.device, dtype: torch.dtype, by: str) -> 
     return work
 
 
+PASSES = {"": False, "-and-backward": True}
 OPERATORS: dict[str, Maker] = {
     **{
-        f"embed_linear_tanh-{form}{'-and-backward' * backward}": partial(
-            embed_linear_tanh, form=form, backward=backward
-        )
+        f"embed_linear_tanh-{form}{suffix}": partial(embed_linear_tanh, form=form, backward=backward)
         for form in ("table", "gather")
-        for backward in (False, True)
+        for suffix, backward in PASSES.items()
     },
-    "linear_cross_entropy": partial(linear_cross_entropy, backward=False),
-    "linear_cross_entropy-and-backward": partial(linear_cross_entropy, backward=True),
+    **{f"linear_cross_entropy{s}": partial(linear_cross_entropy, backward=b) for s, b in PASSES.items()},
     "adamw": adamw,
 }
 
@@ -179,8 +177,9 @@ def other(by: str, make: Maker, config: Config, device: torch.device) -> Work:
         numbers = config.batch_size * (config.hidden_size + 2 * config.context_length)  # of 4 bytes; a token has 8
         source = torch.ones(numbers // 2, device=device)
         return partial(torch.empty_like(source).copy_, source)
-    work = make(config, device, torch.float32, by)
-    return torch.compile(work, fullgraph=True) if by == COMPILE else work
+    if by == COMPILE:
+        return torch.compile(make(config, device, torch.float32, TORCH), fullgraph=True)
+    return make(config, device, torch.float32, by)
 
 
 def operator_case(name: str, make: Maker, config: Config, plan: Plan, *more: str) -> Case:
