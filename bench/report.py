@@ -114,8 +114,8 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
             if block in PICTURES:
                 link = f"bench/results/{machine.folder_name(device)}/{block}.png"
                 parts.append(f"![{ALTS[block][chinese]}]({'../' if name.startswith('docs/') else ''}{link})")
-        text = "\n\n".join(tables.narrow(part).strip() for part in parts if part)
-        text = tables.translated(text) if chinese else text
+        cell = tables.in_chinese if chinese else str
+        text = "\n\n".join(tables.narrow(part, cell).strip() for part in parts if part)
         return f"{match['begin']}\n{text}\n\n{match['end']}" if text else match["begin"] + match["end"]
 
     return MARKED.sub(body, text)

@@ -1,9 +1,9 @@
-"""Recordings as Markdown: the same text on the terminal, in the README and in the docs, in either language."""
+"""Recordings as Markdown: the same tables on the terminal, in the README and in the docs, in either language."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import probes
 from bench.case import Entry
@@ -144,18 +144,18 @@ def skipped(recording: Recording) -> str:
 
 def measured_on(recordings: Sequence[Recording], chinese: bool = False) -> str:
     """Where and when figures were measured, with the statement that belongs to them."""
-    begin, end, driver, commit, unknown = MEASURED_ON[chinese]
-    comma, lines = "，" if chinese else ", ", []
+    begin, driver, commit, unknown, comma, semicolon, stop = MEASURED_ON[chinese]
+    statement, lines = STATEMENT[chinese], []
     for facts in (recording.facts for recording in recordings):
         parts = [facts["device"]]
         if facts["driver"] or facts["cuda"]:
             parts.append(f"{driver} {facts['driver']}{comma}CUDA {facts['cuda']}")
         parts.append(comma.join(f"{name} {version}" for name, version in facts["versions"].items() if version))
         parts += [facts["system"], f"{commit} {facts['commit'] or unknown}", facts["date"][:10]]
-        lines.append(("；" if chinese else "; ").join(parts))
+        lines.append(semicolon.join(parts))
     if len(lines) == 1:
-        return f"{begin}{lines[0]}。{end}" if chinese else f"{begin} {lines[0]}. {end}"
-    return "\n".join([begin, "", *(f"- {line}" for line in lines), "", end])
+        return begin + lines[0] + stop + statement
+    return "\n".join([begin.strip(), "", *(f"- {line}" for line in lines), "", statement])
 
 
 def whole(recording: Recording) -> str:
@@ -176,32 +176,43 @@ NATIVE, NATIVE_1 = ("step", "native-128-fp32"), ("threads", "native-128-fp32-1-t
 LARGE_FORWARD = ("kernels", "large-embed_linear_tanh-table-65536-fp32")
 LARGE_BACKWARD = ("kernels", "large-embed_linear_tanh-table-and-backward-65536-fp32")
 SMALL_FORWARD = ("kernels", "small-embed_linear_tanh-128-fp32")
-MEMORY = "memory of "
-
-# (device type, the promise, group and id, what it is times as fast as, the least that keeps the promise). The fourth is
-# a name of what was timed beside it, or milliseconds; after MEMORY it is a name, and memory is compared.
-CLAIMS: list[tuple[str, str, tuple[str, str], str | float, float]] = [
-    ("cpu", "eager over the loop on Python lists", ("step", "eager-128-fp32"), REFERENCE, 1),
-    ("cpu", "compile-step over eager", ("step", "compile-step-128-fp32"), BASELINE, 1),
-    ("cpu", "10,000,000 uniforms over one second", ("rng", "fill 10,000,000"), 1000, 1),
-    ("cpu", "native over the loop on Python lists, all threads", NATIVE, REFERENCE, 6),
-    ("cpu", "native over compile-step, all threads", NATIVE, "compile-step", 2.5),
-    ("cpu", "native over the loop on Python lists, one thread", NATIVE_1, REFERENCE, 5),
-    ("cpu", "native over compile-step, one thread", NATIVE_1, "compile-step", 2),
-    ("cpu", "a run of 5,000 steps over the loop on Python lists", ("run", "5000 steps"), REFERENCE, 4),
-    ("cpu", "a run of 50,000 steps over the loop on Python lists", ("run", "50000 steps"), REFERENCE, 10),
-    ("cuda", "triton-persistent over 8 us a step", ("step", "triton-persistent-128-fp32"), 0.008, 1),
-    ("cuda", "triton-persistent, tf32x3, over 8 us a step", ("step", "triton-persistent-128-tf32x3"), 0.008, 1),
-    ("cuda", "triton-step over 15 us a step", ("step", "triton-step-128-fp32"), 0.015, 1),
-    ("cuda", "table form, B=65,536, over a copy of as many bytes", LARGE_FORWARD, COPY, 0.8),
-    ("cuda", "table form, B=65,536, over torch.compile", LARGE_FORWARD, COMPILE, 2),
-    ("cuda", "table form, B=128, over an empty kernel", SMALL_FORWARD, EMPTY, 1 / 1.5),
-    ("cuda", "memory of torch over the table form's, B=65,536", LARGE_BACKWARD, MEMORY + TORCH, 2),
-]
 
 
-def measured(recording: Recording, case: tuple[str, str], over: str | float) -> tuple[float, bool] | None:
-    """What CLAIMS asks of a case, and whether it rests on a time that was scaled from a shorter run.
+class Claim(NamedTuple):
+    """A promise: how many times as fast a case is as something else, or takes less memory."""
+
+    device_type: str  # of the recordings that can bear it out
+    promise: str
+    case: tuple[str, str]  # group and id
+    over: str | float  # the name of what was timed beside it, or milliseconds
+    least: float  # the ratio that keeps the promise
+    of: str = "ms"  # what is compared: "ms" or "peak_bytes"
+
+
+CLAIMS = (
+    Claim("cpu", "eager over the loop on Python lists", ("step", "eager-128-fp32"), REFERENCE, 1),
+    Claim("cpu", "compile-step over eager", ("step", "compile-step-128-fp32"), BASELINE, 1),
+    Claim("cpu", "10,000,000 uniforms over one second", ("rng", "fill 10,000,000"), 1000, 1),
+    Claim("cpu", "native over the loop on Python lists, all threads", NATIVE, REFERENCE, 6),
+    Claim("cpu", "native over compile-step, all threads", NATIVE, "compile-step", 2.5),
+    Claim("cpu", "native over the loop on Python lists, one thread", NATIVE_1, REFERENCE, 5),
+    Claim("cpu", "native over compile-step, one thread", NATIVE_1, "compile-step", 2),
+    Claim("cpu", "a run of 5,000 steps over the loop on Python lists", ("run", "5000 steps"), REFERENCE, 4),
+    Claim("cpu", "a run of 50,000 steps over the loop on Python lists", ("run", "50000 steps"), REFERENCE, 10),
+    Claim("cuda", "triton-persistent over 8 us a step", ("step", "triton-persistent-128-fp32"), 0.008, 1),
+    Claim("cuda", "triton-persistent, tf32x3, over 8 us a step", ("step", "triton-persistent-128-tf32x3"), 0.008, 1),
+    Claim("cuda", "triton-step over 15 us a step", ("step", "triton-step-128-fp32"), 0.015, 1),
+    Claim("cuda", "table form, B=65,536, over a copy of as many bytes", LARGE_FORWARD, COPY, 0.8),
+    Claim("cuda", "table form, B=65,536, over torch.compile", LARGE_FORWARD, COMPILE, 2),
+    Claim("cuda", "table form, B=128, over an empty kernel", SMALL_FORWARD, EMPTY, 1 / 1.5),
+    Claim("cuda", "memory of torch over the table form's, B=65,536", LARGE_BACKWARD, TORCH, 2, "peak_bytes"),
+)
+
+
+def measured(
+    recording: Recording, case: tuple[str, str], over: str | float, of: str = "ms"
+) -> tuple[float, bool] | None:
+    """What a Claim asks of a case, and whether it rests on a time that was scaled from a shorter run.
 
     A whole run and the reference's both evaluate every 200 steps, so a run's time beyond its start grows with its
     steps; the start is left out of the scaling, which takes time from the reference.
@@ -211,18 +222,18 @@ def measured(recording: Recording, case: tuple[str, str], over: str | float) -> 
         return None
     if not isinstance(over, str):
         return over / entry["ms"]["median"], False
-    facts = entry["rivals"].get(over.removeprefix(MEMORY), {})
-    if over.startswith(MEMORY):
-        return (facts["peak_bytes"] / entry["peak_bytes"], False) if "peak_bytes" in facts else None
-    if facts or case[0] != "run":
-        return (facts["ratio"], False) if facts else None
+    if other := entry["rivals"].get(over):
+        return (other["ratio"] if of == "ms" else other[of] / entry[of]), False
     short = next((e for e in recording.group("run") if over in e["rivals"]), None)
     start = recording.entry("start-up", "import mlp_fast.train")
-    if short is None or start is None:
+    if case[0] != "run" or short is None or start is None:
         return None
     begin = start["ms"]["median"]
     long = begin + (short["rivals"][over]["ms"]["median"] - begin) * entry["steps"] / short["steps"]
     return long / entry["ms"]["median"], True
+
+
+SCALED = ", the loop's time scaled from 5,000 steps"
 
 
 def span(values: Sequence[float]) -> str:
@@ -234,16 +245,15 @@ def span(values: Sequence[float]) -> str:
 def claims(recordings: Sequence[Recording]) -> str:
     """What the project promises, the least and the most over recordings, and whether they bear it out."""
     rows = []
-    for device_type, promise, case, over, least in CLAIMS:
+    for device_type, promise, case, over, least, of in CLAIMS:
         here = [recording for recording in recordings if recording.facts["device_type"] == device_type]
-        found = [one for recording in here if (one := measured(recording, case, over))]
-        if not here:
-            continue
-        kept = sum(value >= least for value, _ in found)
-        holds = {0: "**no**", len(found): "yes"}.get(kept, f"**in {kept} of {len(found)}**")
-        text = span([value for value, _ in found]) if found else "-"
-        text += ", the loop's time scaled from 5,000 steps" if any(scaled for _, scaled in found) else ""
-        rows.append([promise, f"{least:g}", text, holds if found else "not measured"])
+        found = [one for recording in here if (one := measured(recording, case, over, of))]
+        kept, text, holds = sum(ratio >= least for ratio, _ in found), "-", "not measured"
+        if found:
+            text = span([ratio for ratio, _ in found]) + (SCALED if any(scaled for _, scaled in found) else "")
+            holds = {0: "**no**", len(found): "yes"}.get(kept, f"**in {kept} of {len(found)}**")
+        if here:
+            rows.append([promise, f"{least:g}", text, holds])
     return table(["promise", "at least", "measured", "holds"], rows) if rows else ""
 
 
@@ -269,12 +279,13 @@ def result(recordings: Sequence[Recording], chinese: bool = False) -> str:
 # --- in Chinese -------------------------------------------------------------------------------------------------------
 
 MEASURED_ON = (
-    (
-        "Measured on:", "Absolute times are that machine's; the ratios come from interleaved rounds on it.",
-        "driver", "commit", "unknown",
-    ),
-    ("测量环境：", "绝对时间属于这台机器；比值来自在它上面交替进行的各轮测量。", "驱动", "提交", "未知"),
-)  # fmt: skip
+    ("Measured on: ", "driver", "commit", "unknown", ", ", "; ", ". "),
+    ("测量环境：", "驱动", "提交", "未知", "，", "；", "。"),
+)
+STATEMENT = (
+    "Absolute times are that machine's; the ratios come from interleaved rounds on it.",
+    "绝对时间属于这台机器；比值来自在它上面交替进行的各轮测量。",
+)
 RESULT = (
     "On a CPU a step of `native` trains the n-gram MLP of LLM101n {eager} times as fast as eager PyTorch and {loop} "
     "times as fast as the reference's loop on Python lists (least and most; recordings: {recordings}, machines: "
@@ -325,11 +336,10 @@ WORDS = {
 }
 
 
-def translated(text: str) -> str:
-    """A Markdown table, its header and the words in its cells in Chinese."""
-    text = re.sub(r"(?<=\| )[^|\n]+(?= \|)", lambda cell: WORDS.get(cell[0], cell[0]), text)
-    text = re.sub(r"\*\*in (\d+) of (\d+)\*\*", r"**\2 次中的 \1 次**", text)
-    return text.replace(", the loop's time scaled from 5,000 steps", "（循环的时间由 5,000 步推算）")
+def in_chinese(cell: str) -> str:
+    """A table's cell in Chinese, where it has words for it."""
+    cell = re.sub(r"\*\*in (\d+) of (\d+)\*\*", r"**\2 次中的 \1 次**", WORDS.get(cell, cell))
+    return cell.replace(SCALED, "（循环的时间由 5,000 步推算）")
 
 
 # --- tables on a narrow screen ----------------------------------------------------------------------------------------
@@ -337,11 +347,15 @@ def translated(text: str) -> str:
 COLUMNS = 6  # of a table on a phone's screen
 
 
-def narrow(text: str) -> str:
-    """Markdown with wide tables cut into some of at most COLUMNS columns, each with the first column of the whole."""
+def narrow(text: str, cell: Callable[[str], str] = str) -> str:
+    """Markdown with wide tables cut into some of at most COLUMNS columns, each with the first column of the whole.
+
+    Args:
+        cell: what becomes of every cell.
+    """
 
     def cut(match: re.Match[str]) -> str:
-        rows = [line[2:-2].split(" | ") for line in match[0].splitlines()]
+        rows = [[cell(part) for part in line[2:-2].split(" | ")] for line in match[0].splitlines()]
         others = len(rows[0]) - 1
         parts = max(1, -(-others // (COLUMNS - 1)))
         size = max(1, -(-others // parts))
