@@ -21,9 +21,10 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,15 +92,19 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
     blocks = [match["name"] for match in MARKED.finditer(text)]
     for unknown in (block for block in blocks if block not in BLOCKS and block not in OVERALL):
         raise UserError(f"{name}: no block is called {unknown!r}; there are {', '.join([*BLOCKS, *OVERALL])}")
-    # Of every device the latest recording that has figures for a block, and what it says.
-    shown: dict[str, list[tuple[Recording, str]]] = defaultdict(list)
-    for block in (block for block in blocks if block in BLOCKS):
-        for recordings in devices:
-            said = ((record, BLOCKS[block](record, chinese)) for record in recordings)
-            if latest := next((both for both in said if both[1]), None):
-                shown[block].append(latest)
+
+    def latest(block: str, recordings: Sequence[Recording]) -> tuple[Recording, str] | None:
+        """The latest recording of a device that has figures for a block, and its text."""
+        texts = ((record, BLOCKS[block](record, chinese)) for record in recordings)
+        return next((both for both in texts if both[1]), None)
+
+    shown = {
+        block: [found for recordings in devices if (found := latest(block, recordings))]
+        for block in blocks
+        if block in BLOCKS
+    }
     used = [one for one in every if any(one is record for parts in shown.values() for record, _ in parts)]
-    first = next((block for block in blocks if shown.get(block)), None)
+    first = next((block for block, parts in shown.items() if parts), None)
 
     def body(match: re.Match[str]) -> str:
         block = match["name"]
@@ -113,7 +118,7 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
             parts.append(said)
             if block in PICTURES:
                 link = f"bench/results/{machine.folder_name(device)}/{block}.png"
-                parts.append(f"![{ALTS[block][chinese]}]({'../' if name.startswith('docs/') else ''}{link})")
+                parts.append(f"![{PICTURES[block][chinese]}]({'../' if name.startswith('docs/') else ''}{link})")
         cell = tables.in_chinese if chinese else str
         text = "\n\n".join(tables.narrow(part, cell).strip() for part in parts if part)
         return f"{match['begin']}\n{text}\n\n{match['end']}" if text else match["begin"] + match["end"]
@@ -124,123 +129,130 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
 def update(root: Path, results: Path, *, check: bool) -> list[str]:
     """Writes documents and plots, or with `check` only looks; returns what was (is) out of date."""
     devices = list(recording.recorded(results))
-    stale = []
+    stale: dict[str, Callable[[], object]] = {}  # by name what writes it anew
     for path in (path for folder in (root, root / "docs") for path in sorted(folder.glob("*.md"))):
-        text = path.read_text(encoding="utf-8")
-        name = path.relative_to(root).as_posix()
-        new = filled(text, devices, name)
-        if new != text:
-            stale.append(name)
-            if not check:
-                path.write_text(new, encoding="utf-8")
+        text, name = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
+        if (new := filled(text, devices, name)) != text:
+            stale[name] = partial(path.write_text, new, encoding="utf-8")
     for recordings in devices:
-        for block, (data, _) in PICTURES.items():
-            record = next((record for record in recordings if data(record)), None)
+        for block, picture in PICTURES.items():
+            record = next((record for record in recordings if picture.data(record)), None)
             path = results / machine.folder_name(recordings[0].facts["device"]) / f"{block}.png"
-            if record is None or (path.is_file() and _digest(data(record)).encode() in path.read_bytes()):
-                continue
-            stale.append(str(path))
-            if not check:
-                draw(path, record, block)
-    return stale
+            if record and not (path.is_file() and _digest(picture.data(record)).encode() in path.read_bytes()):
+                stale[str(path)] = partial(draw, path, record, picture)
+    for write in () if check else stale.values():
+        write()
+    return list(stale)
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 WIDTH = 6.4  # inches: as narrow as its letters are readable on a phone
+Figure = Callable[..., AbstractContextManager[Any]]  # plot.figure() of a file and width, with height, nrows and ncols
+
+
+class Picture(NamedTuple):
+    """A plot of a recording: what it shows, in both languages, the data that it is drawn from, and how it is drawn."""
+
+    english: str
+    chinese: str
+    data: Callable[[Recording], list[Entry]]
+    draw: Callable[[Figure, Recording, list[Entry]], None]
+
+
+def draw(path: Path, record: Recording, picture: Picture) -> None:
+    """Draws a picture into a file; what it was drawn from stands in the metadata, as a digest."""
+    from matplotlib import rc_context
+
+    data = picture.data(record)
+    metadata = {"Description": f"drawn from recorded data {_digest(data)}", "Software": None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"font.size": 11}):
+        picture.draw(partial(plot.figure, path, WIDTH, metadata=metadata), record, data)
 
 
 def _digest(data: list[Entry]) -> str:
-    """What a plot was drawn from; it stands in the picture's metadata."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def draw_losses(axes: Any, record: Recording, evaluations: Sequence[Entry]) -> None:
+def draw_losses(figure: Figure, record: Recording, evaluations: Sequence[Entry]) -> None:
     """Train and validation loss over the steps of the whole run."""
     run = record.extra["losses"]
     losses = {split: [evaluation[f"{split}_loss"] for evaluation in evaluations] for split in ("train", "val")}
-    plot.draw_losses(axes, [evaluation["step"] for evaluation in evaluations], losses, run["floor"])
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_title(f"{run['num_steps']:,} steps by {run['backend']} on the embedded corpus")
+    with figure(4.5) as axes:
+        plot.draw_losses(axes, [evaluation["step"] for evaluation in evaluations], losses, run["floor"])
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_title(f"{run['num_steps']:,} steps by {run['backend']} on the embedded corpus")
 
 
-def draw_steps(axes: Any, record: Recording, entries: Sequence[Entry]) -> None:
+def draw_steps(figure: Figure, record: Recording, entries: Sequence[Entry]) -> None:
     """Bars of ms/step, the lower bound as a tick in each."""
     bounds = {tables.label(entry): entry["floor_ms"] for entry in entries if "floor_ms" in entry}
-    plot.draw_times(axes, {tables.label(entry): Spread(**entry["ms"]) for entry in entries}, bounds)
-    axes.figure.suptitle(f"Time of a training step by backend\n{record.facts['device']}")
-    axes.figure.legend(loc="outside lower right")
+    with figure(1.6 + 0.36 * len(entries)) as axes:
+        plot.draw_times(axes, {tables.label(entry): Spread(**entry["ms"]) for entry in entries}, bounds)
+        axes.figure.suptitle(f"Time of a training step by backend\n{record.facts['device']}")
+        axes.figure.legend(loc="outside lower right")
 
 
-def draw_sweep(panels: Any, record: Recording, entries: Sequence[Entry]) -> None:
+def draw_sweep(figure: Figure, record: Recording, entries: Sequence[Entry]) -> None:
     """ms/step over each swept size, on logarithmic axes: a slope of one is linear growth."""
-    panels = list(np.ravel(panels))
     swept = tables.swept(entries)
-    for axes in panels[len(swept) :]:
-        axes.axis("off")
-    shown: dict[str, Any] = {}
+    rows = -(-len(swept) // 2)
     # The same in all panels, the baseline's first.
     colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys([BASELINE, *(e["backend"] for e in entries)]))}
-    for axes, (letter, of_size) in zip(panels, swept.items(), strict=False):
-        lines: dict[str, dict[int, float]] = {}
-        for entry in of_size:
-            lines.setdefault(entry["backend"], {})[entry[letter]] = entry["ms"]["median"]
-            if BASELINE in entry["rivals"]:
-                lines.setdefault(BASELINE, {}).setdefault(entry[letter], entry["rivals"][BASELINE]["ms"]["median"])
-        for name, points in lines.items():
-            (line,) = axes.plot(*zip(*sorted(points.items()), strict=True), marker=".", color=colours[name])
-            shown.setdefault(name, line)
-        sizes = sorted({size for points in lines.values() for size in points})
-        least = min(points[sizes[0]] for points in lines.values() if sizes[0] in points)
-        (shown["linear"],) = axes.plot(sizes, [least * size / sizes[0] for size in sizes], "k:")
-        axes.set(xscale="log", yscale="log", xlabel=tables.SWEPT[letter], ylabel="ms per step")
-        axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.3)
-    panels[0].figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3)
-    panels[0].figure.suptitle(f"Time of a training step by size\n{record.facts['device']}")
+    shown: dict[str, Any] = {}
+    with figure(1.4 + 3 * rows, nrows=rows, ncols=min(2, len(swept))) as grid:
+        panels = list(np.ravel(grid))
+        for axes in panels[len(swept) :]:
+            axes.axis("off")
+        for axes, (letter, of_size) in zip(panels, swept.items(), strict=False):
+            lines: dict[str, dict[int, float]] = defaultdict(dict)
+            for entry in of_size:
+                lines[entry["backend"]][entry[letter]] = entry["ms"]["median"]
+                if BASELINE in entry["rivals"]:
+                    lines[BASELINE].setdefault(entry[letter], entry["rivals"][BASELINE]["ms"]["median"])
+            for name, points in lines.items():
+                (line,) = axes.plot(*zip(*sorted(points.items()), strict=True), marker=".", color=colours[name])
+                shown.setdefault(name, line)
+            sizes = sorted({size for points in lines.values() for size in points})
+            least = min(points[sizes[0]] for points in lines.values() if sizes[0] in points)
+            (shown["linear"],) = axes.plot(sizes, [least * size / sizes[0] for size in sizes], "k:")
+            axes.set(xscale="log", yscale="log", xlabel=tables.SWEPT[letter], ylabel="ms per step")
+            axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.grid(alpha=0.3)
+        panels[0].figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3)
+        panels[0].figure.suptitle(f"Time of a training step by size\n{record.facts['device']}")
 
 
-# What a picture shows, in both languages.
-ALTS = {
-    "losses": (
+# By the block below which it stands.
+PICTURES = {
+    "losses": Picture(
         "Curves: train and validation loss over the steps of a run, and the entropy of the validation text's source",
         "折线图：一次运行中训练损失和验证损失随步数的变化，以及验证损失来源的熵",
+        lambda record: record.extra.get("losses", {}).get("evaluations", []),
+        draw_losses,
     ),
-    "ladder": (
+    "ladder": Picture(
         "Bars: milliseconds per step of every backend in float32, with the lower bound as a mark in each",
         "条形图：每个后端在 float32 下每步的毫秒数，下界标在各条之中",
+        tables.TABLES["ladder"][1],
+        draw_steps,
     ),
-    "steps": (
+    "steps": Picture(
         "Bars: milliseconds per step of every backend, with the lower bound as a mark in each",
         "条形图：每个后端每步的毫秒数，下界标在各条之中",
+        tables.TABLES["steps"][1],
+        draw_steps,
     ),
-    "sweep": (
+    "sweep": Picture(
         "Lines: milliseconds per step over each swept size, on logarithmic axes",
         "折线图：每步的毫秒数随各个尺寸的变化，对数坐标",
+        tables.TABLES["sweep"][1],
+        draw_sweep,
     ),
 }
-# The data that it is drawn from, and who draws it.
-PICTURES: dict[str, tuple[Callable[[Recording], list[Entry]], Callable[[Any, Recording, list[Entry]], None]]] = {
-    "losses": (lambda record: record.extra.get("losses", {}).get("evaluations", []), draw_losses),
-    **{name: (tables.TABLES[name][1], draw_steps) for name in ("ladder", "steps")},
-    "sweep": (tables.TABLES["sweep"][1], draw_sweep),
-}
-
-
-def draw(path: Path, record: Recording, block: str) -> None:
-    """Draws one of PICTURES into a file."""
-    from matplotlib import rc_context
-
-    data = PICTURES[block][0](record)
-    panels = len(tables.swept(data)) if block == "sweep" else 1
-    rows, across = -(-panels // 2), min(2, panels)
-    height = {"losses": 4.5, "sweep": 1.4 + 3 * rows}.get(block, 1.6 + 0.36 * len(data))
-    metadata = {"Description": f"drawn from recorded data {_digest(data)}", "Software": None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"font.size": 11}), plot.figure(path, WIDTH, height, metadata, nrows=rows, ncols=across) as axes:
-        PICTURES[block][1](axes, record, data)
 
 
 # --- two recordings ---------------------------------------------------------------------------------------------------
@@ -263,20 +275,18 @@ def against(old: Recording, new: Recording) -> dict[str, list[str]]:
         )
     found: dict[str, list[str]] = {"slower": [], "faster": [], "no longer measured": []}
     for before in old.entries:
-        entry = new.entry(before["group"], before["id"])
-        line = f"{before['group']}: {before['id']}"
+        entry, line = new.entry(before["group"], before["id"]), f"{before['group']}: {before['id']}"
         if entry is None:
             found["no longer measured"].append(line)
             continue
         then, now = before["ms"], entry["ms"]
-        if before["per"] != entry["per"] or then["min"] == then["max"] or now["min"] == now["max"]:
-            continue
-        line += f": {then['median']:.4g} -> {now['median']:.4g} ms per {entry['per']} "
-        line += f"({now['median'] / then['median']:.2f}x)"
-        if now["median"] > then["max"] and then["median"] < now["min"]:
-            found["slower"].append(line)
-        elif now["median"] < then["min"] and then["median"] > now["max"]:
-            found["faster"].append(line)
+        comparable = before["per"] == entry["per"] and then["min"] < then["max"] and now["min"] < now["max"]
+        slower = then["max"] < now["median"] and then["median"] < now["min"]
+        faster = now["max"] < then["median"] and now["median"] < then["min"]
+        if comparable and (slower or faster):
+            change = f"{then['median']:.4g} -> {now['median']:.4g} ms per {entry['per']}"
+            ratio = f"({now['median'] / then['median']:.2f}x)"
+            found["slower" if slower else "faster"].append(f"{line}: {change} {ratio}")
     return found
 
 
@@ -297,10 +307,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("run: python -m bench.report")
         return 1 if stale and arguments.check else 0
     old = recording.load(arguments.against)
-    same = [records[0] for records in recording.recorded() if records[0].facts["device"] == old.facts["device"]]
-    if arguments.new is None and not same:
-        raise UserError(f"no recording of {old.facts['device']} is in {recording.RESULTS}; name the newer file")
-    found = against(old, same[0] if arguments.new is None else recording.load(arguments.new))
+    if arguments.new is not None:
+        new = recording.load(arguments.new)
+    else:
+        same = [records[0] for records in recording.recorded() if records[0].facts["device"] == old.facts["device"]]
+        if not same:
+            raise UserError(f"no recording of {old.facts['device']} is in {recording.RESULTS}; name the newer file")
+        new = same[0]
+    found = against(old, new)
     for title, lines in found.items():
         for line in lines:
             print(f"{title}: {line}")
