@@ -38,24 +38,23 @@ from mlp_fast.model.mlp import Shape
 TEST_LOSS = {20: 2.921876, 40: 2.766121, 5000: 2.425677, 50000: 2.388702}
 RUN_TOLERANCE = 2e-6  # two units of the last printed digit
 
-Placement = Callable[[int], object]  # decides where a process that has just begun runs, by its id
-
 
 def require_loss(name: str, steps: int, loss: float) -> None:
     """NotEquivalent where a run at the default settings on the embedded corpus ends with another test loss."""
     require(name, f"the test loss after {steps:,} steps", abs(loss - TEST_LOSS[steps]), RUN_TOLERANCE)
 
 
-def python(command: Sequence[str], placed: Placement | None = None) -> str:
-    """What a Python process prints; Skipped where it fails, with the line that says why."""
-    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        if placed is not None:
-            placed(run.pid)
-        printed, errors = run.communicate()
-    if run.returncode:
-        lines = errors.strip().splitlines() or [f"it ended with code {run.returncode}"]
+def python(command: Sequence[str], prefix: Sequence[str] = ()) -> str:
+    """What a Python process prints; Skipped where it fails, with the line that says why.
+
+    Args:
+        prefix: a command that starts it.
+    """
+    result = subprocess.run([*prefix, sys.executable, *command], capture_output=True, text=True)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"it ended with code {result.returncode}"]
         raise Skipped(next((line for line in lines if line.startswith("mlp_fast: ")), lines[-1]))
-    return printed
+    return result.stdout
 
 
 def process_case(
@@ -120,13 +119,13 @@ class Trained(NamedTuple):
     test_loss: float
 
 
-def trained(options: Sequence[str], processes: int = 1, placed: Placement | None = None) -> Trained:
+def trained(options: Sequence[str], processes: int = 1, prefix: Sequence[str] = ()) -> Trained:
     """Trains in processes of their own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = ["-m", "bench.processes", "--quiet", "--log-json", str(log), *options]
-        printed = python([*(launcher if processes > 1 else []), *command], placed)
+        printed = python([*(launcher if processes > 1 else []), *command], prefix)
         events = logged(log)
     peaks = [int(size) for size in re.findall(r"^peak (\d+)$", printed, re.MULTILINE)]
     return Trained(events["eval"][-1]["ms_per_step"], max(peaks), events["test"][0]["loss"])
@@ -161,8 +160,8 @@ QUOTAS = (
 
 
 @contextlib.contextmanager
-def one_processor() -> Iterator[Placement]:
-    """A control group with the time of one processor, for processes to be put into; it goes in the end."""
+def one_processor() -> Iterator[Sequence[str]]:
+    """A control group with the time of one processor, which goes in the end: the prefix of a command that enters it."""
     for root, limits in QUOTAS:
         folder = root / f"mlp_fast-{os.getpid()}"
         with contextlib.ExitStack() as stack:
@@ -174,13 +173,9 @@ def one_processor() -> Iterator[Placement]:
                         file.write(limit)
             except OSError:
                 continue
-            yield partial(_enter, folder)
+            yield "sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "sh"
             return
     raise Skipped("no control group can be made here; that takes root, and control groups of processors")
-
-
-def _enter(group: Path, pid: int) -> None:
-    (group / "cgroup.procs").write_text(str(pid))
 
 
 def busy_cases(plan: Plan) -> Iterator[Case]:
@@ -188,18 +183,20 @@ def busy_cases(plan: Plan) -> Iterator[Case]:
     steps = "20" if plan.dry else "10000"
     options = ("--backend", "native", "--threads", str(THREADS), "--num-steps", steps, "--eval-every", steps)
 
-    def one_core(pid: int) -> None:
-        os.sched_setaffinity(pid, {min(os.sched_getaffinity(0))})
+    def one_core() -> AbstractContextManager[Sequence[str]]:
+        return nullcontext(("taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))))
 
-    def case(id: str, processes: int, placing: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Case:
+    def case(
+        id: str, processes: int, prefix: Callable[[], AbstractContextManager[Sequence[str]]] = lambda: nullcontext(())
+    ) -> Case:
         def run(timer: Timer, probes: Probes) -> Entry:
             samples: list[float] = []
-            with ThreadPoolExecutor(processes) as pool, placing() as placed:
 
-                def at_once() -> None:
-                    runs = pool.map(lambda _: trained(options, placed=placed), range(processes))
-                    samples.extend(run.milliseconds for run in runs)
+            def at_once() -> None:
+                runs = pool.map(lambda _: trained(options, prefix=started_by), range(processes))
+                samples.extend(run.milliseconds for run in runs)
 
+            with ThreadPoolExecutor(processes) as pool, prefix() as started_by:
                 timer(at_once, lambda: None, 1 if plan.dry else 3)
             facts = {"backend": "native", "threads": THREADS, "processes": processes, "per": "step"}
             return facts | compared(samples, {})
@@ -209,7 +206,7 @@ def busy_cases(plan: Plan) -> Iterator[Case]:
     if plan.device == "cpu":
         yield case("alone", 1)
         yield case("two at once", 2)
-        yield case("one core", 1, lambda: nullcontext(one_core))
+        yield case("one core", 1, one_core)
         yield case("the time of one processor", 1, one_processor)
 
 

@@ -191,9 +191,9 @@ def step_cases(plan: Plan) -> Iterator[Case]:
     """A training step of every backend at the default sizes, in every precision; on CUDA Inductor's come last."""
     cuda = plan.device == "cuda"
 
-    def case(name: str, precision: str = "fp32", mode: str | None = None, slow: bool = False) -> Case:
-        config = plan.config(precision=precision, **({} if mode is None else {"compile_mode": mode}))
-        id = "-".join([name, str(config.batch_size), precision, *([] if mode is None else [mode])])
+    def case(name: str, precision: str = "fp32", slow: bool = False, **mode: str) -> Case:
+        config = plan.config(precision=precision, **mode)
+        id = "-".join([name, str(config.batch_size), precision, *mode.values()])
         return replace(step_case("step", id, name, Setting(config), beside(name, plan), plan), slow=slow)
 
     names = [name for name in backends.REGISTRY if not (plan.dry and name in ("compile-raw", "compile"))]  # so slow
@@ -205,7 +205,7 @@ def step_cases(plan: Plan) -> Iterator[Case]:
     for precision in plan.precisions if plan.full else plan.precisions[:1]:
         yield from (case(name, precision, slow=True) for name in slow)
     if cuda:  # torch.compile at its best, whichever of its modes that is
-        yield from (case("compile", mode=mode, slow=True) for mode in ("reduce-overhead", "max-autotune"))
+        yield from (case("compile", slow=True, compile_mode=mode) for mode in ("reduce-overhead", "max-autotune"))
 
 
 def thread_cases(plan: Plan) -> Iterator[Case]:
