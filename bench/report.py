@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,17 +93,11 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
     blocks = [match["name"] for match in MARKED.finditer(text)]
     for unknown in (block for block in blocks if block not in BLOCKS and block not in OVERALL):
         raise UserError(f"{name}: no block is called {unknown!r}; there are {', '.join([*BLOCKS, *OVERALL])}")
-
-    def latest(block: str, recordings: Sequence[Recording]) -> tuple[Recording, str] | None:
-        """The latest recording of a device that has figures for a block, and its text."""
+    # Of every device the latest recording that has figures for a block, and its text.
+    shown: dict[str, list[tuple[Recording, str]]] = defaultdict(list)
+    for block, recordings in product((block for block in blocks if block in BLOCKS), devices):
         texts = ((record, BLOCKS[block](record, chinese)) for record in recordings)
-        return next((both for both in texts if both[1]), None)
-
-    shown = {
-        block: [found for recordings in devices if (found := latest(block, recordings))]
-        for block in blocks
-        if block in BLOCKS
-    }
+        shown[block] += islice((both for both in texts if both[1]), 1)
     used = [one for one in every if any(one is record for parts in shown.values() for record, _ in parts)]
     first = next((block for block, parts in shown.items() if parts), None)
 

@@ -22,15 +22,7 @@ from mlp_fast.cli import Parser, add_config_arguments, config_from, number, run_
 from mlp_fast.config import RUN_ONLY
 from mlp_fast.errors import UserError
 from mlp_fast.files import check_writable, write_json
-from mlp_fast.measure import machine
-from mlp_fast.measure.profiling import (
-    external_commands,
-    profile_steps,
-    proton_missing,
-    run_steps,
-    run_under_proton,
-    warm_up,
-)
+from mlp_fast.measure import machine, profiling
 from mlp_fast.measure.timing import seconds, subject
 from mlp_fast.model.state import TrainState
 
@@ -46,30 +38,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape, tape = subject(config)
     choice = backends.resolve(config, shape, tape)
     name, device = choice.cls.name, choice.device
-    if arguments.proton is not None and (reason := proton_missing(device)):
+    if arguments.proton is not None and (reason := profiling.proton_missing(device)):
         raise UserError(f"--proton: {reason}")
     trace = _checked_trace(arguments.trace, name)
     if arguments.json is not None:
         check_writable(Path(arguments.json), "--json")
 
     backend = choice.create(config, shape, tape, TrainState.initial(shape, config.seed))
-    warm_up(backend, arguments.warmup)
+    profiling.warm_up(backend, arguments.warmup)
     if arguments.no_profiler:
         with torch.cuda.profiler.profile() if device.type == "cuda" else contextlib.nullcontext():
-            run_steps(backend, steps)
+            profiling.run_steps(backend, steps)
         return 0
     where = machine.facts(device)
     print(f"{name} on {where['device']} | torch {where['versions']['torch']} | {steps} warm steps\n")
     if arguments.proton is not None:
-        run_under_proton(backend, steps, arguments.proton)
+        profiling.run_under_proton(backend, steps, arguments.proton)
         print(f"Proton: proton-viewer -m time/us,count {arguments.proton}.hatchet")
         return 0
-    wall = 1e6 * seconds(lambda: run_steps(backend, steps)) / steps
-    summary = profile_steps(backend, steps, trace)
+    wall = 1e6 * seconds(lambda: profiling.run_steps(backend, steps)) / steps
+    summary = profiling.profile_steps(backend, steps, trace)
     print(f"{summary.table(arguments.top)}\n{wall:.2f} us a step without it\n")
     print(f"Chrome trace: {trace} (open it in https://ui.perfetto.dev)")
-    print(f"Proton: {proton_missing(device) or 'the same command with --proton STEM'}")
-    print(external_commands(given, name, steps))
+    print(f"Proton: {profiling.proton_missing(device) or 'the same command with --proton STEM'}")
+    print(profiling.external_commands(given, name, steps))
     if arguments.json is not None:
         write_json(arguments.json, {**where, "backend": name, "wall": wall, **dataclasses.asdict(summary)})
     return 0
