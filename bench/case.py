@@ -1,4 +1,7 @@
-"""A benchmark: a case prepares its work, has it timed in rounds by a Timer, and returns an entry of a recording."""
+"""Case: a benchmark. It prepares some work, has a Timer time it in rounds, and returns an entry of a recording.
+
+Where two ways of the same work are compared, a round of the other comes before every round of the case, off its clock.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,22 +18,22 @@ from mlp_fast.measure.equivalence import NotEquivalent
 from mlp_fast.measure.timing import Spread, rest, seconds
 from mlp_fast.model.mlp import Shape
 
-SCHEDULE = 100_000  # steps of the schedule: more than any case does
-# Of losses in nats and of probabilities in float32: the reference's own forms differ by 1e-6 in a run of 50,000 steps.
+SCHEDULE = 100_000  # steps of the learning rate's schedule: more than any case does
+# Of losses in nats and of probabilities, in float32: forms of the reference itself differ by 1e-6 after 50,000 steps.
 TOLERANCE = 1e-5
 
 Entry = dict[str, Any]
 Work = Callable[[], Any]
-# Times rounds: (work, what comes before each round off the clock, number of rounds) -> seconds of every round.
+# (work, what runs before each round, off the clock, number of rounds) -> seconds of every round.
 Timer = Callable[[Work, Callable[[], None], int], list[float]]
 
 
 class Skipped(Exception):
-    """Something cannot be measured here; the message says why."""
+    """A case cannot run here; the message says why."""
 
 
 def reason(error: Exception) -> str:
-    """Why something was not measured: what the error says, or the kind of an unexpected one and its first line."""
+    """Why a case has no number: the message of an expected error; the kind and first line of an unexpected one."""
     if isinstance(error, Skipped | NotEquivalent):
         return str(error)
     message = str(error).strip().partition("\n")[0]
@@ -38,7 +41,7 @@ def reason(error: Exception) -> str:
 
 
 def require_supported(name: str, config: Config, shape: Shape) -> None:
-    """Skipped where a backend cannot do such a run here."""
+    """Raises Skipped where a backend cannot do such a run here."""
     if unsupported := backends.unsupported(name, config, shape):
         raise Skipped(unsupported)
 
@@ -48,22 +51,22 @@ class Plan:
     """How much is measured, and where."""
 
     full: bool = False  # everything, sweeps included
-    dry: bool = False  # tiny sizes, two rounds: whether everything runs. Its times mean nothing
+    dry: bool = False  # tiny sizes, two rounds: whether everything runs; the times mean nothing
     device: str = "cpu"  # or "cuda"
 
     @classmethod
     def here(cls, *, full: bool, dry: bool, device: str | None = None) -> "Plan":
-        """On a device, or else on the GPU where there is one."""
+        """A plan for a device; by default the GPU where there is one."""
         return cls(full, dry, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
     def rounds(self) -> int:
-        """How often a case is timed."""
+        """Rounds of a case."""
         return 2 if self.dry else 10
 
     @property
     def round_seconds(self) -> float:
-        """How long a round of steps should take."""
+        """The length of a round of steps."""
         return 0.005 if self.dry else 0.05
 
     @property
@@ -87,12 +90,12 @@ class Case:
     slow: bool = False  # it takes minutes to prepare, so it is measured after all others
 
     def entry(self, timer: Timer, probes: Probes) -> Entry:
-        """The result: group and id; `per`, the unit; `ms`, its Spread; and what else the group has to say."""
+        """The result: group and id; `per`, the unit; `ms`, the Spread of its times; and what else the group records."""
         return {"group": self.group, "id": self.id, **self.run(timer, probes)}
 
 
 def plain_timer(work: Work, before: Callable[[], None], rounds: int) -> list[float]:
-    """The Timer that needs no pytest-benchmark."""
+    """The Timer without pytest-benchmark."""
     times = []
     for _ in range(rounds):
         before()
@@ -125,7 +128,7 @@ def timed_beside(
 
 
 def compared(times: Sequence[float], others: Mapping[str, Sequence[float]]) -> Entry:
-    """The Spread of milliseconds as `ms`; and as `rivals` by name the `ms` of others, and the `ratio` to it."""
+    """The Spread of the times as `ms`; in `rivals`, by name, `ms` and `ratio` to it of the others. All milliseconds."""
     spread = Spread.of(times)
     beside = {name: Spread.of(samples) for name, samples in others.items() if samples}
     rivals = {name: {"ms": asdict(other), "ratio": other.median / spread.median} for name, other in beside.items()}
@@ -144,7 +147,7 @@ def waited(work: Work, device: torch.device) -> Work:
 
 
 def repeated(work: Work, device: torch.device, calls: int) -> Work:
-    """So many times the work, which is done before; on CUDA as a captured graph, without a wait for it."""
+    """The work so many times, as a captured graph on CUDA, without a wait for it; the work is done before."""
 
     def repeat() -> None:
         for _ in range(calls):
@@ -166,7 +169,7 @@ def repeated(work: Work, device: torch.device, calls: int) -> Work:
 
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Within it torch's products of float32 are as set_float32_matmul_precision() says."""
+    """Sets the precision of torch's float32 products, as set_float32_matmul_precision() does, for a block."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

@@ -1,8 +1,8 @@
-"""The fused operators as cases, each beside the same function in plain torch and, where there is one, beside its naive
-kernel; on CUDA all are captured in a graph.
+"""Cases of the fused operators, each beside plain torch and, on CUDA, beside its naive kernel.
 
-So what is timed is the device's time for kernels back to back, and not how fast the host launches them. Both sides are
-compared with float64 first: error(fused) <= 2 * error(torch) + 1e-6, relative to the largest number, in every result.
+On CUDA all are captured in a graph: kernels back to back are timed, and not how fast the host launches them. A fused
+operator is compared with float64 first: error(fused) <= 2 * error(torch) + 1e-6, relative to the largest number of each
+result.
 """
 
 import importlib
@@ -27,20 +27,20 @@ from mlp_fast.model.schedule import BETA1, BETA2, EPS
 
 CALLS = 100  # in a captured graph
 WARM = 3  # calls before any that counts
-# An operator is computed by one of these,
+# What computes an operator:
 FUSED, TORCH, NAIVE = "fused", "torch", "naive kernel"
-# and timed beside these too.
+# and what else it is timed beside:
 CHUNKED = "F.linear_cross_entropy"  # in chunks of rows, without all logits in memory
 COMPILE, COPY, EMPTY = "torch.compile", "copy of as many bytes", "an empty kernel"
 LARGE_BATCH = 65_536
 V = 27
 
-# (config, device, dtype, one of the names above) -> work that computes, and returns, the operator's results.
+# (config, device, dtype, what computes it) -> work that returns the operator's results.
 Maker = Callable[[Config, torch.device, torch.dtype, str], Work]
 
 
 def _inputs(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Parameters that need gradients, tokens, targets and hidden activations: the same numbers in every dtype."""
+    """Parameters and hidden activations, which need gradients, tokens and targets: the same numbers in every dtype."""
     B, T = config.batch_size, config.context_length
     generator = torch.Generator().manual_seed(1)
     tokens = {
@@ -54,7 +54,7 @@ def _inputs(config: Config, device: torch.device, dtype: torch.dtype) -> dict[st
 
 
 def _passes(forward: Callable[[], Tensor], inputs: list[Tensor], gradient: Tensor | None, backward: bool) -> Work:
-    """A forward pass, or with the backward pass after it the gradients of its inputs."""
+    """A forward pass; or a forward and a backward pass, which return the gradients of the inputs."""
     if backward:
         return lambda: list(torch.autograd.grad(forward(), inputs, gradient))
     return lambda: [forward().detach()]
@@ -100,7 +100,7 @@ def linear_cross_entropy(config: Config, device: torch.device, dtype: torch.dtyp
 
 
 def adamw(config: Config, device: torch.device, dtype: torch.dtype, by: str) -> Work:
-    """The first update, over and over: the parameters that it returns are those after the first."""
+    """The first update of the parameters, which are its result; every call updates them again."""
     x = _inputs(config, device, dtype)
     params = [x[name].detach().requires_grad_() for name in (WTE, W1, B1, W2, B2)]
     grads = [torch.sin(torch.arange(p.numel(), device=device, dtype=dtype)).view_as(p) * 1e-2 for p in params]
@@ -140,7 +140,7 @@ OPERATORS: dict[str, Maker] = {
 
 
 def check(name: str, make: Maker, config: Config, device: torch.device) -> None:
-    """Raises NotEquivalent where the fused operator is further from float64 than plain torch may excuse."""
+    """Raises NotEquivalent where the fused operator is further from float64 than twice plain torch and a slack."""
     true = [t.double().cpu() for t in make(config, torch.device("cpu"), torch.float64, TORCH)()]
     errors = []
     for by in (FUSED, TORCH):
@@ -152,14 +152,14 @@ def check(name: str, make: Maker, config: Config, device: torch.device) -> None:
 
 
 def calls_of(work: Work, plan: Plan) -> int:
-    """How many calls of the work make a round: a single one of a millisecond would time how the threads wake up."""
+    """Calls in a round: a single one of a millisecond would time how the threads wake up."""
     if plan.device != "cpu":
         return CALLS
     return max(1, math.ceil(plan.round_seconds / min(seconds(work) for _ in range(WARM))))
 
 
 def _peak_bytes(work: Work, device: torch.device) -> int | None:
-    """Device memory that the work takes at its peak, beyond what is held before it; None on the CPU."""
+    """The peak of device memory during the work, above what is held before it; None on the CPU."""
     if device.type == "cpu":
         return None
     work()
@@ -169,7 +169,7 @@ def _peak_bytes(work: Work, device: torch.device) -> int | None:
 
 
 def other(by: str, make: Maker, config: Config, device: torch.device) -> Work:
-    """What an operator is timed beside."""
+    """A call of an operator by that name, or of something else that it is timed beside."""
     if by == EMPTY:
         return (lambda: None) if device.type == "cpu" else partial(torch.cuda._sleep, 0)
     if by == COPY:
@@ -183,7 +183,7 @@ def other(by: str, make: Maker, config: Config, device: torch.device) -> Work:
 
 
 def operator_case(name: str, make: Maker, config: Config, plan: Plan, *more: str) -> Case:
-    """An operator beside plain torch, and beside what else is named."""
+    """An operator beside plain torch, and beside `more`."""
     device, precision = torch.device(plan.device), config.precision
 
     def run(timer: Timer, probes: Probes) -> Entry:
@@ -202,7 +202,7 @@ def operator_case(name: str, make: Maker, config: Config, plan: Plan, *more: str
 
 
 def kernel_cases(plan: Plan) -> Iterator[Case]:
-    """The fused operators beside the same in plain torch; the first layer beside the ceilings of large and small."""
+    """Every fused operator; then the first layer at a large batch beside a copy, and at a small one beside a launch."""
     for precision in plan.precisions:
         for name, make in OPERATORS.items():
             if name == "adamw" and precision != "fp32":

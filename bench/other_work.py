@@ -1,5 +1,4 @@
-"""Cases of what is done besides steps: the loss of the val split and text drawn from the model, by backend; random
-numbers; and a corpus read into tokens."""
+"""Cases of other work than steps: evaluation and sampling of every backend, random numbers, reading a corpus."""
 
 import math
 import tempfile
@@ -26,14 +25,14 @@ from mlp_fast.model.rng import RNG
 from mlp_fast.model.sampling import SAMPLE_LENGTH, SAMPLE_SEED
 from mlp_fast.model.windows import Tape, evaluated_windows
 
-# Some work, and how far what it returned is from what the model, in float64, gives.
+# Some work, and the error of its result, by the model in float64.
 Task = tuple[Work, Callable[[Any], float]]
 
 
 def _backend_cases(
     group: str, method: str, per: str, plan: Plan, task_of: Callable[[Backend, Corpus, MLP], Task]
 ) -> Iterator[Case]:
-    """What a method of backends does, for each that has one of its own: beside eager's, which is the common one."""
+    """A method of eager, and of each backend that overrides it, beside eager's."""
 
     def case(name: str) -> Case:
         def run(timer: Timer, probes: Probes) -> Entry:
@@ -90,11 +89,11 @@ def sampling_cases(plan: Plan) -> Iterator[Case]:
 
 
 def sample_error(drawn: Sequence[int], prompt: Sequence[int], length: int, model: MLP, context_length: int) -> float:
-    """How far a uniform is, at most, from the interval of the token drawn with it; infinite where tokens are missing.
+    """The largest distance of a uniform from the interval of the token drawn with it; infinite if tokens are missing.
 
     A token's interval is where the cumulative probability, by the model in float64, passes over it. Every token is
-    judged in the context that was drawn before it: where a uniform lies so near a border that rounding takes it across,
-    all that follows differs from another sample, and none of it is wrong.
+    checked in the context that was drawn before it: where rounding takes a uniform across a border, all tokens after it
+    differ from another sample, and none of them is wrong.
     """
     if len(drawn) != length:
         return math.inf
@@ -133,14 +132,14 @@ def rng_cases(plan: Plan) -> Iterator[Case]:
 
 
 def plain(folder: Path) -> dict[str, np.ndarray]:
-    """split -> tokens, as Python reads text and looks characters up."""
+    """split -> tokens, by plain Python: files read as text, characters looked up in a dictionary."""
     texts = {split: (folder / f"{split}.txt").read_text(encoding="utf-8") for split in SPLITS}
     tokens = {character: token for token, character in enumerate(sorted(set(texts["train"])))}
     return {split: np.array([tokens[c] for c in text], np.uint8) for split, text in texts.items()}
 
 
 def reading_cases(plan: Plan) -> Iterator[Case]:
-    """A folder of megabytes of text, one byte a character and three, beside plain Python and its dictionary."""
+    """A folder of megabytes of text, of one byte a character and of three, beside plain Python."""
     size = 20_000 if plan.dry else 5_000_000
 
     def run(timer: Timer, probes: Probes, line: str) -> Entry:

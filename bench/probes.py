@@ -1,4 +1,4 @@
-"""`python -m bench.probes`: what the machine can do at best; lower_bound.py rests on it.
+"""`python -m bench.probes`: the best rates and times of the machine, from which lower_bound.py makes lower bounds.
 
     CPU    peak of fp32 multiply-adds by threads (csrc/fma_peak.c), rate of a matrix product, copy bandwidth by
            working set
@@ -6,7 +6,7 @@
            graph, a grid barrier among 8, 16, 32, 64 and all programs
 
 Rates are operations per second, two for a multiply-add; bandwidths bytes read and written per second; times seconds.
-A probe that cannot run stands in the result as the reason, a string.
+The result of a probe that cannot run is the reason, a string.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 def measure_all(device: torch.device, *, quick: bool = False) -> dict[str, Any]:
-    """Runs every probe of a device; `quick` cuts sizes down to a check that all of them run."""
+    """Runs every probe of a device; with `quick` at small sizes, to check that all of them run."""
     results: dict[str, Any] = {}
     for name, probe in probes_of(device, quick).items():
         try:
@@ -82,7 +82,7 @@ def fma_rate() -> dict[str, float]:
 
 
 def _least(work: Work, device: torch.device = CPU, runs: int = 10) -> float:
-    """The shortest of some runs, in seconds of the device: a ceiling is what it can do undisturbed."""
+    """The shortest of some runs, in seconds of the device: the undisturbed one."""
     work()
     if device.type == "cpu":
         return min(seconds(work) for _ in range(runs))
@@ -113,7 +113,7 @@ def _copy_bandwidth(device: torch.device, working_set: int) -> float:
 
 
 def _grid_barrier(device: torch.device) -> dict[str, float]:
-    """The time of a barrier among so many programs, the last number being one on every multiprocessor."""
+    """The time of a barrier by the number of programs; the greatest has one on every multiprocessor."""
     try:
         from bench.barrier_kernel import run_barriers
     except ImportError as error:

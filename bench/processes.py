@@ -1,9 +1,7 @@
-"""Cases of whole processes: imports, a help text, one step, training runs; larger models and corpora, several processes
-at once; and `native` on a busy machine.
+"""Cases of whole processes: start-up, training runs, `native` on a busy machine, large models and several processes.
 
-The corpus of words is made by generate_words.py and kept in the user's cache: 10 million tokens, of which the count
-that the preset asks for makes a vocabulary of 17,003. Memory at its highest is a process's own, and the time of a step
-is what training itself reports.
+The corpus of words is made by generate_words.py and kept in the user's cache: 10 million tokens, from which the
+preset's --min-count makes a vocabulary of 17,003. The time of a step is the one that training reports.
 """
 
 import contextlib
@@ -60,9 +58,9 @@ def python(command: Sequence[str], prefix: Sequence[str] = ()) -> str:
 def process_case(
     group: str, id: str, per: str, commands: Mapping[str, Sequence[str]], rounds: int, steps: int | None = None
 ) -> Case:
-    """A Python process from its start to its end; the first of `commands` is the case, the others are timed beside it.
+    """A Python process from start to end; the first of `commands` is the case, the others are timed beside it.
 
-    With `steps` all of them train so many, and end with the test loss that they must.
+    With `steps` every process trains so many, and must end with their test loss.
     """
 
     def process(name: str) -> None:
@@ -82,7 +80,7 @@ def process_case(
 
 
 def start_up_cases(plan: Plan) -> Iterator[Case]:
-    """What a process costs before its first step."""
+    """Processes that end before or after their first step."""
     torch_alone = {"import torch": ("-c", "import torch")}
     train = ("-m", "mlp_fast.train", "--device", plan.device)
     commands: dict[str, Sequence[str]] = {
@@ -96,12 +94,12 @@ def start_up_cases(plan: Plan) -> Iterator[Case]:
 
 
 def run_cases(plan: Plan) -> Iterator[Case]:
-    """Training runs from the start of the process to its end, beside the reference loop on the CPU."""
+    """Training runs as processes from start to end, on the CPU beside the reference loop."""
     short, long = (20, 40) if plan.dry else (5000, 50000)
     for steps in (short, long):
         train = ("-m", "mlp_fast.train", "--device", plan.device, "--num-steps", str(steps))
         commands: dict[str, Sequence[str]] = {"mlp_fast.train": train}
-        # A long run of it takes more than a minute: without --full tables.py scales the short one and says so.
+        # Its long run takes more than a minute: without --full tables.py scales the short one and says so.
         if plan.device == "cpu" and (steps == short or plan.full):
             commands[REFERENCE] = ("-m", "bench.reference_loop", "--quiet", "--num-steps", str(steps))
         rounds = 3 if len(commands) > 1 and not plan.dry else 1
@@ -140,9 +138,9 @@ def logged(log: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """A process of a measured run: mlp_fast.train, which prints its peak at the end.
+    """A process of a measured run: mlp_fast.train, then a line with its own peak of memory.
 
-    The process asks for it itself: what the system tells of a process that has ended counts the one that started it.
+    What the system reports of a child that has ended includes the memory of the process that started it.
     """
     code = train.main(argv)
     print(f"peak {machine.resident_peak()}")
@@ -152,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
 # --- on a busy machine ------------------------------------------------------------------------------------------------
 
 THREADS = 2
-# Where control groups are mounted, version 1 and version 2, and what grants the time of one processor.
+# Where control groups are mounted, version 1 and version 2, and the limits that grant the time of one processor.
 QUOTAS = (
     (Path("/sys/fs/cgroup/cpu"), {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "100000"}),
     (Path("/sys/fs/cgroup"), {"cpu.max": "100000 100000"}),
@@ -161,7 +159,7 @@ QUOTAS = (
 
 @contextlib.contextmanager
 def one_processor() -> Iterator[Sequence[str]]:
-    """A control group with the time of one processor, which goes in the end: the prefix of a command that enters it."""
+    """Makes a control group with the time of one processor for a block; yields the prefix of a command in it."""
     for root, limits in QUOTAS:
         folder = root / f"mlp_fast-{os.getpid()}"
         with contextlib.ExitStack() as stack:
@@ -219,7 +217,7 @@ PROCESSES = (1, 2, 4)
 
 
 def word_corpus(tokens: int) -> Path:
-    """The generated corpus of so many tokens, made once."""
+    """The folder of the generated corpus of so many tokens, which is made once."""
     folder = token_cache.cache_folder() / f"generated-words-{tokens}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -232,9 +230,10 @@ def word_corpus(tokens: int) -> Path:
 def training_case(
     id: str, backend: str, plan: Plan, options: Sequence[str], vocab_size: int, *, words: int = 0, processes: int = 1
 ) -> Case:
-    """Training processes of one backend, with those of eager in between; on so many generated words, if given.
+    """Training processes of one backend beside one process of eager, which must end with the same test loss.
 
-    Both must end with the same test loss.
+    Args:
+        words: tokens of the generated corpus; 0 for the embedded one.
     """
 
     def run(timer: Timer, probes: Probes) -> Entry:
@@ -265,7 +264,7 @@ def training_case(
 
 
 def scale_cases(plan: Plan) -> Iterator[Case]:
-    """Models and corpora past the toy, and several processes."""
+    """Large models and corpora, and several processes."""
     run = ["--device", plan.device, "--num-steps", "4" if plan.dry else "30", "--eval-every", "1000000"]
     tiny = ["--hidden-size", "8", "--embedding-size", "4"] if plan.dry else []
     paper, large = ([*run, "--preset", preset, *tiny] for preset in ("bengio2003", "large"))

@@ -1,7 +1,7 @@
-"""`python -m bench.record`: every case of the suite, timed without pytest-benchmark, into one recording.
+"""`python -m bench.record`: every case of the suite and the output of some commands, in one recording.
 
-It writes bench/results/<device>/<date>.json (or --out FILE), which `python -m bench.report` makes tables and plots of.
-The machine should have nothing else to do meanwhile.
+It writes bench/results/<device>/<date>.json (or --out FILE), of which `python -m bench.report` makes tables and plots.
+Nothing else should run on the machine meanwhile.
 """
 
 import argparse
@@ -36,17 +36,16 @@ ARITHMETIC_STEPS = 1000
 def record(
     plan: Plan, groups: Sequence[str], extras: Sequence[Case], path: Path, budget: float | None = None
 ) -> Recording:
-    """Measures cases and then further results, printing how it goes, and writes the recording after each.
+    """Runs cases and then extras, printing a line for each, and writes the recording after each.
 
-    What breaks off, of a compiler or a device, is noted; the others have numbers all the same.
+    A case that fails, of a compiler or a device, is noted, and the next one runs.
 
     Args:
-        plan: how much, and where.
         groups: of cases, some of suite.GROUPS.
-        extras: the further results, as cases of the group "extra".
+        extras: further results, as cases of the group "extra".
         path: of the recording.
-        budget: seconds, of which cases may use four fifths: none is begun after that, no slow one after half, and what
-            is left out is noted as skipped. None: as long as it needs.
+        budget: seconds. No case begins after four fifths of it, no slow one after half; what is left out is noted as
+            skipped. None: no limit.
     """
     start = time.perf_counter()
     recording = Recording.begin(torch.device(plan.device), dry=plan.dry)
@@ -70,16 +69,16 @@ def record(
 
 
 def comparison(plan: Plan) -> dict[str, Any]:
-    """What `python -m mlp_fast.compare` finds, with the table that it prints."""
+    """The results of `python -m mlp_fast.compare`, with the table that it prints."""
     config = plan.config(num_steps=20 if plan.dry else COMPARED_STEPS)
-    # On CUDA Inductor takes minutes to compile all; one stands for the others.
+    # On CUDA Inductor takes minutes for each; compile-step stands for the others.
     left_out = ("compile-raw", "compile") if plan.device == "cuda" or plan.dry else ()
     here = [n for n in backends.REGISTRY if n not in left_out and backends.unsupported(n, config) is None]
     return _command(compare.main, plan, "--backends", ",".join(here), "--num-steps", str(config.num_steps))
 
 
 def profiles(plan: Plan, trace: Path | None) -> dict[str, Any]:
-    """What `python -m mlp_fast.profile` finds of eager and of the fastest backend here, by name."""
+    """The results of `python -m mlp_fast.profile` for eager and for the backend that auto means here, by name."""
     config = plan.config()
     results = {}
     fastest = next(name for name in backends.ALIASES["auto"] if backends.unsupported(name, config) is None)
@@ -92,14 +91,14 @@ def profiles(plan: Plan, trace: Path | None) -> dict[str, Any]:
 
 
 def _sizes(plan: Plan) -> list[str]:
-    """The options that make a command's sizes the plan's."""
+    """A command's options for the plan's sizes and device."""
     config = plan.config()
     names = ("embedding_size", "hidden_size", "batch_size", "device")
     return [part for name in names for part in (flag(name), str(getattr(config, name)))]
 
 
 def _command(main: Callable[[list[str]], Any], plan: Plan, *arguments: str) -> dict[str, Any]:
-    """A command's JSON, with what it printed as "output"; the run's own facts stand in the recording."""
+    """A command's results from its JSON, and what it printed as "output"."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file, contextlib.redirect_stdout(io.StringIO()) as printed:
         main([*arguments, *_sizes(plan), "--json", file.name])
         found = json.loads(Path(file.name).read_text())
@@ -127,7 +126,7 @@ def losses(plan: Plan) -> dict[str, Any]:
 
 
 def arithmetic(plan: Plan) -> dict[str, Any]:
-    """What bench.numerics finds: differences of whole runs from float64. It has nothing to do with the device."""
+    """The table of bench.numerics: differences of whole runs from float64."""
     config = Config(num_steps=5 if plan.dry else ARITHMETIC_STEPS)
     return {"num_steps": config.num_steps, "output": numerics.table(config, load("embedded"))}
 
@@ -152,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": lambda *_: comparison(plan),
         "losses": lambda *_: losses(plan),
     }
-    if plan.device == "cpu":  # it has nothing to do with the device
+    if plan.device == "cpu":  # the same on every device
         extras["numerics"] = lambda *_: arithmetic(plan)
     further = [] if arguments.groups else [Case("extra", name, run) for name, run in extras.items()]
     recording = record(plan, groups, further, path, arguments.budget)

@@ -22,7 +22,7 @@ SCHEMA = 1
 
 @dataclass
 class Recording:
-    """Entries and where they come from.
+    """The results of one run of the suite, and the machine that they are of.
 
     Attributes:
         facts: machine.facts() of the device.
@@ -71,13 +71,13 @@ class Recording:
         return next((entry for entry in self.group(group) if entry["id"] == id), None)
 
     def fastest(self) -> str:
-        """The backend whose step takes the least time in float32, by the step group; "" where none was timed."""
+        """The backend with the fastest step in float32; "" where none was timed."""
         fp32 = [entry for entry in self.group("step") if entry["precision"] == "fp32"]
         own = [entry for entry in fp32 if entry["backend"] in backends.REGISTRY]
         return min(own, key=lambda entry: entry["ms"]["median"])["backend"] if own else ""
 
     def save(self, path: Path) -> None:
-        """Writes the file, with its folder; a process that is ended meanwhile leaves the last one."""
+        """Writes the file, and makes its folder; a process that is killed meanwhile leaves the previous file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {name: getattr(self, name) for name in ("dry", "probes", "entries", "skipped", "refused")}
         content = {"schema": SCHEMA, **self.facts, **kept, **self.extra}
@@ -110,7 +110,7 @@ def load(path: Path) -> Recording:
 
 
 def recorded(folder: Path = RESULTS) -> Iterator[list[Recording]]:
-    """The recordings of every device, the latest first, in the order of the devices' names; dry ones do not count."""
+    """For every device, in the order of their names, its recordings but those of dry runs, the latest first."""
     for device in sorted(path for path in folder.glob("*") if path.is_dir()):
         real = [recording for recording in map(load, device.glob("*.json")) if not recording.dry]
         if real:

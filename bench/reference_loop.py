@@ -1,7 +1,7 @@
-"""The loop that the project measures itself against: the reference program's way of working, in our own words.
+"""The reference loop, which benchmarks compare with: the reference program's way of working, rewritten.
 
-MLPRaw under autograd with torch.optim.AdamW, every batch gathered into Python lists and made a tensor, every batch
-of an evaluation computed by itself. Used by benchmarks only; the backend `eager-raw` is the same without the lists.
+MLPRaw under autograd with torch.optim.AdamW. Every batch is gathered into Python lists and made a tensor, and every
+batch of an evaluation is computed by itself. The backend `eager-raw` is the same without the lists.
 
     python -m bench.reference_loop --num-steps N     the whole run as a process, for its time from start to end
 """
@@ -20,7 +20,7 @@ from mlp_fast.model.windows import TRAIN_EVAL_BATCHES, Tape
 
 
 def batches(tokens: Sequence[int], context_length: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of a split without end, from Python lists."""
+    """Batches of a split, from Python lists, without end."""
     position = 0
     while True:
         contexts, targets = [], []
@@ -34,7 +34,7 @@ def batches(tokens: Sequence[int], context_length: int, batch_size: int) -> Iter
 
 
 class ReferenceLoop(EagerRaw):
-    """Training from the initial state on, on batches from Python lists."""
+    """Training on batches from Python lists, from the initial state."""
 
     name = "reference-loop"
     devices = ("cpu",)

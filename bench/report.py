@@ -4,15 +4,14 @@
     python -m bench.report --check              exits 1 where a document or plot does not show what is recorded
     python -m bench.report --against OLD [NEW]  compares two recordings; exits 1 where something got slower
 
-A document says where a table goes by a pair of comments; what stands between them is replaced:
+A table stands between a pair of comments in a document, and is replaced there:
 
     <!-- bench:steps -->
     <!-- /bench:steps -->
 
 The names are those of BLOCKS and OVERALL. A block of BLOCKS has a part for each recorded device, from the latest
-recording that has figures for it; a device without a recording is not shown. The first of a page says what all of them
-were measured on. OVERALL are about all recordings together, or show what was counted without a device
-(`python -m bench.counts --write`).
+recording that has figures for it. The first of a page begins with the machines, versions and dates of all of them.
+OVERALL are about all recordings together, or show what was counted without a device (`python -m bench.counts --write`).
 """
 
 import argparse
@@ -52,19 +51,19 @@ TRAINED = (
 
 
 def _trained(record: Recording, chinese: bool) -> str:
-    """The end of the whole run in words."""
+    """The losses at the end of the whole run, as a sentence."""
     run = record.extra.get("losses")
     return TRAINED[chinese].format_map({**run, **run["evaluations"][-1]}) if run else ""
 
 
 def _printed(record: Recording, chinese: bool, name: str) -> str:
-    """What a command printed, once or for each backend, as Markdown; without the commands for other profilers."""
+    """The output of a command, once or for each backend, without the commands for other profilers."""
     found = record.extra.get(name, {})
     results = [found] if "output" in found else found.values()
     return "\n\n".join(re.sub(r"\nChrome trace:.*", "", one["output"], flags=re.S).strip() for one in results)
 
 
-# (a recording, in Chinese) -> text, "" where it has no figures.
+# name -> (a recording, whether in Chinese) -> text, "" where it has no figures.
 BLOCKS: dict[str, Callable[[Recording, bool], str]] = {
     "losses": _trained,
     **{name: lambda record, chinese, name=name: tables.shown(name, record) for name in tables.TABLES},  # type: ignore[misc]
@@ -72,7 +71,7 @@ BLOCKS: dict[str, Callable[[Recording, bool], str]] = {
     **{name: partial(_printed, name=name) for name in ("compare", "profile", "numerics")},
 }
 
-# (all recordings, in Chinese) -> text.
+# name -> (all recordings, whether in Chinese) -> text.
 OVERALL: dict[str, Callable[[Sequence[Recording], bool], str]] = {
     "result": tables.result,
     "promises": lambda records, chinese: tables.claims(records),
@@ -122,9 +121,9 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
 
 
 def update(root: Path, results: Path, *, check: bool) -> list[str]:
-    """Writes documents and plots, or with `check` only looks; returns what was (is) out of date."""
+    """Writes the documents and plots that are out of date, unless `check`; returns their names."""
     devices = list(recording.recorded(results))
-    stale: dict[str, Callable[[], object]] = {}  # by name what writes it anew
+    stale: dict[str, Callable[[], object]] = {}  # name -> writes it anew
     for path in (path for folder in (root, root / "docs") for path in sorted(folder.glob("*.md"))):
         text, name = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
         if (new := filled(text, devices, name)) != text:
@@ -147,7 +146,7 @@ Figure = Callable[..., AbstractContextManager[Any]]  # plot.figure() of a file a
 
 
 class Picture(NamedTuple):
-    """A plot of a recording: what it shows, in both languages, the data that it is drawn from, and how it is drawn."""
+    """A plot of a recording: its description in both languages, its data, and the function that draws it."""
 
     english: str
     chinese: str
@@ -156,7 +155,7 @@ class Picture(NamedTuple):
 
 
 def draw(path: Path, record: Recording, picture: Picture) -> None:
-    """Draws a picture into a file; what it was drawn from stands in the metadata, as a digest."""
+    """Draws a picture into a file; a digest of its data stands in the file's metadata."""
     from matplotlib import rc_context
 
     data = picture.data(record)
@@ -221,7 +220,7 @@ def draw_sweep(figure: Figure, record: Recording, entries: Sequence[Entry]) -> N
         panels[0].figure.suptitle(f"Time of a training step by size\n{record.facts['device']}")
 
 
-# By the block below which it stands.
+# block -> the picture below it
 PICTURES = {
     "losses": Picture(
         "Curves: train and validation loss over the steps of a run, and the entropy of the validation text's source",
@@ -254,9 +253,10 @@ PICTURES = {
 
 
 def against(old: Recording, new: Recording) -> dict[str, list[str]]:
-    """What got slower and what got faster, each beyond its spread: the new median lies outside the old rounds and the
-    old median outside the new rounds; and what is no longer measured. A single round has no spread, so nothing is said
-    of it.
+    """The cases that got slower, those that got faster, and those that are no longer measured, in lines.
+
+    Slower and faster: the new median lies outside the old rounds, and the old median outside the new rounds. A case
+    with a single round is left out.
 
     Raises:
         UserError: the recordings are of different devices, or one is of a dry run.

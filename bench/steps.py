@@ -1,4 +1,4 @@
-"""Cases of training steps: every candidate is checked against float64, then timed in rounds beside others."""
+"""Cases of training steps. A candidate is a backend, or the reference loop; it is checked against float64 first."""
 
 import contextlib
 import gc
@@ -33,11 +33,11 @@ LARGEST_BATCH = 8192  # that the step kernels take
 
 @dataclass(frozen=True)
 class Setting:
-    """What all candidates of a step case share."""
+    """What the candidates of a step case share."""
 
     config: Config  # without its backend
     vocab_size: int | None = None  # of a random tape; None for the embedded corpus
-    threads: int = field(default_factory=torch.get_num_threads)  # that torch may use
+    threads: int = field(default_factory=torch.get_num_threads)  # torch's
 
 
 class Candidates:
@@ -45,7 +45,7 @@ class Candidates:
 
     def __init__(self, setting: Setting) -> None:
         gc.collect()
-        torch._dynamo.reset()  # its limit of compilations counts over the whole process
+        torch._dynamo.reset()  # its limit on compilations holds for the whole process
         torch.set_num_threads(setting.threads)
         self.setting, config = setting, setting.config
         if setting.vocab_size is None:
@@ -60,7 +60,7 @@ class Candidates:
         self._ready: dict[str, tuple[Backend, int, Entry]] = {}
 
     def backend(self, name: str) -> tuple[Backend, Entry]:
-        """The backend of that name, prepared and checked, at the initial state; seconds and error of its first steps.
+        """The candidate of that name, prepared and checked, at the initial state; the time and the error of that.
 
         Raises:
             Skipped: it cannot run here.
@@ -80,7 +80,7 @@ class Candidates:
         return backend, {"first_step_seconds": first, "loss_error": self.verifier.check(backend)}
 
     def ready(self, name: str, round_seconds: float, probes: Probes) -> tuple[Work, int, Entry]:
-        """A round of the candidate of that name, which is at the initial state; its steps; facts for its entry.
+        """A round of the candidate of that name, set to the initial state; the steps of a round; facts for its entry.
 
         Raises as backend().
         """
@@ -95,7 +95,7 @@ class Candidates:
         return waited(partial(backend.advance, steps), backend.device), steps, facts
 
     def _least(self, name: str, probes: Probes, sync: Synchronisation | None) -> Entry:
-        """What a step costs at the least, and, where the probes suffice, the lower bound of its time."""
+        """The operations and bytes of a step, and, where the probes suffice, the lower bound of its time."""
         config = self.setting.config
         form = lower_bound.form_of(name, config.form, self.shape, config.batch_size)
         cost = lower_bound.step_cost(self.shape, config.batch_size, form)
@@ -104,7 +104,7 @@ class Candidates:
         return facts | ({} if bound is None else {"floor_ms": bound.total, "floor_parts_ms": bound._asdict()})
 
     def _steps_per_round(self, backend: Backend, round_seconds: float) -> int:
-        """As many as fill a round; on CUDA whole evaluation intervals, as training asks for them."""
+        """The steps that fill a round; on CUDA whole evaluation intervals, as in training."""
         trial = 2 if backend.device.type == "cpu" else 200
         run = waited(partial(backend.advance, trial), backend.device)
         run()
@@ -114,8 +114,8 @@ class Candidates:
         return min(max(steps, trial), 4000)
 
     def _on_device(self, backend: Backend, steps: int) -> tuple[Entry, Synchronisation]:
-        """Device time and launches of a step by torch.profiler, off every clock; and how the step waits."""
-        # Enough for a whole captured graph; of autograd's hundreds of operators a step, fewer.
+        """Device time and launches of a step by torch.profiler, and the launches or barriers of its lower bound."""
+        # 200 steps are a whole captured graph; autograd has hundreds of operators a step, so 20 suffice.
         steps = min(steps, 20 if backend.name in lower_bound.GATHER_BACKENDS else 200)
         with tempfile.TemporaryDirectory() as folder:
             summary = profile_steps(backend, steps, Path(folder) / "trace.json")
@@ -132,7 +132,7 @@ _HELD: list[Candidates] = []
 
 
 def candidates(setting: Setting) -> Candidates:
-    """Those of the setting that was asked for last are kept, and no others: compiling is slow, and memory is finite."""
+    """The candidates of a setting. Only the latest setting's are kept: compiling is slow, and memory is finite."""
     if not _HELD or _HELD[0].setting != setting:
         _HELD.clear()
         _HELD.append(Candidates(setting))
@@ -155,7 +155,7 @@ def step_entry(backend: str, config: Config, shape: Shape, times: Entry, **facts
 def step_case(
     group: str, id: str, name: str, setting: Setting, others: Sequence[str], plan: Plan, rounds: int | None = None
 ) -> Case:
-    """A step of one candidate, with rounds of the others beside it in between."""
+    """A step of one candidate, beside the same step of others."""
 
     def run(timer: Timer, probes: Probes) -> Entry:
         threads, config = torch.get_num_threads(), setting.config
@@ -197,14 +197,14 @@ def step_cases(plan: Plan) -> Iterator[Case]:
         return replace(step_case("step", id, name, Setting(config), beside(name, plan), plan), slow=slow)
 
     names = [name for name in backends.REGISTRY if not (plan.dry and name in ("compile-raw", "compile"))]  # so slow
-    # What a GPU is asked for first, in case the time does not suffice for all.
+    # On a GPU Triton's come first, in case the time does not suffice for all.
     names = sorted(names, key=lambda name: not name.startswith("triton")) if cuda else [REFERENCE, *names]
     slow = [name for name in names if cuda and name.startswith("compile")]
     for precision in plan.precisions:
         yield from (case(name, precision) for name in names if name not in slow)
     for precision in plan.precisions if plan.full else plan.precisions[:1]:
         yield from (case(name, precision, slow=True) for name in slow)
-    if cuda:  # torch.compile at its best, whichever of its modes that is
+    if cuda:  # the other modes of torch.compile
         yield from (case("compile", slow=True, compile_mode=mode) for mode in ("reduce-overhead", "max-autotune"))
 
 
@@ -217,7 +217,7 @@ def thread_cases(plan: Plan) -> Iterator[Case]:
 
 
 def sweep_cases(plan: Plan) -> Iterator[Case]:
-    """A training step over swept sizes: B, H, T and V one at a time."""
+    """A training step over swept sizes, one of B, H, T and V at a time."""
     fastest = ["triton-persistent", "triton-step"] if plan.device == "cuda" else ["native"]
     names = [name for name in backends.REGISTRY if name != BASELINE] if plan.full else fastest
     sizes = (16, 32) if plan.dry else SWEPT_SIZES

@@ -1,8 +1,4 @@
-"""What is measured, as data: cases in groups, each of which prepares itself, is timed in rounds, and makes an entry.
-
-`pytest bench --benchmark-only` times them by pytest-benchmark, `python -m bench.record` by itself: the same cases.
-Where two sides are compared, a round of each other comes before every round of the case, off its clock.
-"""
+"""The groups of cases. Two commands run them: `python -m bench.record`, and by pytest-benchmark `pytest bench`."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +11,7 @@ from bench.steps import step_cases, sweep_cases, thread_cases
 from mlp_fast.errors import UserError
 
 GROUPS: dict[str, Callable[[Plan], Iterator[Case]]] = {
-    "step": step_cases,  # a training step of every backend, in rounds beside eager's and others'
+    "step": step_cases,  # a training step of every backend, beside eager's and others'
     "threads": thread_cases,  # the same on one thread, where the CPU backends differ most
     "sweep": sweep_cases,  # a step over batch and hidden sizes; --full: of every backend, over T, V, precisions too
     "kernels": kernel_cases,  # the fused operators beside plain torch
@@ -26,9 +22,9 @@ GROUPS: dict[str, Callable[[Plan], Iterator[Case]]] = {
     "start-up": start_up_cases,  # processes that import, print their help, train one step
     "run": run_cases,  # whole training processes, from start to end, beside the reference's way of working
     "scale": scale_cases,  # words, bytes, large vocabularies, several processes
-    "busy": busy_cases,  # a step of native on a machine that is not its own
+    "busy": busy_cases,  # a step of native beside other work
 }
-# Groups that take long: measured by --full, or by naming them.
+# Groups that take long: only --full, or --groups with their names, measures them.
 LONG = ("scale", "busy")
 
 # Options of both commands, as add_argument() of argparse and addoption() of pytest take them.
@@ -40,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def chosen(named: str | None, plan: Plan) -> list[str]:
-    """The groups that --groups names, or else all that a plan measures.
+    """The groups that --groups names; without it all that the plan measures.
 
     Raises:
         UserError: one is unknown.

@@ -47,7 +47,7 @@ def _times_eager(entry: Entry) -> str:
 # --- tables of entries ------------------------------------------------------------------------------------------------
 
 SWEPT = {"B": "B, windows a batch", "H": "H, hidden units", "T": "T, tokens a context", "V": "V, distinct tokens"}
-# Columns by their headings: an entry's cell. Those of TEXT, and what stands before them, are to the left.
+# heading of a column -> an entry's cell. Columns up to the last of TEXT are text, to the left.
 CELLS: dict[str, Callable[[Entry], str]] = {
     "backend": label,
     "case": itemgetter("id"),
@@ -73,12 +73,12 @@ TEXT = ("backend", "group", "case", "per", "beside")
 
 
 def _pairs(recording: Recording) -> list[Entry]:
-    """Every entry but those of the sweep, once for each of what it was timed beside."""
+    """Every entry but the sweep's, once for each of its rivals, whose name is `beside`."""
     entries = [entry for entry in recording.entries if entry["group"] != "sweep"]
     return [{**e, "id": f"{e['group']}: {e['id']}", "beside": name} for e in entries for name in e.get("rivals", {})]
 
 
-# Tables by name: the title in print, the entries that they are of, and the headings of their columns.
+# name of a table -> its title in print, its entries, and the headings of its columns.
 TABLES: dict[str, tuple[str, Callable[[Recording], list[Entry]], str]] = {
     "steps": (
         "Steps",
@@ -103,14 +103,14 @@ TABLES: dict[str, tuple[str, Callable[[Recording], list[Entry]], str]] = {
 
 
 def columns(entries: Sequence[Entry], headings: str) -> str:
-    """A table of entries, a line each, without columns that say nothing of any; "" where there are none."""
+    """A table of entries, a line each, without columns that are empty in all lines; "" without entries."""
     filled = [(heading, *map(CELLS[heading], entries)) for heading in headings.split(" | ")]
     header, *rows = zip(*(column for column in filled if set(column[1:]) != {"-"}), strict=True)
     return table(header, rows, 1 + max(i for i, heading in enumerate(header) if heading in TEXT)) if rows else ""
 
 
 def shown(name: str, recording: Recording) -> str:
-    """One of TABLES, with the sizes that it holds for; of the sweep a table for each size."""
+    """One of TABLES, with the sizes of its models; the sweep is a table for each size."""
     _, choose, headings = TABLES[name]
     entries = choose(recording)
     if name == "sweep":
@@ -129,7 +129,7 @@ def _sizes(entry: Entry) -> str:
 
 
 def swept(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
-    """Entries of the sweep by the letter of the size that they are about: "native-B128" -> "B"."""
+    """The sweep's entries by the letter of the size that is swept: "native-B128" -> "B"."""
     found: dict[str, list[Entry]] = {letter: [] for letter in SWEPT}
     for entry in entries:
         found[entry["id"].rsplit("-", 1)[1][0]].append(entry)
@@ -137,13 +137,13 @@ def swept(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
 
 
 def skipped(recording: Recording) -> str:
-    """What was not measured and why, and what was refused."""
+    """The cases without a number, and why."""
     lines = [f"- {group}: {id}: {reason}" for group, id, reason in recording.skipped]
     return "\n".join(lines + [f"- {group}: {id}: no number: {reason}" for group, id, reason in recording.refused])
 
 
 def measured_on(recordings: Sequence[Recording], chinese: bool = False) -> str:
-    """Where and when figures were measured, with the statement that belongs to them."""
+    """Machine, versions, commit and date of the recordings, and how to read their times."""
     begin, driver, commit, unknown, comma, semicolon, stop = MEASURED_ON[chinese]
     statement, lines = STATEMENT[chinese], []
     for facts in (recording.facts for recording in recordings):
@@ -159,7 +159,7 @@ def measured_on(recordings: Sequence[Recording], chinese: bool = False) -> str:
 
 
 def whole(recording: Recording) -> str:
-    """All tables, with headings, as printed after a run."""
+    """All tables with their titles, as printed after a run."""
     parts = [
         ("", measured_on([recording])),
         *((title, shown(name, recording)) for name, (title, _, _) in TABLES.items() if title),
@@ -179,13 +179,13 @@ SMALL_FORWARD = ("kernels", "small-embed_linear_tanh-128-fp32")
 
 
 class Claim(NamedTuple):
-    """A promise: how many times as fast a case is as something else, or takes less memory."""
+    """A promise of the project: a case is at least so many times as fast as something else, or as small in memory."""
 
-    device_type: str  # of the recordings that can bear it out
+    device_type: str  # of the recordings that it is about
     promise: str
     case: tuple[str, str]  # group and id
     over: str | float  # the name of what was timed beside it, or milliseconds
-    least: float  # the ratio that keeps the promise
+    least: float  # the least ratio that keeps the promise
     of: str = "ms"  # what is compared: "ms" or "peak_bytes"
 
 
@@ -212,10 +212,10 @@ CLAIMS = (
 def measured(
     recording: Recording, case: tuple[str, str], over: str | float, of: str = "ms"
 ) -> tuple[float, bool] | None:
-    """What a Claim asks of a case, and whether it rests on a time that was scaled from a shorter run.
+    """The ratio of a Claim, and whether it rests on a time that was scaled from a shorter run.
 
-    A whole run and the reference's both evaluate every 200 steps, so a run's time beyond its start grows with its
-    steps; the start is left out of the scaling, which takes time from the reference.
+    Both a run and the reference's evaluate every 200 steps, so the time after the start grows with the steps. The
+    start is not scaled, which favours the reference.
     """
     entry = recording.entry(*case)
     if entry is None:
@@ -243,7 +243,7 @@ def span(values: Sequence[float]) -> str:
 
 
 def claims(recordings: Sequence[Recording]) -> str:
-    """What the project promises, the least and the most over recordings, and whether they bear it out."""
+    """The promises, with the least and the greatest ratio over recordings, and whether they hold."""
     rows = []
     for device_type, promise, case, over, least, of in CLAIMS:
         here = [recording for recording in recordings if recording.facts["device_type"] == device_type]
@@ -297,7 +297,7 @@ RESULT = (
 )
 NO_GPU = (" No GPU has been recorded, so there is no figure for one.", "还没有录制任何 GPU，所以没有它的数字。")
 
-# Cells of the tables that Chinese pages show.
+# Cells of the tables on Chinese pages.
 WORDS = {
     "backend": "后端",
     "ms/step": "毫秒/步",
@@ -337,7 +337,7 @@ WORDS = {
 
 
 def in_chinese(cell: str) -> str:
-    """A table's cell in Chinese, where it has words for it."""
+    """A table's cell in Chinese, or as it is where WORDS lacks it."""
     cell = re.sub(r"\*\*in (\d+) of (\d+)\*\*", r"**\2 次中的 \1 次**", WORDS.get(cell, cell))
     return cell.replace(SCALED, "（循环的时间由 5,000 步推算）")
 
@@ -351,7 +351,7 @@ def narrow(text: str, cell: Callable[[str], str] = str) -> str:
     """Markdown with wide tables cut into some of at most COLUMNS columns, each with the first column of the whole.
 
     Args:
-        cell: what becomes of every cell.
+        cell: maps every cell to its text.
     """
 
     def cut(match: re.Match[str]) -> str:
