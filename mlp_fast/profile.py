@@ -40,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, device = choice.cls.name, choice.device
     if arguments.proton is not None and (reason := profiling.proton_missing(device)):
         raise UserError(f"--proton: {reason}")
-    trace = _checked_trace(arguments.trace, name)
+    trace = Path(arguments.trace or f"runs/trace-{name}.json")
+    if arguments.trace is None:
+        with contextlib.suppress(OSError):  # check_writable() reports it
+            trace.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(trace, "--trace")
     if arguments.json is not None:
         check_writable(Path(arguments.json), "--json")
 
@@ -79,16 +83,6 @@ def _parser() -> Parser:
     parser.add_argument("--no-profiler", action="store_true", help="only do the steps, for ncu and nsys")
     add_config_arguments(parser, leave_out=RUN_ONLY)
     return parser
-
-
-def _checked_trace(given: str | None, backend: str) -> Path:
-    """The file of the Chrome trace; UserError where it cannot be written."""
-    trace = Path(given or f"runs/trace-{backend}.json")
-    if given is None:
-        with contextlib.suppress(OSError):  # check_writable() reports it
-            trace.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(trace, "--trace")
-    return trace
 
 
 if __name__ == "__main__":
