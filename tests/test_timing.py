@@ -13,7 +13,7 @@ from mlp_fast.backends.eager import Eager
 from mlp_fast.config import Config
 from mlp_fast.measure import machine
 from mlp_fast.measure.equivalence import BASELINE, NotEquivalent, Verifier, float64_run
-from mlp_fast.measure.timing import Candidate, Spread, measure
+from mlp_fast.measure.timing import Spread, measure
 from mlp_fast.model.mlp import PARAMETER_NAMES, W1, W2, Shape
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape
@@ -34,10 +34,12 @@ def verifier(tape: Tape) -> Verifier:
 
 
 def test_a_backend_that_sleeps_5_ms_a_step_takes_5_ms() -> None:
-    sleeper = Candidate("sleeper", lambda steps: [time.sleep(0.005) for _ in range(steps)])
-    other = Candidate("other", lambda steps: None)
+    def sleeper(steps: int) -> None:
+        for _ in range(steps):
+            time.sleep(0.005)
+
     for _ in range(5):  # a busy machine only ever adds
-        samples = measure([sleeper, other], [2] * 15)
+        samples = measure({"sleeper": sleeper, "other": lambda steps: None}, [2] * 15)
         if Spread.of(samples["sleeper"]).median < 5.25:
             break
     assert Spread.of(samples["sleeper"]).median == pytest.approx(5, rel=0.05)
@@ -47,14 +49,11 @@ def test_a_backend_that_sleeps_5_ms_a_step_takes_5_ms() -> None:
 def test_rounds_are_interleaved_in_turning_order_and_finished_off_the_clock() -> None:
     calls: list[str] = []
 
-    def candidate(name: str) -> Candidate:
-        def finish(result: int) -> None:
-            calls.append(f"{name}{result}")
-            time.sleep(0.01)
+    def finish(name: str, result: int) -> None:
+        calls.append(f"{name}{result}")
+        time.sleep(0.01)
 
-        return Candidate(name, lambda steps: steps, finish)
-
-    samples = measure([candidate("a"), candidate("b"), candidate("c")], [3, 2, 2, 1])
+    samples = measure(dict.fromkeys("abc", lambda steps: steps), [3, 2, 2, 1], finish)
     assert calls == ["a3", "b3", "c3", "b2", "c2", "a2", "c2", "a2", "b2", "a1", "b1", "c1"]
     assert all(len(times) == 4 and max(times) < 5 for times in samples.values())
 
@@ -69,12 +68,12 @@ def test_threads_that_one_leaves_spinning_for_a_while_do_not_run_beside_the_next
     def next_one(steps: int) -> None:
         overtaken.append(time.perf_counter() < spinning_until[0])
 
-    measure([Candidate("spinner", spinner), Candidate("next", next_one)], [1] * 4)
+    measure({"spinner": spinner, "next": next_one}, [1] * 4)
     assert overtaken == [False] * 4
 
 
 def test_times_are_per_step_of_their_own_round() -> None:
-    samples = measure([Candidate("fixed", lambda steps: time.sleep(0.02))], [1, 4])["fixed"]
+    samples = measure({"fixed": lambda steps: time.sleep(0.02)}, [1, 4])["fixed"]
     assert samples[0] == pytest.approx(20, rel=0.2)
     assert samples[1] == pytest.approx(5, rel=0.2)
 

@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from mlp_fast.errors import UserError
 from mlp_fast.measure import machine
 from mlp_fast.measure import table as markdown
 from mlp_fast.measure.equivalence import BASELINE, NotEquivalent, Verifier
-from mlp_fast.measure.timing import Candidate, Spread, measure
+from mlp_fast.measure.timing import Spread, measure
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.state import TrainState
 from mlp_fast.model.windows import Tape
@@ -103,17 +104,17 @@ class _Pass(NamedTuple):
 def _one_pass(built: Mapping[str, Backend], initial: TrainState, steps: int) -> dict[str, _Pass]:
     """Trains all backends from the initial state, their rounds in turns."""
     losses: dict[str, list[Tensor]] = {name: [] for name in built}
-
-    def candidate(name: str, backend: Backend) -> Candidate:
-        def run(count: int) -> Tensor:
-            part = backend.advance(count)
-            backend.synchronize()
-            return part
-
+    for backend in built.values():
         backend.load(initial)
-        return Candidate(name, run, lambda part: losses[name].append(part.cpu().clone()))
 
-    samples = measure([candidate(name, backend) for name, backend in built.items()], cut(steps, ROUNDS))
+    def run(backend: Backend, count: int) -> Tensor:
+        part = backend.advance(count)
+        backend.synchronize()
+        return part
+
+    candidates = {name: partial(run, backend) for name, backend in built.items()}
+    rounds = cut(steps, ROUNDS)
+    samples = measure(candidates, rounds, lambda name, part: losses[name].append(part.cpu().clone()))
     passes = {}
     for name, backend in built.items():
         state = [tensor for part in backend.state().parts.values() for tensor in part.values()]

@@ -9,7 +9,7 @@ fastest and the slowest. equivalence.py decides which candidates are timed at al
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,39 +55,29 @@ def rest() -> None:
     time.sleep(REST)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """What is timed.
-
-    Attributes:
-        name: unique among the candidates.
-        run: does so many steps and returns when they are done.
-        finish: gets run()'s result, outside the timed region.
-    """
-
-    name: str
-    run: Callable[[int], Any]
-    finish: Callable[[Any], None] = lambda result: None
-
-
-def measure(candidates: Sequence[Candidate], rounds: Sequence[int]) -> dict[str, list[float]]:
+def measure(
+    candidates: Mapping[str, Callable[[int], Any]],
+    rounds: Sequence[int],
+    finish: Callable[[str, Any], None] = lambda name, result: None,
+) -> dict[str, list[float]]:
     """Times candidates in turns.
 
     Args:
-        candidates: ready to run: compiled, warmed up, their device idle.
+        candidates: by name, what does so many steps and returns when they are done; compiled and warmed up.
         rounds: the number of steps of each round.
+        finish: gets the name and the result of every round, outside the timed region.
 
     Returns:
         By name, milliseconds per step of every round.
     """
-    samples: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    turn = deque(candidates)
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    turn = deque(candidates.items())
     for steps in rounds:
-        for candidate in turn:
+        for name, run in turn:
             rest()
             start = time.perf_counter()
-            result = candidate.run(steps)
-            samples[candidate.name].append(1e3 * (time.perf_counter() - start) / steps)
-            candidate.finish(result)
+            result = run(steps)
+            samples[name].append(1e3 * (time.perf_counter() - start) / steps)
+            finish(name, result)
         turn.rotate(-1)
     return samples
