@@ -34,26 +34,21 @@ def _backend_cases(
 ) -> Iterator[Case]:
     """A method of eager, and of each backend that overrides it, beside eager's."""
 
-    def case(name: str) -> Case:
-        def run(timer: Timer, probes: Probes) -> Entry:
-            found = candidates(Setting(plan.config()))
-            model = MLP(found.shape, found.verifier.initial.parameters).double()
+    def made(name: str) -> Work:
+        found = candidates(Setting(plan.config()))
+        backend, _ = found.backend(name)
+        model = MLP(found.shape, found.verifier.initial.parameters).double()
+        work, error = task_of(backend, found.corpus, model)
+        require(name, f"its {group}", error(work()), TOLERANCE)
+        return waited(work, backend.device)
 
-            def made(chosen: str) -> Work:
-                backend, _ = found.backend(chosen)
-                work, error = task_of(backend, found.corpus, model)
-                require(chosen, f"its {group}", error(work()), TOLERANCE)
-                return waited(work, backend.device)
+    def run(name: str, timer: Timer, probes: Probes) -> Entry:
+        others = {} if name == BASELINE else {BASELINE: made(BASELINE)}
+        return {"backend": name, "per": per, **timed_beside(timer, made(name), others, plan.rounds)}
 
-            others = {} if name == BASELINE else {BASELINE: made(BASELINE)}
-            return {"backend": name, "per": per, **timed_beside(timer, made(name), others, plan.rounds)}
-
-        return Case(group, name, run)
-
-    yield case(BASELINE)
-    for name in backends.REGISTRY:
-        if getattr(backends.backend_class(name), method) is not getattr(Backend, method):
-            yield case(name)
+    common = getattr(Backend, method)
+    own = [name for name in backends.REGISTRY if getattr(backends.backend_class(name), method) is not common]
+    yield from (Case(group, name, partial(run, name)) for name in (BASELINE, *own))
 
 
 def evaluation_cases(plan: Plan) -> Iterator[Case]:
@@ -118,17 +113,14 @@ def rng_cases(plan: Plan) -> Iterator[Case]:
         rng = RNG(1337)
         return [rng.random() for _ in range(count)]
 
-    def case(id: str, work: Work, count: int) -> Case:
-        def run(timer: Timer, probes: Probes) -> Entry:
-            if not (RNG(1337).fill_uniform(1000) == drawn(1000)).all():
-                raise NotEquivalent("the fill's numbers are not those of the scalar generator")
-            entry = timed_beside(timer, work, {}, min(plan.rounds, 5))
-            return {"per": f"{count:,} uniforms", **entry, "uniforms_per_second": 1e3 * count / entry["ms"]["min"]}
+    def run(work: Work, count: int, timer: Timer, probes: Probes) -> Entry:
+        if not (RNG(1337).fill_uniform(1000) == drawn(1000)).all():
+            raise NotEquivalent("the fill's numbers are not those of the scalar generator")
+        entry = timed_beside(timer, work, {}, min(plan.rounds, 5))
+        return {"per": f"{count:,} uniforms", **entry, "uniforms_per_second": 1e3 * count / entry["ms"]["min"]}
 
-        return Case("rng", f"{id} {count:,}", run)
-
-    yield case("fill", lambda: RNG(1337).fill_uniform(many), many)
-    yield case("scalar", lambda: drawn(few), few)
+    yield Case("rng", f"fill {many:,}", partial(run, lambda: RNG(1337).fill_uniform(many), many))
+    yield Case("rng", f"scalar {few:,}", partial(run, lambda: drawn(few), few))
 
 
 def plain(folder: Path) -> dict[str, np.ndarray]:
@@ -142,7 +134,7 @@ def reading_cases(plan: Plan) -> Iterator[Case]:
     """A folder of megabytes of text, of one byte a character and of three, beside plain Python."""
     size = 20_000 if plan.dry else 5_000_000
 
-    def run(timer: Timer, probes: Probes, line: str) -> Entry:
+    def run(line: str, timer: Timer, probes: Probes) -> Entry:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             content = line * (size // len(line.encode()) + 1)
@@ -155,5 +147,5 @@ def reading_cases(plan: Plan) -> Iterator[Case]:
             entry = timed_beside(timer, partial(load, place), others, min(plan.rounds, 5))
         return {"per": f"{size:,} bytes", **entry, "bytes_per_second": 1e3 * size / entry["ms"]["min"]}
 
-    yield Case("reading", "names", partial(run, line=ENGLISH.read_text()[:4096]))
-    yield Case("reading", "Chinese", partial(run, line=CHINESE))
+    yield Case("reading", "names", partial(run, ENGLISH.read_text()[:4096]))
+    yield Case("reading", "Chinese", partial(run, CHINESE))

@@ -157,6 +157,9 @@ QUOTAS = (
 )
 
 
+Prefix = AbstractContextManager[Sequence[str]]  # a command that starts a process, while something lasts
+
+
 @contextlib.contextmanager
 def one_processor() -> Iterator[Sequence[str]]:
     """Makes a control group with the time of one processor for a block; yields the prefix of a command in it."""
@@ -181,31 +184,29 @@ def busy_cases(plan: Plan) -> Iterator[Case]:
     steps = "20" if plan.dry else "10000"
     options = ("--backend", "native", "--threads", str(THREADS), "--num-steps", steps, "--eval-every", steps)
 
-    def one_core() -> AbstractContextManager[Sequence[str]]:
+    def run(processes: int, prefixed: Callable[[], Prefix], timer: Timer, probes: Probes) -> Entry:
+        samples: list[float] = []
+
+        def at_once() -> None:
+            runs = pool.map(lambda _: trained(options, prefix=prefix), range(processes))
+            samples.extend(one.milliseconds for one in runs)
+
+        with ThreadPoolExecutor(processes) as pool, prefixed() as prefix:
+            timer(at_once, lambda: None, 1 if plan.dry else 3)
+        facts = {"backend": "native", "threads": THREADS, "processes": processes, "per": "step"}
+        return facts | compared(samples, {})
+
+    def no_prefix() -> Prefix:
+        return nullcontext(())
+
+    def one_core() -> Prefix:
         return nullcontext(("taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))))
 
-    def case(
-        id: str, processes: int, prefix: Callable[[], AbstractContextManager[Sequence[str]]] = lambda: nullcontext(())
-    ) -> Case:
-        def run(timer: Timer, probes: Probes) -> Entry:
-            samples: list[float] = []
-
-            def at_once() -> None:
-                runs = pool.map(lambda _: trained(options, prefix=started_by), range(processes))
-                samples.extend(run.milliseconds for run in runs)
-
-            with ThreadPoolExecutor(processes) as pool, prefix() as started_by:
-                timer(at_once, lambda: None, 1 if plan.dry else 3)
-            facts = {"backend": "native", "threads": THREADS, "processes": processes, "per": "step"}
-            return facts | compared(samples, {})
-
-        return Case("busy", id, run)
-
     if plan.device == "cpu":
-        yield case("alone", 1)
-        yield case("two at once", 2)
-        yield case("one core", 1, one_core)
-        yield case("the time of one processor", 1, one_processor)
+        yield Case("busy", "alone", partial(run, 1, no_prefix))
+        yield Case("busy", "two at once", partial(run, 2, no_prefix))
+        yield Case("busy", "one core", partial(run, 1, one_core))
+        yield Case("busy", "the time of one processor", partial(run, 1, one_processor))
 
 
 # --- larger models and corpora, several processes ---------------------------------------------------------------------
