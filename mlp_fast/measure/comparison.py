@@ -31,28 +31,16 @@ ROUNDS = 10  # per pass
 
 @dataclass
 class Result:
-    """One line of the comparison.
-
-    Attributes:
-        backend: its name.
-        compile_seconds: building the backend and its first step, compilation included.
-        peak_bytes: the rise of memory from before the backend was built until after its first steps, compiler
-            included (machine.PeakMemory says what is counted).
-        refused: why there are no numbers.
-        ms_per_step: over all rounds; None where the backend was refused.
-        repeatable: whether both passes gave the same bits in every loss and in the state at the end.
-        x_eager: eager's median over this one's.
-        loss_difference: the largest difference of a batch loss from eager's over the N steps, in nats.
-    """
+    """One line of the comparison. A backend that was refused has no numbers but those of its first steps."""
 
     backend: str
-    compile_seconds: float
-    peak_bytes: int
-    refused: str | None = None
-    ms_per_step: Spread | None = None
-    repeatable: bool | None = None
-    x_eager: float | None = None
-    loss_difference: float | None = None
+    compile_seconds: float  # building the backend and its first step, compilation included
+    peak_bytes: int  # the rise of memory meanwhile, compiler included (machine.PeakMemory says what is counted)
+    refused: str | None = None  # why there are no numbers
+    ms_per_step: Spread | None = None  # over all rounds
+    repeatable: bool | None = None  # whether both passes gave the same bits in every loss and in the state at the end
+    x_eager: float | None = None  # eager's median over this one's
+    loss_difference: float | None = None  # the largest of a batch loss from eager's over the N steps, in nats
 
 
 def compare(names: Sequence[str], config: Config, shape: Shape, tape: Tape) -> list[Result]:

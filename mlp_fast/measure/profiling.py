@@ -1,4 +1,4 @@
-"""Warm steps under a profiler, and what their trace says: times of kernels or operators, launches and gaps."""
+"""Warm steps under a profiler: times of kernels or operators, launches and gaps."""
 
 import argparse
 import contextlib
@@ -24,42 +24,25 @@ LAUNCHES = ("LaunchKernel", "LaunchCooperativeKernel", "GraphLaunch", "MemcpyAsy
 
 @dataclass(frozen=True)
 class Row:
-    """One name in the profile.
+    """One name in the profile."""
 
-    Attributes:
-        name: a kernel, or on the CPU an operator with its own time only, without that of operators inside it.
-        calls: per step.
-        microseconds: per step.
-        share: of the wall time of the steps, 0..1.
-    """
-
-    name: str
-    calls: float
-    microseconds: float
-    share: float
+    name: str  # a kernel, or on the CPU an operator, whose time is its own, without operators inside it
+    calls: float  # per step
+    microseconds: float  # per step
+    share: float  # of the wall time of the steps, 0..1
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a trace says about a step; times in microseconds per step.
+    """What a trace says about a step; times in microseconds per step."""
 
-    Attributes:
-        device: whether it is about device work (True) or about operators on the CPU.
-        wall: of the steps, under the profiler, which slows the host down.
-        busy: when at least one kernel (operator) ran.
-        largest_gap: the longest time in which none ran; microseconds, not per step.
-        launches: kernels, copies and fills a step; on the CPU, operator calls.
-        host_launches: calls of the CUDA runtime that started them; a graph counts once.
-        rows: the greatest share first.
-    """
-
-    device: bool
-    wall: float
-    busy: float
-    largest_gap: float
-    launches: float
-    host_launches: float
-    rows: list[Row]
+    device: bool  # whether it is about work on the device (True) or about operators on the CPU
+    wall: float  # of the steps, under the profiler, which slows the host down
+    busy: float  # while at least one kernel (operator) ran
+    largest_gap: float  # the longest time in which none ran; microseconds, not per step
+    launches: float  # kernels, copies and fills a step; on the CPU, operator calls
+    host_launches: float  # calls of the CUDA runtime that started them; a graph counts once
+    rows: list[Row]  # the greatest share first
 
     @property
     def idle_share(self) -> float:
@@ -177,7 +160,7 @@ def warm_up(backend: Backend, steps: int) -> None:
 
 
 def run_steps(backend: Backend, steps: int) -> None:
-    """Does steps, asked of the backend at once, as training does between two evaluations, and waits for the device."""
+    """Does steps in one call of the backend, as training does between two evaluations, and waits for the device."""
     with nvtx(STEPS_RANGE, backend.device):
         backend.advance(steps)
         backend.synchronize()
