@@ -24,23 +24,17 @@ SCHEMA = 1
 class Recording:
     """The results of one run of the suite, and the machine that they are of.
 
-    Attributes:
-        facts: machine.facts() of the device.
-        dry: made by a dry run: its times mean nothing, and the report refuses it.
-        probes: what the machine can do, by probes.measure_all().
-        entries: as case.Case.entry() makes them. Files keep the keys of the first recordings: what tables call a lower
-            bound is floor_ms and x_floor, what a case is compared with its rivals.
-        skipped, refused: (group, id, reason): could not run here; computed something else, or broke off with an error.
-        extra: further results, those of EXTRA, by name; as cases their group is "extra".
+    Files keep the keys of the first recordings: what tables call a lower bound is floor_ms and x_floor, and what a case
+    is compared with its rivals.
     """
 
-    facts: dict[str, Any]
-    dry: bool = False
-    probes: dict[str, Any] = field(default_factory=dict)
-    entries: list[Entry] = field(default_factory=list)
-    skipped: list[tuple[str, str, str]] = field(default_factory=list)
-    refused: list[tuple[str, str, str]] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any]  # machine.facts() of the device
+    dry: bool = False  # of a dry run, whose times mean nothing: the report leaves it out
+    probes: dict[str, Any] = field(default_factory=dict)  # of probes.measure_all()
+    entries: list[Entry] = field(default_factory=list)  # of Case.entry()
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)  # group, id and reason of what cannot run here
+    refused: list[tuple[str, str, str]] = field(default_factory=list)  # of what failed, or computed something else
+    extra: dict[str, Any] = field(default_factory=dict)  # further results by name, those of EXTRA
 
     @classmethod
     def begin(cls, device: torch.device, *, dry: bool = False) -> "Recording":

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,28 +68,28 @@ def compare(names: Sequence[str], config: Config, shape: Shape, tape: Tape) -> l
         except NotEquivalent as refusal:
             result.refused = str(refusal)
             del built[name]
-    first, second = (_one_pass(built, verifier.initial, config.num_steps) for _ in range(2))
-    spreads = {name: Spread.of(first[name].ms_per_step + second[name].ms_per_step) for name in built}
+    (times, first), (more_times, second) = (_one_pass(built, verifier.initial, config.num_steps) for _ in range(2))
+    spreads = {name: Spread.of(times[name] + more_times[name]) for name in built}
     for name, spread in spreads.items():
         result = results[name]
         result.ms_per_step = spread
-        result.repeatable = all(map(torch.equal, first[name].outcome, second[name].outcome))
+        result.repeatable = all(map(torch.equal, first[name], second[name]))
         if BASELINE in spreads:
             result.x_eager = spreads[BASELINE].median / spread.median
-            losses, eager = (first[one].outcome[0].double() for one in (name, BASELINE))
+            losses, eager = first[name][0].double(), first[BASELINE][0].double()
             result.loss_difference = (losses - eager).abs().max().item()
     return list(results.values())
 
 
-class _Pass(NamedTuple):
-    """What one pass of a backend gave: the time of every round; the losses (steps,), then the state's tensors."""
+def _one_pass(
+    built: Mapping[str, Backend], initial: TrainState, steps: int
+) -> tuple[dict[str, list[float]], dict[str, list[Tensor]]]:
+    """Trains all backends from the initial state, their rounds in turns.
 
-    ms_per_step: list[float]
-    outcome: list[Tensor]
-
-
-def _one_pass(built: Mapping[str, Backend], initial: TrainState, steps: int) -> dict[str, _Pass]:
-    """Trains all backends from the initial state, their rounds in turns."""
+    Returns:
+        By name the milliseconds per step of every round; and the losses, (steps,), and the tensors of the state at the
+        end.
+    """
     losses: dict[str, list[Tensor]] = {name: [] for name in built}
     for backend in built.values():
         backend.load(initial)
@@ -102,12 +101,10 @@ def _one_pass(built: Mapping[str, Backend], initial: TrainState, steps: int) -> 
 
     candidates = {name: partial(run, backend) for name, backend in built.items()}
     rounds = cut(steps, ROUNDS)
-    samples = measure(candidates, rounds, lambda name, part: losses[name].append(part.cpu().clone()))
-    passes = {}
-    for name, backend in built.items():
-        state = [tensor for part in backend.state().parts.values() for tensor in part.values()]
-        passes[name] = _Pass(samples[name], [torch.cat(losses[name]), *state])
-    return passes
+    times = measure(candidates, rounds, lambda name, part: losses[name].append(part.cpu().clone()))
+    states = {name: backend.state().parts.values() for name, backend in built.items()}
+    tensors = {name: [tensor for part in parts for tensor in part.values()] for name, parts in states.items()}
+    return times, {name: [torch.cat(losses[name]), *tensors[name]] for name in built}
 
 
 def cut(steps: int, rounds: int) -> list[int]:
