@@ -150,33 +150,26 @@ def main(argv: Sequence[str]) -> int:
 # --- on a busy machine ------------------------------------------------------------------------------------------------
 
 THREADS = 2
-# Where control groups are mounted, version 1 and version 2, and the limits that grant the time of one processor.
-QUOTAS = (
-    (Path("/sys/fs/cgroup/cpu"), {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "100000"}),
-    (Path("/sys/fs/cgroup"), {"cpu.max": "100000 100000"}),
-)
-
-
 Prefix = AbstractContextManager[Sequence[str]]  # a command that starts a process, while something lasts
 
 
 @contextlib.contextmanager
 def one_processor() -> Iterator[Sequence[str]]:
     """Makes a control group with the time of one processor for a block; yields the prefix of a command in it."""
-    for root, limits in QUOTAS:
-        folder = root / f"mlp_fast-{os.getpid()}"
-        with contextlib.ExitStack() as stack:
-            try:
-                folder.mkdir()
-                stack.callback(folder.rmdir)
-                for name, limit in limits.items():
-                    with open(folder / name, "r+") as file:  # does not make it
-                        file.write(limit)
-            except OSError:
-                continue
-            yield "sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "sh"
-            return
-    raise Skipped("no control group can be made here; that takes root, and control groups of processors")
+    root, limits = Path("/sys/fs/cgroup"), {"cpu.max": "100000 100000"}
+    if not (root / "cgroup.controllers").exists():  # version 1 of control groups
+        root, limits = root / "cpu", dict.fromkeys(("cpu.cfs_period_us", "cpu.cfs_quota_us"), "100000")
+    folder = root / f"mlp_fast-{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir()
+            stack.callback(folder.rmdir)
+            for name, limit in limits.items():
+                with open(folder / name, "r+") as file:  # does not make it
+                    file.write(limit)
+        except OSError:
+            raise Skipped("no control group can be made here; that takes root, and groups of processors") from None
+        yield "sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "sh"
 
 
 def busy_cases(plan: Plan) -> Iterator[Case]:
