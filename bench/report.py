@@ -39,9 +39,7 @@ from mlp_fast.measure.timing import Spread
 from mlp_fast.run import plot
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(
-    r"(?P<begin><!-- bench:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- /bench:(?P=name) -->)", re.S
-)
+MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench:(?P=name) -->)", re.S)
 TRAINED = (
     "{num_steps:,} steps by {backend} on the embedded corpus: validation loss {val_loss:.6f} (entropy of its source "
     "{floor:.6f}), test loss {test_loss:.6f} nats per character.",
@@ -101,7 +99,7 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
     first = next((block for block, parts in shown.items() if parts), None)
 
     def body(match: re.Match[str]) -> str:
-        block = match["name"]
+        begin, block, end = match.groups()
         parts = [OVERALL[block](every, chinese)] if block in OVERALL else []
         if block == first:
             parts.append(tables.measured_on(used, chinese))
@@ -115,7 +113,7 @@ def filled(text: str, devices: Sequence[Sequence[Recording]], name: str = "a doc
                 parts.append(f"![{PICTURES[block][chinese]}]({'../' if name.startswith('docs/') else ''}{link})")
         cell = tables.in_chinese if chinese else str
         text = "\n\n".join(tables.narrow(part, cell).strip() for part in parts if part)
-        return f"{match['begin']}\n{text}\n\n{match['end']}" if text else match["begin"] + match["end"]
+        return f"{begin}\n{text}\n\n{end}" if text else begin + end
 
     return MARKED.sub(body, text)
 
