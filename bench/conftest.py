@@ -17,11 +17,13 @@ RECORDING = pytest.StashKey[Recording]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of the suite, which `python -m bench.record` has too."""
     for name, attributes in suite.OPTIONS.items():
         parser.getgroup("mlp_fast").addoption(name, **attributes)
 
 
 def plan_of(config: pytest.Config) -> Plan:
+    """How much the options ask for."""
     return Plan.here(full=config.getoption("--full"), dry=config.getoption("--dry-run"))
 
 
@@ -49,6 +51,7 @@ def recording(pytestconfig: pytest.Config) -> Recording:
 
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own table
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Prints the suite's tables."""
     if RECORDING in config.stash:
         terminalreporter.section("mlp_fast")
         terminalreporter.write_line(tables.whole(config.stash[RECORDING]))
