@@ -27,9 +27,8 @@ program each over shared memory can use the barrier among them.
 import triton
 import triton.language as tl
 
-from ._runtime import interpreting
+from ._math import INTERPRETED
 
-INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
 TIMEOUT_NS: tl.constexpr = tl.constexpr(10_000_000_000)
 INTERPRETED_LOOKS: tl.constexpr = tl.constexpr(300_000)  # the interpreter has no clock: looks at the counter, a minute
 

@@ -61,8 +61,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _model
-from ._math import tanh
+from ._math import dot, tanh
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS, CompileTimeConfig, input_precision, interpreting
+from ._tile import block_size, load_tile, store_tile, tile, transposed_tile, vector
 from .adamw import adamw_update
 
 MAX_B, MAX_V, MAX_T, MAX_E, MAX_H = 8192, 256, 16, 256, 4096
@@ -159,11 +160,6 @@ class StepConfig(CompileTimeConfig):
         return -(-self.V // self.R)
 
     @property
-    def SHARE_VP(self) -> int:
-        """SHARE_V, padded to a power of two."""
-        return triton.next_power_of_2(self.SHARE_V)
-
-    @property
     def SHARE_E(self) -> int:
         """Numbers of an embedding, and columns of W1 at a position, that one of R programs updates; a power of two."""
         return max(16, triton.next_power_of_2(-(-self.E // self.R)))
@@ -176,7 +172,7 @@ class StepConfig(CompileTimeConfig):
     @property
     def BLOCK_W(self) -> int:
         """Rows of W2 that are updated at a time."""
-        return min(self.SHARE_VP, self.BLOCK_V)
+        return min(triton.next_power_of_2(self.SHARE_V), self.BLOCK_V)
 
     @property
     def TILES(self) -> int:
@@ -191,7 +187,7 @@ class StepConfig(CompileTimeConfig):
     @property
     def VP(self) -> int:
         """A row of logits, padded to a power of two."""
-        return max(16, triton.next_power_of_2(self.V))
+        return block_size(self.V, MAX_V)
 
     @property
     def BLOCK_D(self) -> int:
@@ -218,49 +214,14 @@ class StepConfig(CompileTimeConfig):
         return 64 * self.num_warps
 
     @property
-    def PIECES(self) -> int:
-        """Pieces of the embedding table."""
-        return -(-self.V * self.E // self.PIECE)
-
-    @property
     def PIECES_AHEAD(self) -> int:
         """Pieces that are loaded before the first of them is updated."""
-        return min(4, self.PIECES)
+        return min(4, -(-self.V * self.E // self.PIECE))
 
     @property
     def ROW(self) -> int:
         """Length of a row of the sum of the logits: V, padded so that several numbers are loaded at once."""
         return -(-self.V // 4) * 4
-
-    # Where W1, b1, W2 and b2 begin in a plane of `state`, and its length, in floats; rounded up for alignment.
-    @property
-    def W1_OFFSET(self) -> int:
-        """Offset of W1, (H, T*E)."""
-        return 0
-
-    @property
-    def B1_OFFSET(self) -> int:
-        """Offset of b1, (H,)."""
-        return _aligned(self.H * self.T * self.E)
-
-    @property
-    def W2_OFFSET(self) -> int:
-        """Offset of W2, (V, H)."""
-        return self.B1_OFFSET + _aligned(self.H)
-
-    @property
-    def B2_OFFSET(self) -> int:
-        """Offset of b2, (V,)."""
-        return self.W2_OFFSET + _aligned(self.V * self.H)
-
-    @property
-    def PLANE(self) -> int:
-        """Length of a plane."""
-        return self.B2_OFFSET + _aligned(self.V)
-
-
-def _aligned(count: int) -> int:
-    return -(-count // 16) * 16
 
 
 class Buffers(NamedTuple):
@@ -270,7 +231,10 @@ class Buffers(NamedTuple):
     scalars: Tensor  # (N, 3), float32: decay factor, step size and root of the second bias correction by step
     clock: Tensor  # (2,), int64: the next step, written by the backward kernel; the same for it, by the forward kernel
     losses: Tensor  # (N,), float32: the batch loss of every step
-    state: Tensor  # (3, PLANE), float32: W1, b1, W2, b2; their first moments; their second moments
+    w1: Tensor  # (3, H, T*E), float32: W1 and its two moments
+    b1: Tensor  # (3, H), float32: the same of b1
+    w2: Tensor  # (3, V, H), float32
+    b2: Tensor  # (3, V), float32
     w1t: Tensor  # (T*E, H), float32: W1 transposed, so that products read it along its rows
     w2t: Tensor  # (H, V), float32: W2 transposed
     replicas: Tensor  # (PROGRAMS, 3, V, E), float32: wte and its moments, once per program
@@ -290,96 +254,54 @@ class Buffers(NamedTuple):
 
 
 @triton.jit
-def zero_of_step(s):
-    """0, int32, of step s; every phase adds it to its ranges.
+def block(first, SIZE: tl.constexpr, s):
+    """The SIZE indices from `first` on, int32.
 
-    s >> 62 is always 0, but it makes addresses depend on the step. So the compiler of the persistent kernel cannot
+    s >> 62 is always 0, but it makes addresses depend on the step s. So the compiler of the persistent kernel cannot
     compute the addresses of all phases before its loop over steps, where they would fill the registers and spill.
     """
-    return tl.multiple_of((s >> 62).to(tl.int32), 16)
+    zero = tl.multiple_of((s >> 62).to(tl.int32), 16)
+    return first + (zero + tl.arange(0, SIZE))
 
 
 @triton.jit
-def load_three(ptr, PLANE: tl.constexpr, offsets, mask):
-    """Parameters and their moments, which lie one and two planes further."""
-    param = tl.load(ptr + offsets, mask=mask, other=0.0)
-    m = tl.load(ptr + PLANE + offsets, mask=mask, other=0.0)
-    v = tl.load(ptr + 2 * PLANE + offsets, mask=mask, other=0.0)
-    return param, m, v
+def units(n, s, C: tl.constexpr):
+    """The hidden units of tile n; program p has the tiles p // R, p // R + G, ..."""
+    return block(n * C.BLOCK_H, C.BLOCK_H, s)
 
 
 @triton.jit
-def adamw_of(three, grad, ptr, offsets, mask, scalars_ptr):
-    """AdamW of parameters and moments in registers; the parameters are stored too, for the products to load."""
-    decay, step_size, root = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
-    three = adamw_update(three[0], grad, three[1], three[2], decay, step_size, root, BETA1, BETA2, EPS)
-    tl.store(ptr + offsets, three[0], mask=mask)
-    return three
+def group_rows(first, SIZE: tl.constexpr, p, s, C: tl.constexpr):
+    """SIZE batch rows of program p's group, from number `first` of the group on, and the row where the group ends."""
+    begin = p % C.R * C.GROUP
+    return block(begin + first, SIZE, s), tl.minimum(begin + C.GROUP, C.B)
 
 
 @triton.jit
-def store_moments(three, ptr, PLANE: tl.constexpr, offsets, mask):
-    """Stores both moments, one and two planes behind the parameters."""
-    tl.store(ptr + PLANE + offsets, three[1], mask=mask)
-    tl.store(ptr + 2 * PLANE + offsets, three[2], mask=mask)
+def replica_of(p, buf, C: tl.constexpr):
+    """Program p's replica of wte, (V, E); its moments lie one and two planes further."""
+    return buf.replicas + p * (3 * C.V * C.E)
 
 
 @triton.jit
-def adamw_at(ptr, PLANE: tl.constexpr, offsets, mask, grad, scalars_ptr, REPLICATED: tl.constexpr = False):
-    """AdamW of the parameters at ptr + offsets, whose moments lie one and two planes further.
-
-    Blocks of fewer numbers than the program has threads are REPLICATED: several threads load a number, one stores it.
-    """
-    three = load_three(ptr, PLANE, offsets, mask)
-    if REPLICATED:
-        tl.debug_barrier()  # all threads have loaded before any of them stores
-    three = adamw_of(three, grad, ptr, offsets, mask, scalars_ptr)
-    store_moments(three, ptr, PLANE, offsets, mask)
-    return three[0]
+def tables_of(p, buf, C: tl.constexpr):
+    """The tables of program p's group, (T, V, H), later their gradient, summed over its rows."""
+    return buf.table + p % C.R * (C.T * C.V * C.H)
 
 
 @triton.jit
-def add_to_sum(sum_ptr, offsets, mask, value, fault_ptr, SCALE: tl.constexpr, LIMIT: tl.constexpr, C: tl.constexpr):
-    """Adds a block to a sum across programs."""
-    if C.deterministic:
-        fits = tl.abs(value) < LIMIT  # false for NaN as well
-        tl.store(fault_ptr + tl.zeros_like(offsets), 1, mask=mask & (fits == 0))
-        # sum += int64(value * SCALE)
-        fixed = (tl.where(fits, value, 0.0) * SCALE).to(tl.int64)
-        tl.atomic_add(sum_ptr + offsets, fixed, mask=mask, sem="relaxed")
+def dlogits_of(p, buf, C: tl.constexpr):
+    """The dlogits, (B, V), that program p works on: with `rows` and in one pass the only ones, else its tile's."""
+    if C.rows or C.one_pass:
+        return buf.dlogits
     else:
-        tl.atomic_add(sum_ptr + offsets, value, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def read_sum(sum_ptr, offsets, mask, fault_ptr, SCALE: tl.constexpr, C: tl.constexpr):
-    """The value of a finished sum, fp32."""
-    if C.deterministic:
-        fault = tl.load(fault_ptr)
-        # value = sum / SCALE
-        value = tl.load(sum_ptr + offsets, mask=mask, other=0).to(tl.float32) * (1.0 / SCALE)
-        return tl.where(fault != 0, float("nan"), value)
-    else:
-        return tl.load(sum_ptr + offsets, mask=mask, other=0)
-
-
-@triton.jit
-def clear_sum(p, sum_ptr, SIZE: tl.constexpr, C: tl.constexpr):
-    """Clears a sum for its next use; the programs share the work."""
-    for first in range(p * 1024, SIZE, C.PROGRAMS * 1024):
-        offsets = first + tl.arange(0, 1024)
-        tl.store(sum_ptr + offsets, tl.zeros((1024,), sum_ptr.dtype.element_ty), mask=offsets < SIZE)
-
-
-@triton.jit
-def rows_end(p, C: tl.constexpr):
-    """Where the rows of program p's group end, which begin at p % R * GROUP."""
-    return tl.minimum(p % C.R * C.GROUP + C.GROUP, C.B)
+        return buf.dlogits + p // C.R * (C.B * C.V)
 
 
 @triton.jit
 def window_of_step(s, num_windows, C: tl.constexpr):
-    """The number of the first window of step s, (s B) mod num_windows, int32."""
+    """The number of the first window of step s, int32."""
+    # window = (s B) mod num_windows
     return ((s * C.B) % num_windows).to(tl.int32)
 
 
@@ -395,214 +317,236 @@ def window_starts(window, rows, num_windows, C: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, C: tl.constexpr):
-    """acc + a @ b, in the precision of the configuration."""
-    return tl.dot(a, b, acc, input_precision=C.precision)
+def tokens_at(start, t, buf):
+    """x_bt: the tokens at position t of the windows that begin at `start`; the targets are at position T."""
+    return tl.load(buf.tape + start + t).to(tl.int32)
 
 
 @triton.jit
-def dot_one_hot(ones, x, acc, C: tl.constexpr):
-    """ones @ x. A one-hot matrix is exact in TF32, so only x is split: two products where tf32x3 takes three."""
+def load_three(ptr, PLANE: tl.constexpr, at):
+    """A tile of parameters and of their two moments, which lie one and two planes further."""
+    at = (at[0] + at[1], 0, at[2])
+    return load_tile(ptr, at), load_tile(ptr + PLANE, at), load_tile(ptr + 2 * PLANE, at)
+
+
+@triton.jit
+def update_three(three, grad, ptr, PLANE: tl.constexpr, at, s, buf):
+    """AdamW of what load_three() has loaded there, with the scalars of step s; stores it, returns the parameters."""
+    scalars = buf.scalars + 3 * s
+    decay, step_size, root = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
+    param, m, v = adamw_update(three[0], grad, three[1], three[2], decay, step_size, root, BETA1, BETA2, EPS)
+    at = (at[0] + at[1], 0, at[2])
+    store_tile(ptr, at, param)
+    store_tile(ptr + PLANE, at, m)
+    store_tile(ptr + 2 * PLANE, at, v)
+    return param
+
+
+@triton.jit
+def adamw_at(ptr, PLANE: tl.constexpr, at, grad, s, buf, C: tl.constexpr):
+    """AdamW of a tile of parameters, whose moments lie one and two planes further; returns the new parameters."""
+    three = load_three(ptr, PLANE, at)
+    if grad.numel < 32 * C.num_warps:
+        tl.debug_barrier()  # several threads load the same number: all have loaded before any of them stores
+    return update_three(three, grad, ptr, PLANE, at, s, buf)
+
+
+@triton.jit
+def add_to_sum(value, sum_ptr, at, fault_ptr, SCALE: tl.constexpr, LIMIT: tl.constexpr, C: tl.constexpr):
+    """Adds a tile to a sum across programs."""
+    offsets, mask = at[0] + at[1], at[2]
+    if C.deterministic:
+        fits = tl.abs(value) < LIMIT  # false for NaN as well
+        tl.store(fault_ptr + tl.zeros_like(offsets), 1, mask=mask & (fits == 0))
+        # sum += int64(value * SCALE)
+        fixed = (tl.where(fits, value, 0.0) * SCALE).to(tl.int64)
+        tl.atomic_add(sum_ptr + offsets, fixed, mask=mask, sem="relaxed")
+    else:
+        tl.atomic_add(sum_ptr + offsets, value, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def read_sum(sum_ptr, at, fault_ptr, SCALE: tl.constexpr, C: tl.constexpr):
+    """A tile of a finished sum, fp32."""
+    offsets, mask = at[0] + at[1], at[2]
+    if C.deterministic:
+        fault = tl.load(fault_ptr)
+        # value = sum / SCALE
+        value = tl.load(sum_ptr + offsets, mask=mask, other=0).to(tl.float32) * (1.0 / SCALE)
+        return tl.where(fault != 0, float("nan"), value)
+    else:
+        return tl.load(sum_ptr + offsets, mask=mask, other=0)
+
+
+@triton.jit
+def sum_of(ptr, SIZE: tl.constexpr, s):
+    """The buffer, SIZE numbers, that a sum across programs has for step s: two are used in turns."""
+    return ptr + (s % 2) * SIZE
+
+
+@triton.jit
+def clear_sum(sum_ptr, SIZE: tl.constexpr, p, C: tl.constexpr):
+    """Clears a sum for its next use; the programs share the work."""
+    for first in range(p * 1024, SIZE, C.PROGRAMS * 1024):
+        offsets = first + tl.arange(0, 1024)
+        tl.store(sum_ptr + offsets, tl.zeros((1024,), sum_ptr.dtype.element_ty), mask=offsets < SIZE)
+
+
+@triton.jit
+def sum_of_parts(ptr, SIZE: tl.constexpr, at, C: tl.constexpr):
+    """A tile of the sum of the R groups' partial sums, SIZE numbers each, added in their order."""
+    R: tl.constexpr = C.R
+    at = (at[0] + at[1], 0, at[2])
+    total = load_tile(ptr, at)
+    for r in tl.static_range(1, R):
+        total += load_tile(ptr + r * SIZE, at)
+    return total
+
+
+@triton.jit
+def add_rows_by_token(acc, v, tokens, x, C: tl.constexpr):
+    """acc[v] + the sum of the rows x[b] whose token is v, as a product with a one-hot matrix.
+
+    That matrix is exact in TF32, so only x is split: two products where tf32x3 takes three.
+    """
+    # acc += onehot(tokens)^T @ x   (BLOCK_V, BLOCK_H)
+    ones = tl.where(v[:, None] == tokens[None, :], 1.0, 0.0)
     if C.precision == "tf32x3":
         high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the 10 mantissa bits of TF32
         acc = tl.dot(ones, x - high, acc, input_precision="tf32")
         return tl.dot(ones, high, acc, input_precision="tf32")
     else:
-        return tl.dot(ones, x, acc, input_precision=C.precision)
+        return dot(ones, x, acc, C.precision)
 
 
-@triton.jit
-def cross_entropy(logits, is_target, C: tl.constexpr):
-    """Row losses and the gradient of their mean over the batch, (softmax(logits) - onehot(y)) / B."""
-    # loss = log(sum_v exp(z_v)) - z_y,  z = logits - max_v logits   (rows,)
-    shifted = logits - tl.max(logits, axis=1)[:, None]
-    exponential = tl.exp(shifted)
-    total = tl.sum(exponential, axis=1)
-    losses = tl.log(total) - tl.sum(tl.where(is_target, shifted, 0.0), axis=1)
-    # dlogits = (exp(z) / sum_v exp(z_v) - onehot(y)) / B   (rows, VP)
-    dlogits = (exponential * (1.0 / total)[:, None] - tl.where(is_target, 1.0, 0.0)) * (1.0 / C.B)
-    return losses, dlogits
-
-
-# --- phases, by the program's number p and the step's number s ---------------------------------------------------
-
-
-@triton.jit
-def load_replica(first, p, s, buf, C: tl.constexpr, PIECES: tl.constexpr):
-    """wte and its moments in program p's replica, from number `first` on, in pieces of PIECE."""
-    pieces = ()
-    for i in tl.static_range(PIECES):
-        offsets = first + i * C.PIECE + (zero_of_step(s) + tl.arange(0, C.PIECE))
-        pieces += (load_three(buf.replicas + p * (3 * C.V * C.E), C.V * C.E, offsets, offsets < C.V * C.E),)
-    return pieces
-
-
-@triton.jit
-def update_replica(pieces, first, p, s, buf, C: tl.constexpr, PIECES: tl.constexpr):
-    """These pieces after AdamW with the finished gradient of step s; wte is stored too."""
-    grads = ()
-    for i in tl.static_range(PIECES):
-        offsets = first + i * C.PIECE + (zero_of_step(s) + tl.arange(0, C.PIECE))
-        sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
-        grads += (read_sum(sum_ptr, offsets, offsets < C.V * C.E, buf.fault + 1, DWTE_SCALE, C),)
-    new = ()
-    for i in tl.static_range(PIECES):
-        offsets = first + i * C.PIECE + (zero_of_step(s) + tl.arange(0, C.PIECE))
-        wte = buf.replicas + p * (3 * C.V * C.E)
-        new += (adamw_of(pieces[i], grads[i], wte, offsets, offsets < C.V * C.E, buf.scalars + 3 * s),)
-    return new
-
-
-@triton.jit
-def store_replica_moments(pieces, first, p, s, buf, C: tl.constexpr, PIECES: tl.constexpr):
-    """Stores both moments of these pieces."""
-    for i in tl.static_range(PIECES):
-        offsets = first + i * C.PIECE + (zero_of_step(s) + tl.arange(0, C.PIECE))
-        store_moments(pieces[i], buf.replicas + p * (3 * C.V * C.E), C.V * C.E, offsets, offsets < C.V * C.E)
+# --- phases, by the program's number p and the step's number s -----------------------------------------------------
 
 
 @triton.jit
 def embedding_phase(p, s, buf, C: tl.constexpr):
     """AdamW of program p's replica of wte with the finished gradient of step s."""
-    for first in range(0, C.V * C.E, C.PIECES_AHEAD * C.PIECE):
-        pieces = load_replica(first, p, s, buf, C, C.PIECES_AHEAD)
-        pieces = update_replica(pieces, first, p, s, buf, C, C.PIECES_AHEAD)
-        store_replica_moments(pieces, first, p, s, buf, C, C.PIECES_AHEAD)
+    AHEAD: tl.constexpr = C.PIECES_AHEAD
+    wte = replica_of(p, buf, C)
+    for first in range(0, C.V * C.E, AHEAD * C.PIECE):
+        # All loads come before the first store, so that their latencies overlap.
+        three, dwte = (), ()
+        for i in tl.static_range(AHEAD):
+            offsets = block(first + i * C.PIECE, C.PIECE, s)
+            three += (load_three(wte, C.V * C.E, vector(offsets, C.V * C.E)),)
+        for i in tl.static_range(AHEAD):
+            offsets = block(first + i * C.PIECE, C.PIECE, s)
+            at = vector(offsets, C.V * C.E)
+            dwte += (read_sum(sum_of(buf.dwte, C.V * C.E, s), at, buf.fault + 1, DWTE_SCALE, C),)
+        for i in tl.static_range(AHEAD):
+            offsets = block(first + i * C.PIECE, C.PIECE, s)
+            update_three(three[i], dwte[i], wte, C.V * C.E, vector(offsets, C.V * C.E), s, buf)
     tl.debug_barrier()  # the first layer reads what other threads of the program wrote
 
 
 @triton.jit
 def table_phase(p, s, buf, C: tl.constexpr):
     """table[t, v] = wte[v] @ W1[:, t]^T for program p's units."""
-    zero = zero_of_step(s)
-    wte = buf.replicas + p * (3 * C.V * C.E)
-    table = buf.table + p % C.R * (C.T * C.V * C.H)
-    for tile in range(p // C.R, C.TILES, C.G):
-        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+    wte = replica_of(p, buf, C)
+    for n in range(p // C.R, C.TILES, C.G):
+        unit = units(n, s, C)
         for t in range(C.T):
             for v0 in range(0, C.V, C.BLOCK_V):
-                v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+                v = block(v0, C.BLOCK_V, s)
                 acc = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
                 for e0 in range(0, C.E, C.BLOCK_E):
-                    e = e0 + (zero + tl.arange(0, C.BLOCK_E))
-                    rows = tl.load(
-                        wte + v[:, None] * C.E + e[None, :], mask=(v[:, None] < C.V) & (e[None, :] < C.E), other=0.0
-                    )
-                    weight = tl.load(
-                        buf.w1t + (t * C.E + e[:, None]) * C.H + unit[None, :],
-                        mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
-                        other=0.0,
-                    )
+                    e = block(e0, C.BLOCK_E, s)
+                    rows = load_tile(wte, tile(v, e, C.V, C.E))
+                    weight = load_tile(buf.w1t, tile(e, unit, C.E, C.H, first=t * C.E * C.H))
                     # table[t, v] += wte[v, e] @ W1[:, t, e]^T   (BLOCK_V, BLOCK_H)
-                    acc = dot(rows, weight, acc, C)
-                tl.store(
-                    table + (t * C.V + v[:, None]) * C.H + unit[None, :],
-                    acc,
-                    mask=(v[:, None] < C.V) & (unit[None, :] < C.H),
-                )
+                    acc = dot(rows, weight, acc, C.precision)
+                store_tile(tables_of(p, buf, C), tile(v, unit, C.V, C.H, first=t * C.V * C.H), acc)
     tl.debug_barrier()
 
 
 @triton.jit
-def gathered_sum(acc, unit, start, first, p, s, buf, C: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr):
-    """acc + sum_t wte[x_t] @ W1[:, t]^T of these units over T positions from `first`, for the windows at `start`.
+def add_embeddings(acc, unit, start, first, T: tl.constexpr, p, s, buf, C: tl.constexpr):
+    """acc + sum_t wte[x_t] @ W1[:, t]^T of these units, over T positions from `first`, for the windows at `start`.
 
     All loads come before all products, so that their latencies overlap.
     """
-    zero = zero_of_step(s)
-    wte = buf.replicas + p * (3 * C.V * C.E)
-    tokens = ()
+    BLOCKS: tl.constexpr = C.E_BLOCKS
+    wte = replica_of(p, buf, C)
+    tokens, rows, weights = (), (), ()
     for t in tl.static_range(T):
-        tokens += (tl.load(buf.tape + start + first + t).to(tl.int32),)
-    rows, weights = (), ()
+        tokens += (tokens_at(start, first + t, buf),)
     for t in tl.static_range(T):
         for i in tl.static_range(BLOCKS):
-            e = i * C.BLOCK_E + (zero + tl.arange(0, C.BLOCK_E))
+            e = block(i * C.BLOCK_E, C.BLOCK_E, s)
             rows += (tl.load(wte + tokens[t][:, None] * C.E + e[None, :], mask=e[None, :] < C.E, other=0.0),)
-            weights += (
-                tl.load(
-                    buf.w1t + ((first + t) * C.E + e[:, None]) * C.H + unit[None, :],
-                    mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
-                    other=0.0,
-                ),
-            )
+            weights += (load_tile(buf.w1t, tile(e, unit, C.E, C.H, first=(first + t) * C.E * C.H)),)
     for i in tl.static_range(T * BLOCKS):
         # pre += wte[x_t, e] @ W1[:, t, e]^T   (BLOCK_B, BLOCK_H)
-        acc = dot(rows[i], weights[i], acc, C)
+        acc = dot(rows[i], weights[i], acc, C.precision)
     return acc
 
 
 @triton.jit
-def hidden_block(b, unit, start, mask, p, s, buf, C: tl.constexpr):
-    """h = tanh(b1 + sum_t table[t, x_t]) of these rows, whose windows begin at `start`, and these units."""
-    bias = tl.load(buf.state + C.B1_OFFSET + unit, mask=unit < C.H, other=0.0)
-    # h = tanh(b1 + sum_t wte[x_t] @ W1[:, t]^T)   (BLOCK_B, BLOCK_H)
+def hidden_block(unit, start, in_range, p, s, buf, C: tl.constexpr):
+    """h of the rows whose windows begin at `start`, and of these units."""
+    # pre = b1 + sum_t wte[x_t] @ W1[:, t]^T = b1 + sum_t table[t, x_t]   (BLOCK_B, BLOCK_H)
+    bias = load_tile(buf.b1, vector(unit, C.H))
     pre = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32) + bias[None, :]
     if C.gather and C.ahead:
-        pre = gathered_sum(pre, unit, start, 0, p, s, buf, C, C.T, C.E_BLOCKS)
+        pre = add_embeddings(pre, unit, start, 0, C.T, p, s, buf, C)
     elif C.gather:
         for t in range(C.T):
-            pre = gathered_sum(pre, unit, start, t, p, s, buf, C, 1, C.E_BLOCKS)
+            pre = add_embeddings(pre, unit, start, t, 1, p, s, buf, C)
     else:
-        table = buf.table + p % C.R * (C.T * C.V * C.H)
         for t in range(C.T):
-            token = tl.load(buf.tape + start + t).to(tl.int32)
-            pre += tl.load(table + (t * C.V + token[:, None]) * C.H + unit[None, :], mask=mask, other=0.0)
+            row = t * C.V + tokens_at(start, t, buf)
+            pre += load_tile(tables_of(p, buf, C), (row[:, None] * C.H, unit[None, :], in_range))
+    # h = tanh(pre)
     return tanh(pre)
 
 
 @triton.jit
 def hidden_phase(p, s, buf, window, num_windows, C: tl.constexpr):
-    """h of program p's units and rows; adds h @ W2^T to the logits of step s, the first tile's programs b2 as well.
-
-    Clears the other sum.
-    """
-    zero, end = zero_of_step(s), rows_end(p, C)
-    sum_ptr = buf.logits + (s % 2) * (C.B * C.ROW)
-    v = zero + tl.arange(0, C.VP)
-    bias = tl.load(buf.state + C.B2_OFFSET + v, mask=(v < C.V) & (p < C.R), other=0.0)
+    """h of program p's units and rows; adds h @ W2^T to the logits of step s, the first tile's programs b2 as well."""
+    logits_sum = sum_of(buf.logits, C.B * C.ROW, s)
+    v = block(0, C.VP, s)
+    bias = tl.load(buf.b2 + v, mask=(v < C.V) & (p < C.R), other=0.0)
     for b0 in range(0, C.GROUP, C.BLOCK_B):
-        b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
+        b, end = group_rows(b0, C.BLOCK_B, p, s, C)
         start = window_starts(window, b, num_windows, C)
-        acc = tl.full((C.BLOCK_B, C.VP), 0.0, tl.float32) + bias[None, :]
+        logits = tl.full((C.BLOCK_B, C.VP), 0.0, tl.float32) + bias[None, :]
         for i in range(0, C.OWNED):
-            unit = (p // C.R + i * C.G) * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
-            weight = tl.load(
-                buf.w2t + unit[:, None] * C.V + v[None, :], mask=(v[None, :] < C.V) & (unit[:, None] < C.H), other=0.0
-            )
-            mask = (b[:, None] < end) & (unit[None, :] < C.H)
-            h = hidden_block(b, unit, start, mask, p, s, buf, C)
-            tl.store(buf.hidden + b[:, None] * C.H + unit[None, :], h, mask=mask)
+            unit = units(p // C.R + i * C.G, s, C)
+            weight = load_tile(buf.w2t, tile(unit, v, C.H, C.V))
+            at = tile(b, unit, end, C.H)
+            h = hidden_block(unit, start, at[2], p, s, buf, C)
+            store_tile(buf.hidden, at, h)
             # logits += h @ W2^T over the tile   (BLOCK_B, VP)
-            acc = dot(h, weight, acc, C)
-        mask = (b[:, None] < end) & (v[None, :] < C.V)
-        add_to_sum(sum_ptr, b[:, None] * C.ROW + v[None, :], mask, acc, buf.fault, LOGITS_SCALE, LOGITS_LIMIT, C)
-    clear_sum(p, buf.logits + ((s + 1) % 2) * (C.B * C.ROW), C.B * C.ROW, C)
+            logits = dot(h, weight, logits, C.precision)
+        add_to_sum(logits, logits_sum, tile(b, v, end, C.V, C.ROW), buf.fault, LOGITS_SCALE, LOGITS_LIMIT, C)
+    clear_sum(sum_of(buf.logits, C.B * C.ROW, s + 1), C.B * C.ROW, p, C)
 
 
 @triton.jit
-def dlogits_for(p, buf, C: tl.constexpr):
-    """The dlogits that program p works on: with `rows` there is one copy, else one for every tile in work."""
-    if C.rows or C.one_pass:
-        return buf.dlogits
-    else:
-        return buf.dlogits + p // C.R * (C.B * C.V)
-
-
-@triton.jit
-def softmax_block(b, end, first, s, buf, window, num_windows, C: tl.constexpr):
-    """dlogits of these rows up to `end`, their offsets and mask; with `first` the losses are stored too."""
-    zero = zero_of_step(s)
-    v = zero + tl.arange(0, C.VP)
-    target = tl.load(buf.tape + window_starts(window, b, num_windows, C) + C.T).to(tl.int32)
-    logits = read_sum(
-        buf.logits + (s % 2) * (C.B * C.ROW), b[:, None] * C.ROW + v[None, :],
-        (b[:, None] < end) & (v[None, :] < C.ROW), buf.fault, LOGITS_SCALE, C,
-    )  # fmt: skip
+def softmax_rows(b, end, first, p, s, buf, window, num_windows, C: tl.constexpr):
+    """dlogits of these rows up to `end`, (rows, VP), which are stored as well; with `first` the losses too."""
+    v = block(0, C.VP, s)
+    target = tokens_at(window_starts(window, b, num_windows, C), C.T, buf)
+    logits_sum = sum_of(buf.logits, C.B * C.ROW, s)
+    logits = read_sum(logits_sum, tile(b, v, end, C.ROW), buf.fault, LOGITS_SCALE, C)
     logits = tl.where(v[None, :] < C.V, logits, float("-inf"))
-    losses, dlogits = cross_entropy(logits, v[None, :] == target[:, None], C)
+    is_target = v[None, :] == target[:, None]
+    # loss = log(sum_v exp(z_v)) - z_y,  z = logits - max_v logits   (rows,)
+    shifted = logits - tl.max(logits, axis=1)[:, None]
+    exponential = tl.exp(shifted)
+    total = tl.sum(exponential, axis=1)
+    losses = tl.log(total) - tl.sum(tl.where(is_target, shifted, 0.0), axis=1)
     tl.store(buf.row_losses + b, losses, mask=(b < end) & first)
-    return dlogits, b[:, None] * C.V + v[None, :], (b[:, None] < end) & (v[None, :] < C.V)
+    # dlogits = (exp(z) / sum_v exp(z_v) - onehot(y)) / B   (rows, VP)
+    dlogits = (exponential * (1.0 / total)[:, None] - tl.where(is_target, 1.0, 0.0)) * (1.0 / C.B)
+    at = tile(b, v, end, C.V)
+    mask = at[2] & first if C.one_pass else at[2]
+    store_tile(dlogits_of(p, buf, C), (at[0] + at[1], 0, mask), dlogits)
+    return dlogits
 
 
 @triton.jit
@@ -611,73 +555,56 @@ def softmax_phase(p, s, buf, window, num_windows, C: tl.constexpr):
 
     Without `rows`: of all rows of p's group, into a copy for p's tiles.
     """
-    zero = zero_of_step(s)
-    dlogits_ptr = dlogits_for(p, buf, C)
     if C.rows:
         for b0 in range(p * C.BLOCK_R, C.B, C.PROGRAMS * C.BLOCK_R):
-            b = b0 + (zero + tl.arange(0, C.BLOCK_R))
-            dlogits, offsets, mask = softmax_block(b, C.B, True, s, buf, window, num_windows, C)
-            tl.store(dlogits_ptr + offsets, dlogits, mask=mask)
+            softmax_rows(block(b0, C.BLOCK_R, s), C.B, True, p, s, buf, window, num_windows, C)
     else:
         for b0 in range(0, C.GROUP, C.BLOCK_R):
-            b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_R))
-            dlogits, offsets, mask = softmax_block(b, rows_end(p, C), p < C.R, s, buf, window, num_windows, C)
-            tl.store(dlogits_ptr + offsets, dlogits, mask=mask)
+            b, end = group_rows(b0, C.BLOCK_R, p, s, C)
+            softmax_rows(b, end, p < C.R, p, s, buf, window, num_windows, C)
     tl.debug_barrier()
 
 
 @triton.jit
 def output_bias_phase(s, buf, C: tl.constexpr):
     """The batch loss of step s, added in the order of the rows, and db2 with the update of b2; one program's share."""
-    zero = zero_of_step(s)
     losses = tl.zeros((256,), tl.float32)
     for b0 in range(0, C.B, 256):
-        b = b0 + (zero + tl.arange(0, 256))
+        b = block(b0, 256, s)
         # loss = sum_b row_loss[b] / B
-        losses += tl.load(buf.row_losses + b, mask=b < C.B, other=0.0)
+        losses += load_tile(buf.row_losses, vector(b, C.B))
     tl.store(buf.losses + s, tl.sum(losses, axis=0) / C.B)
 
-    v = zero + tl.arange(0, C.VP)
+    v = block(0, C.VP, s)
     db2 = tl.full((C.VP,), 0.0, tl.float32)
     for b0 in range(0, C.B, C.BLOCK_D):
-        b = b0 + (zero + tl.arange(0, C.BLOCK_D))
-        mask = (b[:, None] < C.B) & (v[None, :] < C.V)
+        b = block(b0, C.BLOCK_D, s)
         # db2 = sum_b dlogits[b]   (VP,)
-        db2 += tl.sum(tl.load(buf.dlogits + b[:, None] * C.V + v[None, :], mask=mask, other=0.0), axis=0)
-    adamw_at(buf.state + C.B2_OFFSET, C.PLANE, v, v < C.V, db2, buf.scalars + 3 * s, REPLICATED=True)
+        db2 += tl.sum(load_tile(buf.dlogits, tile(b, v, C.B, C.V)), axis=0)
+    adamw_at(buf.b2, C.V, vector(v, C.V), db2, s, buf, C)
 
 
 @triton.jit
 def output_phase(p, s, buf, C: tl.constexpr):
     """dpre = (dlogits @ W2) (1 - h^2) for program p's units and rows; their sums over the rows are db1's part."""
-    zero, end = zero_of_step(s), rows_end(p, C)
-    dlogits_ptr = dlogits_for(p, buf, C)
-    for tile in range(p // C.R, C.TILES, C.G):
-        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+    dlogits_ptr = dlogits_of(p, buf, C)
+    for n in range(p // C.R, C.TILES, C.G):
+        unit = units(n, s, C)
         db1 = tl.full((C.BLOCK_H,), 0.0, tl.float32)
         for b0 in range(0, C.GROUP, C.BLOCK_B):
-            b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
+            b, end = group_rows(b0, C.BLOCK_B, p, s, C)
             dh = tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32)
             for v0 in range(0, C.V, C.BLOCK_V):
-                v = v0 + (zero + tl.arange(0, C.BLOCK_V))
-                dlogits = tl.load(
-                    dlogits_ptr + b[:, None] * C.V + v[None, :],
-                    mask=(b[:, None] < end) & (v[None, :] < C.V),
-                    other=0.0,
-                )
-                weight = tl.load(
-                    buf.state + C.W2_OFFSET + v[:, None] * C.H + unit[None, :],
-                    mask=(v[:, None] < C.V) & (unit[None, :] < C.H),
-                    other=0.0,
-                )
+                v = block(v0, C.BLOCK_V, s)
+                dlogits = load_tile(dlogits_ptr, tile(b, v, end, C.V))
+                weight = load_tile(buf.w2, tile(v, unit, C.V, C.H))
                 # dh += dlogits @ W2   (BLOCK_B, BLOCK_H)
-                dh = dot(dlogits, weight, dh, C)
-            mask = (b[:, None] < end) & (unit[None, :] < C.H)
-            offsets = b[:, None] * C.H + unit[None, :]
-            h = tl.load(buf.hidden + offsets, mask=mask, other=0.0)
+                dh = dot(dlogits, weight, dh, C.precision)
+            at = tile(b, unit, end, C.H)
+            h = load_tile(buf.hidden, at)
             # dpre = dh (1 - h^2),  db1 = sum_b dpre[b]
             dpre = dh * (1.0 - h * h)
-            tl.store(buf.dpre + offsets, dpre, mask=mask)
+            store_tile(buf.dpre, at, dpre)
             db1 += tl.sum(dpre, axis=0)
         tl.store(buf.db1 + p % C.R * C.H + unit, db1, mask=unit < C.H)
 
@@ -685,290 +612,177 @@ def output_phase(p, s, buf, C: tl.constexpr):
 @triton.jit
 def output_gradient_phase(p, s, buf, C: tl.constexpr):
     """dW2 = dlogits^T @ h of program p's units, summed over its rows."""
-    zero, end = zero_of_step(s), rows_end(p, C)
-    dlogits_ptr = dlogits_for(p, buf, C)
-    for tile in range(p // C.R, C.TILES, C.G):
-        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+    dlogits_ptr = dlogits_of(p, buf, C)
+    for n in range(p // C.R, C.TILES, C.G):
+        unit = units(n, s, C)
         for v0 in range(0, C.V, C.BLOCK_V):
-            v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+            v = block(v0, C.BLOCK_V, s)
             dw2 = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
             for b0 in range(0, C.GROUP, C.BLOCK_B):
-                b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
-                dlogits = tl.load(
-                    dlogits_ptr + b[None, :] * C.V + v[:, None],
-                    mask=(b[None, :] < end) & (v[:, None] < C.V),
-                    other=0.0,
-                )
-                h = tl.load(
-                    buf.hidden + b[:, None] * C.H + unit[None, :],
-                    mask=(b[:, None] < end) & (unit[None, :] < C.H),
-                    other=0.0,
-                )
+                b, end = group_rows(b0, C.BLOCK_B, p, s, C)
+                dlogits = load_tile(dlogits_ptr, transposed_tile(b, v, end, C.V))
+                h = load_tile(buf.hidden, tile(b, unit, end, C.H))
                 # dW2 += dlogits^T @ h   (BLOCK_V, BLOCK_H)
-                dw2 = dot(dlogits, h, dw2, C)
-            mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
-            tl.store(buf.dw2 + (p % C.R * C.V + v[:, None]) * C.H + unit[None, :], dw2, mask=mask)
+                dw2 = dot(dlogits, h, dw2, C.precision)
+            store_tile(buf.dw2, tile(v, unit, C.V, C.H, first=p % C.R * C.V * C.H), dw2)
 
 
 @triton.jit
 def table_gradient_phase(p, s, buf, window, num_windows, C: tl.constexpr):
-    """dtable[t, v] = sum of dpre[b] over program p's rows with x_bt = v, as one-hot products; in the table's place."""
-    zero, end = zero_of_step(s), rows_end(p, C)
-    for tile in range(p // C.R, C.TILES, C.G):
-        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+    """dtable[t, v] = sum of dpre[b] over program p's rows with x_bt = v; in the table's place."""
+    for n in range(p // C.R, C.TILES, C.G):
+        unit = units(n, s, C)
         for v0 in range(0, C.V, C.BLOCK_V):
-            v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+            v = block(v0, C.BLOCK_V, s)
             for t in range(C.T):
-                acc = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
+                dtable = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
                 for b0 in range(0, C.GROUP, C.BLOCK_B):
-                    b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
-                    token = tl.load(buf.tape + window_starts(window, b, num_windows, C) + t).to(tl.int32)
-                    mask = (b[:, None] < end) & (unit[None, :] < C.H)
-                    dpre = tl.load(buf.dpre + b[:, None] * C.H + unit[None, :], mask=mask, other=0.0)
+                    b, end = group_rows(b0, C.BLOCK_B, p, s, C)
+                    tokens = tokens_at(window_starts(window, b, num_windows, C), t, buf)
+                    dpre = load_tile(buf.dpre, tile(b, unit, end, C.H))
                     # dtable[t] += onehot(x_t)^T @ dpre   (BLOCK_V, BLOCK_H)
-                    acc = dot_one_hot(one_hot(v, token), dpre, acc, C)
-                store_table_gradient(t, v, unit, acc, p, buf, C)
+                    dtable = add_rows_by_token(dtable, v, tokens, dpre, C)
+                store_tile(tables_of(p, buf, C), tile(v, unit, C.V, C.H, first=t * C.V * C.H), dtable)
     tl.debug_barrier()
 
 
 @triton.jit
-def one_hot(v, token):
-    """1 where a row's token is v, (V, B)."""
-    return tl.where(v[:, None] == token[None, :], 1.0, 0.0)
-
-
-@triton.jit
-def store_table_gradient(t, v, unit, gradient, p, buf, C: tl.constexpr):
-    """Stores dtable[t] of these tokens and units, summed over program p's rows."""
-    mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
-    table = buf.table + p % C.R * (C.T * C.V * C.H)
-    tl.store(table + (t * C.V + v[:, None]) * C.H + unit[None, :], gradient, mask=mask)
-
-
-@triton.jit
-def row_gradients_phase(p, s, buf, window, num_windows, C: tl.constexpr, T: tl.constexpr):
+def row_gradients_phase(p, s, buf, window, num_windows, C: tl.constexpr):
     """What the phases from softmax to here do, in one pass over program p's rows: dlogits and dpre stay on chip."""
-    zero, end = zero_of_step(s), rows_end(p, C)
-    unit = p // C.R * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
-    v = zero + tl.arange(0, C.BLOCK_V)
-    in_w2 = (v[:, None] < C.V) & (unit[None, :] < C.H)
-    weight = tl.load(buf.state + C.W2_OFFSET + v[:, None] * C.H + unit[None, :], mask=in_w2, other=0.0)
+    T: tl.constexpr = C.T
+    unit, v = units(p // C.R, s, C), block(0, C.BLOCK_V, s)
+    weight = load_tile(buf.w2, tile(v, unit, C.V, C.H))
     db1 = tl.full((C.BLOCK_H,), 0.0, tl.float32)
     dw2 = tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32)
     dtable = ()
     for _ in tl.static_range(T):
         dtable += (tl.full((C.BLOCK_V, C.BLOCK_H), 0.0, tl.float32),)
     for b0 in range(0, C.GROUP, C.BLOCK_B):
-        b = p % C.R * C.GROUP + b0 + (zero + tl.arange(0, C.BLOCK_B))
-        mask = (b[:, None] < end) & (unit[None, :] < C.H)
-        h = tl.load(buf.hidden + b[:, None] * C.H + unit[None, :], mask=mask, other=0.0)
+        b, end = group_rows(b0, C.BLOCK_B, p, s, C)
+        h = load_tile(buf.hidden, tile(b, unit, end, C.H))
         start = window_starts(window, b, num_windows, C)
         tokens = ()
         for t in tl.static_range(T):
-            tokens += (tl.load(buf.tape + start + t).to(tl.int32),)
-        dlogits, offsets, mask = softmax_block(b, end, p < C.R, s, buf, window, num_windows, C)
-        tl.store(buf.dlogits + offsets, dlogits, mask=mask & (p < C.R))
+            tokens += (tokens_at(start, t, buf),)
+        dlogits = softmax_rows(b, end, p < C.R, p, s, buf, window, num_windows, C)
         dlogits = tl.where(b[:, None] < end, dlogits, 0.0)
-        # dpre = (dlogits @ W2) (1 - h^2),  db1 = sum_b dpre[b],  dW2 = dlogits^T @ h
-        dpre = dot(dlogits, weight, tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32), C) * (1.0 - h * h)
+        # dpre = (dlogits @ W2) (1 - h^2)   (BLOCK_B, BLOCK_H)
+        dpre = dot(dlogits, weight, tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32), C.precision) * (1.0 - h * h)
+        # db1 += sum_b dpre[b];  dW2 += dlogits^T @ h   (BLOCK_V, BLOCK_H)
         db1 += tl.sum(dpre, axis=0)
-        dw2 = dot(tl.trans(dlogits), h, dw2, C)
+        dw2 = dot(tl.trans(dlogits), h, dw2, C.precision)
         added = ()
         for t in tl.static_range(T):
             # dtable[t] += onehot(x_t)^T @ dpre   (BLOCK_V, BLOCK_H)
-            added += (dot_one_hot(one_hot(v, tokens[t]), dpre, dtable[t], C),)
+            added += (add_rows_by_token(dtable[t], v, tokens[t], dpre, C),)
         dtable = added
     tl.store(buf.db1 + p % C.R * C.H + unit, db1, mask=unit < C.H)
-    tl.store(buf.dw2 + (p % C.R * C.V + v[:, None]) * C.H + unit[None, :], dw2, mask=in_w2)
+    store_tile(buf.dw2, tile(v, unit, C.V, C.H, first=p % C.R * C.V * C.H), dw2)
     for t in tl.static_range(T):
-        store_table_gradient(t, v, unit, dtable[t], p, buf, C)
-
-
-@triton.jit
-def sum_of_parts(ptr, offsets, SIZE: tl.constexpr, mask, R: tl.constexpr):
-    """The sum of R partial sums, each SIZE numbers behind the last, in their order."""
-    total = tl.load(ptr + offsets, mask=mask, other=0.0)
-    for r in tl.static_range(1, R):
-        total += tl.load(ptr + r * SIZE + offsets, mask=mask, other=0.0)
-    return total
-
-
-@triton.jit
-def hidden_bias_gradient(unit, buf, C: tl.constexpr):
-    """db1 of these units."""
-    return sum_of_parts(buf.db1, unit, C.H, unit < C.H, C.R)
-
-
-@triton.jit
-def output_weight_gradient(v, unit, buf, C: tl.constexpr):
-    """dW2 of these rows and columns."""
-    mask = (v[:, None] < C.V) & (unit[None, :] < C.H)
-    return sum_of_parts(buf.dw2, v[:, None] * C.H + unit[None, :], C.V * C.H, mask, C.R)
+        store_tile(tables_of(p, buf, C), tile(v, unit, C.V, C.H, first=t * C.V * C.H), dtable[t])
 
 
 @triton.jit
 def output_weight_phase(p, s, buf, C: tl.constexpr):
     """The update of b1, and of program p's share of the rows of W2."""
-    zero = zero_of_step(s)
-    for tile in range(p // C.R, C.TILES, C.G):
-        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+    for n in range(p // C.R, C.TILES, C.G):
+        unit = units(n, s, C)
         if p % C.R == 0:
-            db1 = hidden_bias_gradient(unit, buf, C)
-            adamw_at(buf.state + C.B1_OFFSET, C.PLANE, unit, unit < C.H, db1, buf.scalars + 3 * s, REPLICATED=True)
+            at = vector(unit, C.H)
+            db1 = sum_of_parts(buf.db1, C.H, at, C)
+            adamw_at(buf.b1, C.H, at, db1, s, buf, C)
         for v0 in range(0, C.SHARE_V, C.BLOCK_W):
-            share = v0 + (zero + tl.arange(0, C.BLOCK_W))
+            share = block(v0, C.BLOCK_W, s)
             v = p % C.R * C.SHARE_V + share
-            mask = (share[:, None] < C.SHARE_V) & (v[:, None] < C.V) & (unit[None, :] < C.H)
-            dw2 = output_weight_gradient(v, unit, buf, C)
-            offsets = v[:, None] * C.H + unit[None, :]
-            w2 = adamw_at(
-                buf.state + C.W2_OFFSET, C.PLANE, offsets, mask, dw2, buf.scalars + 3 * s,
-                REPLICATED=32 * C.num_warps > C.BLOCK_W * C.BLOCK_H,
-            )  # fmt: skip
+            row, column, mask = tile(v, unit, C.V, C.H)
+            mask = (share < C.SHARE_V)[:, None] & mask
+            dw2 = sum_of_parts(buf.dw2, C.V * C.H, (row, column, mask), C)
+            w2 = adamw_at(buf.w2, C.V * C.H, (row, column, mask), dw2, s, buf, C)
             tl.store(buf.w2t + unit[None, :] * C.V + v[:, None], w2, mask=mask)
 
 
 @triton.jit
-def table_gradient(t, v, unit, buf, C: tl.constexpr):
-    """dtable[t] of these tokens and units."""
-    mask = (v < C.V) & (unit < C.H)
-    return sum_of_parts(buf.table, (t * C.V + v) * C.H + unit, C.T * C.V * C.H, mask, C.R)
+def add_to_dwte(dwte, v, e, s, buf, C: tl.constexpr):
+    """Adds a program's part of dwte[v, e] to the sum of step s."""
+    dwte_sum = sum_of(buf.dwte, C.V * C.E, s)
+    add_to_sum(dwte, dwte_sum, tile(v, e, C.V, C.E), buf.fault + 1, DWTE_SCALE, DWTE_LIMIT, C)
 
 
 @triton.jit
 def embedding_gradient_phase(p, s, buf, C: tl.constexpr):
-    """Adds program p's part of dwte to the sum of step s. Clears the other sum."""
-    if p % C.R * C.SHARE_E < C.E:
-        add_embedding_gradient(p, s, buf, C)
-    clear_sum(p, buf.dwte + ((s + 1) % 2) * (C.V * C.E), C.V * C.E, C)
-    tl.debug_barrier()  # W1 was read by all threads before any of them updates it
-
-
-@triton.jit
-def add_embedding_gradient(p, s, buf, C: tl.constexpr):
-    """Adds sum_t dtable[t] @ W1[:, t] over program p's units, in its columns, to the sum of dwte of step s."""
-    zero = zero_of_step(s)
-    sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
-    for v0 in range(0, C.V, C.BLOCK_V):
-        v = v0 + (zero + tl.arange(0, C.BLOCK_V))
+    """Adds sum_t dtable[t] @ W1[:, t] over program p's units, in its columns, to the dwte of step s."""
+    first = p % C.R * C.SHARE_E
+    for v0 in range(0, C.V if first < C.E else 0, C.BLOCK_V):
+        v = block(v0, C.BLOCK_V, s)
         for e0 in range(0, C.SHARE_E, C.BLOCK_S):
-            e = p % C.R * C.SHARE_E + e0 + (zero + tl.arange(0, C.BLOCK_S))
-            acc = tl.full((C.BLOCK_V, C.BLOCK_S), 0.0, tl.float32)
-            for tile in range(p // C.R, C.TILES, C.G):
-                unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+            e = block(first + e0, C.BLOCK_S, s)
+            dwte = tl.full((C.BLOCK_V, C.BLOCK_S), 0.0, tl.float32)
+            for n in range(p // C.R, C.TILES, C.G):
+                unit = units(n, s, C)
                 for t in range(C.T):
-                    dtable = table_gradient(t, v[:, None], unit[None, :], buf, C)
-                    weight = tl.load(
-                        buf.state + C.W1_OFFSET + unit[:, None] * (C.T * C.E) + t * C.E + e[None, :],
-                        mask=(unit[:, None] < C.H) & (e[None, :] < C.E),
-                        other=0.0,
-                    )
+                    at = tile(v, unit, C.V, C.H, first=t * C.V * C.H)
+                    dtable = sum_of_parts(buf.table, C.T * C.V * C.H, at, C)
+                    w1 = load_tile(buf.w1, tile(unit, e, C.H, C.E, C.T * C.E, first=t * C.E))
                     # dwte += dtable[t] @ W1[:, t]   (BLOCK_V, BLOCK_S)
-                    acc = dot(dtable, weight, acc, C)
-            mask = (v[:, None] < C.V) & (e[None, :] < C.E)
-            add_to_sum(sum_ptr, v[:, None] * C.E + e[None, :], mask, acc, buf.fault + 1, DWTE_SCALE, DWTE_LIMIT, C)
-
-
-@triton.jit
-def hidden_weight_gradient(t, unit, e, s, wte, buf, C: tl.constexpr):
-    """dW1[:, t] = dtable[t]^T @ wte of these units and columns."""
-    zero = zero_of_step(s)
-    dw1 = tl.full((unit.shape[0], e.shape[0]), 0.0, tl.float32)
-    for v0 in range(0, C.V, C.BLOCK_V):
-        v = v0 + (zero + tl.arange(0, C.BLOCK_V))
-        dtable = table_gradient(t, v[None, :], unit[:, None], buf, C)
-        rows = tl.load(wte + v[:, None] * C.E + e[None, :], mask=(v[:, None] < C.V) & (e[None, :] < C.E), other=0.0)
-        # dW1[:, t] += dtable[t]^T @ wte   (units, columns)
-        dw1 = dot(dtable, rows, dw1, C)
-    return dw1
+                    dwte = dot(dtable, w1, dwte, C.precision)
+            add_to_dwte(dwte, v, e, s, buf, C)
+    clear_sum(sum_of(buf.dwte, C.V * C.E, s + 1), C.V * C.E, p, C)
+    tl.debug_barrier()  # W1 was read by all threads before any of them updates it
 
 
 @triton.jit
 def hidden_weight_phase(p, s, buf, C: tl.constexpr):
     """The gradient and update of W1's rows, in program p's share of their columns."""
-    zero = zero_of_step(s)
-    wte = buf.replicas + p * (3 * C.V * C.E)
-    for tile in range(p // C.R, C.TILES, C.G):
-        unit = tile * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
+    wte = replica_of(p, buf, C)
+    for n in range(p // C.R, C.TILES, C.G):
+        unit = units(n, s, C)
         for t in range(C.T):
             for e0 in range(0, C.SHARE_E, C.BLOCK_S):
-                e = p % C.R * C.SHARE_E + e0 + (zero + tl.arange(0, C.BLOCK_S))
-                dw1 = hidden_weight_gradient(t, unit, e, s, wte, buf, C)
-                offsets = unit[:, None] * (C.T * C.E) + t * C.E + e[None, :]
-                mask = (unit[:, None] < C.H) & (e[None, :] < C.E)
-                w1 = adamw_at(buf.state + C.W1_OFFSET, C.PLANE, offsets, mask, dw1, buf.scalars + 3 * s)
-                tl.store(buf.w1t + (t * C.E + e[None, :]) * C.H + unit[:, None], w1, mask=mask)
-
-
-@triton.jit
-def load_w1(first, unit, e, buf, C: tl.constexpr, T: tl.constexpr):
-    """W1 and its moments, three tensors (units, e) for each of T positions from `first`."""
-    w1 = ()
-    for t in tl.static_range(T):
-        offsets = unit[:, None] * (C.T * C.E) + (first + t) * C.E + e[None, :]
-        mask = (unit[:, None] < C.H) & (e[None, :] < C.E)
-        w1 += (load_three(buf.state + C.W1_OFFSET, C.PLANE, offsets, mask),)
-    return w1
-
-
-@triton.jit
-def update_w1(w1, dwte, first, unit, e, p, s, buf, C: tl.constexpr, T: tl.constexpr):
-    """W1 and its moments at these positions, units and columns after AdamW, and dwte + sum_t dtable[t] @ W1[:, t].
-
-    dtable is loaded once, and before any of W1 is stored, so that the loads need not wait for each other.
-    """
-    zero = zero_of_step(s)
-    v = zero + tl.arange(0, C.BLOCK_V)
-    mask = (v[:, None] < C.V) & (e[None, :] < C.E)
-    wte = tl.load(buf.replicas + p * (3 * C.V * C.E) + v[:, None] * C.E + e[None, :], mask=mask, other=0.0)
-    dtable = ()
-    for t in tl.static_range(T):
-        dtable += (table_gradient(first + t, v[:, None], unit[None, :], buf, C),)
-    new = ()
-    for t in tl.static_range(T):
-        # dwte += dtable[t] @ W1[:, t],  dW1[:, t] = dtable[t]^T @ wte
-        dwte = dot(dtable[t], w1[t][0], dwte, C)
-        dw1 = dot(tl.trans(dtable[t]), wte, tl.full((unit.shape[0], e.shape[0]), 0.0, tl.float32), C)
-        offsets = unit[:, None] * (C.T * C.E) + (first + t) * C.E + e[None, :]
-        mask = (unit[:, None] < C.H) & (e[None, :] < C.E)
-        three = adamw_of(w1[t], dw1, buf.state + C.W1_OFFSET, offsets, mask, buf.scalars + 3 * s)
-        tl.store(buf.w1t + ((first + t) * C.E + e[None, :]) * C.H + unit[:, None], three[0], mask=mask)
-        new += (three,)
-    return new, dwte
-
-
-@triton.jit
-def store_w1_moments(w1, first, unit, e, buf, C: tl.constexpr, T: tl.constexpr):
-    """Stores both moments of W1 at these positions, units and columns."""
-    for t in tl.static_range(T):
-        offsets = unit[:, None] * (C.T * C.E) + (first + t) * C.E + e[None, :]
-        store_moments(w1[t], buf.state + C.W1_OFFSET, C.PLANE, offsets, (unit[:, None] < C.H) & (e[None, :] < C.E))
-
-
-@triton.jit
-def add_dwte(dwte, e, s, buf, C: tl.constexpr):
-    """Adds a program's part of dwte, of the columns e, to the sum of step s."""
-    v = zero_of_step(s) + tl.arange(0, C.BLOCK_V)
-    sum_ptr = buf.dwte + (s % 2) * (C.V * C.E)
-    mask = (v[:, None] < C.V) & (e[None, :] < C.E)
-    add_to_sum(sum_ptr, v[:, None] * C.E + e[None, :], mask, dwte, buf.fault + 1, DWTE_SCALE, DWTE_LIMIT, C)
+                e = block(p % C.R * C.SHARE_E + e0, C.BLOCK_S, s)
+                dw1 = tl.full((C.BLOCK_H, C.BLOCK_S), 0.0, tl.float32)
+                for v0 in range(0, C.V, C.BLOCK_V):
+                    v = block(v0, C.BLOCK_V, s)
+                    at = transposed_tile(v, unit, C.V, C.H, first=t * C.V * C.H)
+                    dtable = sum_of_parts(buf.table, C.T * C.V * C.H, at, C)
+                    # dW1[:, t] += dtable[t]^T @ wte   (BLOCK_H, BLOCK_S)
+                    dw1 = dot(dtable, load_tile(wte, tile(v, e, C.V, C.E)), dw1, C.precision)
+                at = tile(unit, e, C.H, C.E, C.T * C.E, first=t * C.E)
+                w1 = adamw_at(buf.w1, C.H * C.T * C.E, at, dw1, s, buf, C)
+                store_tile(buf.w1t, transposed_tile(e, unit, C.E, C.H, first=t * C.E * C.H), w1)
 
 
 @triton.jit
 def first_layer_phase(p, s, buf, C: tl.constexpr):
     """embedding_gradient_phase and hidden_weight_phase in one pass over dtable, for a vocabulary in one block."""
-    zero = zero_of_step(s)
-    for e0 in range(0, C.SHARE_E if p % C.R * C.SHARE_E < C.E else 0, C.BLOCK_S):
-        e = p % C.R * C.SHARE_E + e0 + (zero + tl.arange(0, C.BLOCK_S))
+    AHEAD: tl.constexpr = C.T_AHEAD
+    first = p % C.R * C.SHARE_E
+    v = block(0, C.BLOCK_V, s)
+    for e0 in range(0, C.SHARE_E if first < C.E else 0, C.BLOCK_S):
+        e = block(first + e0, C.BLOCK_S, s)
         dwte = tl.full((C.BLOCK_V, C.BLOCK_S), 0.0, tl.float32)
         for i in range(0, C.OWNED):
-            unit = (p // C.R + i * C.G) * C.BLOCK_H + (zero + tl.arange(0, C.BLOCK_H))
-            for t in range(0, C.T, C.T_AHEAD):
-                w1 = load_w1(t, unit, e, buf, C, C.T_AHEAD)
-                w1, dwte = update_w1(w1, dwte, t, unit, e, p, s, buf, C, C.T_AHEAD)
-                store_w1_moments(w1, t, unit, e, buf, C, C.T_AHEAD)
-        add_dwte(dwte, e, s, buf, C)
-    clear_sum(p, buf.dwte + ((s + 1) % 2) * (C.V * C.E), C.V * C.E, C)
+            unit = units(p // C.R + i * C.G, s, C)
+            for t0 in range(0, C.T, AHEAD):
+                # All loads come before the first store, so that their latencies overlap.
+                w1, dtable = (), ()
+                for t in tl.static_range(AHEAD):
+                    at = tile(unit, e, C.H, C.E, C.T * C.E, first=(t0 + t) * C.E)
+                    w1 += (load_three(buf.w1, C.H * C.T * C.E, at),)
+                wte = load_tile(replica_of(p, buf, C), tile(v, e, C.V, C.E))
+                for t in tl.static_range(AHEAD):
+                    at = tile(v, unit, C.V, C.H, first=(t0 + t) * C.V * C.H)
+                    dtable += (sum_of_parts(buf.table, C.T * C.V * C.H, at, C),)
+                for t in tl.static_range(AHEAD):
+                    # dwte += dtable[t] @ W1[:, t]   (BLOCK_V, BLOCK_S)
+                    dwte = dot(dtable[t], w1[t][0], dwte, C.precision)
+                    # dW1[:, t] = dtable[t]^T @ wte   (BLOCK_H, BLOCK_S)
+                    dw1 = tl.full((C.BLOCK_H, C.BLOCK_S), 0.0, tl.float32)
+                    dw1 = dot(tl.trans(dtable[t]), wte, dw1, C.precision)
+                    at = tile(unit, e, C.H, C.E, C.T * C.E, first=(t0 + t) * C.E)
+                    new = update_three(w1[t], dw1, buf.w1, C.H * C.T * C.E, at, s, buf)
+                    store_tile(buf.w1t, transposed_tile(e, unit, C.E, C.H, first=(t0 + t) * C.E * C.H), new)
+        add_to_dwte(dwte, v, e, s, buf, C)
+    clear_sum(sum_of(buf.dwte, C.V * C.E, s + 1), C.V * C.E, p, C)
 
 
 @triton.jit
@@ -983,7 +797,7 @@ def forward_phase(p, s, buf, window, num_windows, C: tl.constexpr):
 def gradient_phase(p, s, buf, window, num_windows, C: tl.constexpr):
     """From the sum of the logits to the gradients of b1, W2 and the table, each the sum over program p's rows."""
     if C.one_pass:
-        row_gradients_phase(p, s, buf, window, num_windows, C, C.T)
+        row_gradients_phase(p, s, buf, window, num_windows, C)
     else:
         if not C.rows:
             softmax_phase(p, s, buf, window, num_windows, C)
@@ -1093,24 +907,20 @@ def default_config(
     if interpreting():
         # The interpreter's time is a price per operation, whatever its size: one program, one tile of everything.
         return StepConfig(
-            B, V, T, E, H, 1, _block(B, MAX_B), _block(V, MAX_V), _block(E, MAX_E), _block(H, MAX_H),
+            B, V, T, E, H, 1, block_size(B, MAX_B), block_size(V, MAX_V), block_size(E, MAX_E), block_size(H, MAX_H),
             arithmetic, deterministic, rows,
         )  # fmt: skip
     block_h = 16
     programs = min(DEFAULT_PROGRAMS, processors, -(-H // block_h))
     groups = max(1, min(MAX_GROUPS, processors // programs, B // 32))
     # One block for a small group's rows: its loads are all under way at once. Larger models lack the registers for it.
-    block_b = _block(-(-B // groups), 64 if groups > 1 and 64 * groups >= B and V <= 32 and E <= 128 else 32)
+    block_b = block_size(-(-B // groups), 64 if groups > 1 and 64 * groups >= B and V <= 32 and E <= 128 else 32)
     # Blocks of 16 fit E = 48 better; tf32x3 would have more operands to split for them.
-    block_e = _block(E, 16 if V > 32 or (E % 32 and (groups > 1 or arithmetic == "ieee")) else 32)
+    block_e = block_size(E, 16 if V > 32 or (E % 32 and (groups > 1 or arithmetic == "ieee")) else 32)
     config = StepConfig(
-        B, V, T, E, H, programs, block_b, _block(V, 32), block_e, block_h, arithmetic, deterministic, rows, R=groups
+        B, V, T, E, H, programs, block_b, block_size(V, 32), block_e, block_h, arithmetic, deterministic, rows, R=groups
     )
     return replace(config, ahead=config.operand_bytes(T) <= SHARED_BYTES)
-
-
-def _block(size: int, most: int) -> int:
-    return max(16, min(triton.next_power_of_2(size), most))
 
 
 class TrainStep:
@@ -1156,7 +966,10 @@ class TrainStep:
             scalars=scalars.to(device).contiguous(),
             clock=empty(2, dtype=torch.int64),
             losses=empty(len(scalars)),
-            state=empty(3, C.PLANE),
+            w1=empty(3, C.H, C.T * C.E),
+            b1=empty(3, C.H),
+            w2=empty(3, C.V, C.H),
+            b2=empty(3, C.V),
             w1t=empty(C.T * C.E, C.H),
             w2t=empty(C.H, C.V),
             replicas=empty(C.PROGRAMS, 3, C.V, C.E),
@@ -1174,15 +987,8 @@ class TrainStep:
 
     def planes(self) -> list[list[Tensor]]:
         """Views of the parameters, their first and their second moments: three lists of wte, W1, b1, W2, b2."""
-        C, buf = self.config, self.buffers
-        planes = []
-        for k in range(3):
-            plane = buf.state[k]
-            w1 = plane[C.W1_OFFSET : C.W1_OFFSET + C.H * C.T * C.E].view(C.H, C.T * C.E)
-            w2 = plane[C.W2_OFFSET : C.W2_OFFSET + C.V * C.H].view(C.V, C.H)
-            b1, b2 = plane[C.B1_OFFSET : C.B1_OFFSET + C.H], plane[C.B2_OFFSET : C.B2_OFFSET + C.V]
-            planes.append([buf.replicas[0, k], w1, b1, w2, b2])
-        return planes
+        buf = self.buffers
+        return [[buf.replicas[0, k], buf.w1[k], buf.b1[k], buf.w2[k], buf.b2[k]] for k in range(3)]
 
     def load(self, planes: Sequence[Sequence[Tensor]], step: int) -> None:
         """Copies in parameters and moments, ordered as in planes(), and the number of the next step."""
@@ -1227,14 +1033,14 @@ def shipped_launches(launcher, config_on):
     Args:
         config_on: a device's compute capability and multiprocessors -> default_config() for it.
     """
-    from ._aot import CAPABILITIES, PROCESSORS, recorded
+    from ._aot import CAPABILITIES, PROCESSORS, Shipped, recorded
 
     default, many, largest = (128, 27, 3, 48, 512), (1024, 27, 3, 48, 512), (MAX_B, MAX_V, MAX_T, MAX_E, MAX_H)
     wide = (128, 27, 3, 128, 512)
     cases = [(default, precision, True) for precision in INPUT_PRECISION]
     cases += [(default, "fp32", False), (many, "fp32", True), (largest, "fp32", True), (wide, "fp32", True)]
     tape, scalars = torch.empty(10_007, dtype=torch.int32, device="meta"), torch.empty(1000, 3, device="meta")
-    different = {}
+    found: dict[str, Shipped] = {}
     for capability in CAPABILITIES:
         for sizes, precision, deterministic in cases:
             # Of large sizes each architecture has one number of programs.
@@ -1242,10 +1048,10 @@ def shipped_launches(launcher, config_on):
             with recorded(precision) as launches:
                 launcher(default_config(*sizes, precision=precision, deterministic=deterministic), tape, scalars).run(2)
             for launch in launches:
-                if capability in launch.capabilities:
-                    different.setdefault(launch.key, (launch, {}))[1][capability] = True
-    for launch, capabilities in different.values():
-        yield replace(launch, capabilities=tuple(capabilities))
+                before = found[launch.key].capabilities if launch.key in found else ()
+                if capability in launch.capabilities and capability not in before:
+                    found[launch.key] = replace(launch, capabilities=(*before, capability))
+    yield from found.values()
 
 
 def shipped():

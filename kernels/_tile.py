@@ -1,0 +1,51 @@
+"""Blocks and tiles: the indices of what a program loads, computes and stores at a time.
+
+A tile of a matrix in memory is three tensors, which broadcast: offsets of its rows, offsets within a row, and the mask
+of what lies within the matrix. One tile serves all matrices of one shape, as parameters and their moments have it.
+"""
+
+import triton
+import triton.language as tl
+
+
+def block_size(size: int, most: int) -> int:
+    """The length of a block for so many numbers: a power of two, at least 16 as products need it, at most `most`."""
+    return max(16, min(triton.next_power_of_2(size), most))
+
+
+@triton.jit
+def tile(i, j, rows, columns, stride=None, first=0):
+    """The tile (i, j) of a matrix (rows, columns).
+
+    Args:
+        i, j: the tile's rows and columns, each a block of indices.
+        stride: numbers from one row to the next; by default `columns`.
+        first: offset of the matrix's first number, where several lie one behind the other.
+    """
+    step = columns if stride is None else stride
+    return i[:, None] * step + first, j[None, :], (i[:, None] < rows) & (j[None, :] < columns)
+
+
+@triton.jit
+def transposed_tile(i, j, rows, columns, stride=None, first=0):
+    """The same numbers as of tile(), as a tile (j, i): what is loaded or stored there is the transposed matrix."""
+    step = columns if stride is None else stride
+    return i[None, :] * step + first, j[:, None], (i[None, :] < rows) & (j[:, None] < columns)
+
+
+@triton.jit
+def vector(i, length):
+    """The tile i of a vector."""
+    return i, 0, i < length
+
+
+@triton.jit
+def load_tile(ptr, tile):
+    """The numbers of a tile; 0 outside of the matrix."""
+    return tl.load(ptr + tile[0] + tile[1], mask=tile[2], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, tile, value):
+    """Stores the numbers of a tile."""
+    tl.store(ptr + tile[0] + tile[1], value, mask=tile[2])
