@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._math import tanh
+from ._math import dot, tanh
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS, CompileTimeConfig, input_precision, interpreting
+from ._tile import block_size, load_tile, store_tile, tile, vector
 
 MULTIPLIER: tl.constexpr = tl.constexpr(0x2545F4914F6CDD1D)
 OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": MAX_REGISTERS}
@@ -49,7 +50,7 @@ class ModelConfig(CompileTimeConfig):
     @property
     def VP(self) -> int:
         """A row of logits, padded to a power of two."""
-        return max(16, triton.next_power_of_2(self.V))
+        return block_size(self.V, 256)
 
 
 class Weights(NamedTuple):
@@ -70,16 +71,12 @@ def default_config(V: int, T: int, E: int, H: int, *, precision: str = "fp32") -
     """Tiles that spill no register, or, in the interpreter, large ones. V must be at most 256."""
     arithmetic = input_precision(precision)
     if interpreting():
-        return ModelConfig(V, T, E, H, 512, _block(E, 256), _block(H, 4096), arithmetic)
+        return ModelConfig(V, T, E, H, 512, block_size(E, 256), block_size(H, 4096), arithmetic)
     if V <= 32 and arithmetic == "ieee":  # by tensor cores, Triton does not compile so many rows for sm_100
-        return ModelConfig(V, T, E, H, 64, _block(E, 32), 32, arithmetic)
+        return ModelConfig(V, T, E, H, 64, block_size(E, 32), 32, arithmetic)
     # Large vocabularies fill the registers with logits; a product by tensor cores has at least 16 rows.
     rows = 32 if V <= 64 else 8 if arithmetic == "ieee" else 16
-    return ModelConfig(V, T, E, H, rows, _block(E, 32), 16, arithmetic)
-
-
-def _block(size: int, most: int) -> int:
-    return max(16, min(triton.next_power_of_2(size), most))
+    return ModelConfig(V, T, E, H, rows, block_size(E, 32), 16, arithmetic)
 
 
 # --- device functions ----------------------------------------------------------------------------------------------
@@ -101,23 +98,14 @@ def logits_of_rows(contexts_ptr, stride, row, in_range, model, C: tl.constexpr):
             known = in_range & (token >= 0) & (token < C.V)
             for e0 in range(0, C.E, C.BLOCK_E):
                 e = e0 + tl.arange(0, C.BLOCK_E)
-                emb = tl.load(
-                    model.wte + token[:, None] * C.E + e[None, :], mask=known[:, None] & (e[None, :] < C.E), other=0.0
-                )
-                weight = tl.load(
-                    model.w1 + (t * C.E + e[:, None]) * C.H + unit[None, :],
-                    mask=(unit[None, :] < C.H) & (e[:, None] < C.E),
-                    other=0.0,
-                )
+                emb = load_tile(model.wte, (token[:, None] * C.E, e[None, :], known[:, None] & (e[None, :] < C.E)))
+                weight = load_tile(model.w1, tile(e, unit, C.E, C.H, first=t * C.E * C.H))
                 # pre += wte[x_t, e] @ W1[:, t, e]^T   (BLOCK_R, BLOCK_H)
-                pre = tl.dot(emb, weight, pre, input_precision=C.precision)
+                pre = dot(emb, weight, pre, C.precision)
         # h = tanh(pre + b1);  logits += h @ W2^T   (BLOCK_R, VP)
-        h = tanh(pre + tl.load(model.b1 + unit, mask=unit < C.H, other=0.0)[None, :])
-        weight = tl.load(
-            model.w2 + unit[:, None] * C.V + v[None, :], mask=(v[None, :] < C.V) & (unit[:, None] < C.H), other=0.0
-        )
-        logits = tl.dot(h, weight, logits, input_precision=C.precision)
-    return logits + tl.load(model.b2 + v, mask=v < C.V, other=0.0)[None, :]
+        h = tanh(pre + load_tile(model.b1, vector(unit, C.H))[None, :])
+        logits = dot(h, load_tile(model.w2, tile(unit, v, C.H, C.V)), logits, C.precision)
+    return logits + load_tile(model.b2, vector(v, C.V))[None, :]
 
 
 @triton.jit
@@ -138,9 +126,8 @@ def logits_kernel(contexts_ptr, logits_ptr, rows, model, C: tl.constexpr):
     """Logits of contexts (rows, T)."""
     row = tl.program_id(0) * C.BLOCK_R + tl.arange(0, C.BLOCK_R)
     logits = logits_of_rows(contexts_ptr, C.T, row, row < rows, model, C)
-    v = tl.arange(0, C.VP)
-    mask = (row[:, None] < rows) & (v[None, :] < C.V)
-    tl.store(logits_ptr + row[:, None].to(tl.int64) * C.V + v[None, :], logits, mask=mask)
+    # As int64: rows * V may be past 32 bits.
+    store_tile(logits_ptr, tile(row.to(tl.int64), tl.arange(0, C.VP), rows, C.V), logits)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -183,8 +170,8 @@ def add_up(partial_ptr, programs, mean_ptr):
     counts = tl.zeros((256,), tl.float64)
     for first in range(0, programs, 256):
         i = first + tl.arange(0, 256)
-        losses += tl.load(partial_ptr + i, mask=i < programs, other=0.0)
-        counts += tl.load(partial_ptr + programs + i, mask=i < programs, other=0.0)
+        losses += load_tile(partial_ptr, vector(i, programs))
+        counts += load_tile(partial_ptr + programs, vector(i, programs))
     tl.store(mean_ptr, tl.sum(losses, axis=0) / tl.sum(counts, axis=0))
 
 
@@ -193,7 +180,6 @@ def sample_kernel(tokens_ptr, seed_ptr, count, model, C: tl.constexpr):
     """Draws `count` tokens after the T that tokens_ptr begins with, and stores them behind these."""
     state = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     v = tl.arange(0, C.VP)
-    e = tl.arange(0, C.BLOCK_E)
     for i in range(count):
         # Products are added up number by number, and over threads only at the end. A product that is shuffled between
         # threads at once may be contracted into an addition there, and then each thread's sum has bits of its own.
@@ -204,20 +190,14 @@ def sample_kernel(tokens_ptr, seed_ptr, count, model, C: tl.constexpr):
             for t in range(C.T):
                 token = tl.load(tokens_ptr + i + t)
                 for e0 in range(0, C.E, C.BLOCK_E):
-                    in_e = e0 + e < C.E
-                    emb = tl.load(model.wte + token * C.E + e0 + e, mask=in_e, other=0.0)
-                    weight = tl.load(
-                        model.w1 + unit[:, None] * (C.T * C.E) + t * C.E + e0 + e[None, :],
-                        mask=(unit[:, None] < C.H) & in_e[None, :],
-                        other=0.0,
-                    )
-                    pre += weight * emb[None, :]
-            # h = tanh(b1 + sum over t and e of W1[:, t, e] wte[x_t, e]);  products += W2 h, of these units
-            h = tanh(tl.sum(pre, axis=1) + tl.load(model.b1 + unit, mask=unit < C.H, other=0.0))
-            weight = tl.load(
-                model.w2 + v[:, None] * C.H + unit[None, :], mask=(v[:, None] < C.V) & (unit[None, :] < C.H), other=0.0
-            )
-            products += weight * h[None, :]
+                    e = e0 + tl.arange(0, C.BLOCK_E)
+                    emb = load_tile(model.wte + token * C.E, vector(e, C.E))
+                    # pre += W1[:, t, e] wte[x_t, e]   (BLOCK_H, BLOCK_E)
+                    pre += load_tile(model.w1, tile(unit, e, C.H, C.E, C.T * C.E, first=t * C.E)) * emb[None, :]
+            # h = tanh(b1 + sum over e of pre);  products += W2 h   (VP, BLOCK_H)
+            h = tanh(tl.sum(pre, axis=1) + load_tile(model.b1, vector(unit, C.H)))
+            products += load_tile(model.w2, tile(v, unit, C.V, C.H)) * h[None, :]
+        # logits = b2 + W2 h, -inf past the vocabulary   (VP,)
         logits = tl.sum(products, axis=1) + tl.load(model.b2 + v, mask=v < C.V, other=float("-inf"))
         # probabilities = softmax(logits)
         exponential = tl.exp(logits - tl.max(logits, axis=0))
@@ -292,7 +272,7 @@ def config_of(weights: Weights, T: int, precision: str) -> ModelConfig:
 
 def sampling_config(C: ModelConfig) -> ModelConfig:
     """Tiles for one row: nothing is multiplied by tensor cores, and a tile of weights fits the registers."""
-    block_e = _block(C.E, 64)
+    block_e = block_size(C.E, 64)
     return ModelConfig(C.V, C.T, C.E, C.H, 16, block_e, max(16, 4096 // max(block_e, C.VP)), C.precision)
 
 

@@ -334,6 +334,7 @@ def update_three(three, grad, ptr, PLANE: tl.constexpr, at, s, buf):
     """AdamW of what load_three() has loaded there, with the scalars of step s; stores it, returns the parameters."""
     scalars = buf.scalars + 3 * s
     decay, step_size, root = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
+    # param, m, v = AdamW(param, grad, m, v), adamw.py
     param, m, v = adamw_update(three[0], grad, three[1], three[2], decay, step_size, root, BETA1, BETA2, EPS)
     at = (at[0] + at[1], 0, at[2])
     store_tile(ptr, at, param)
@@ -397,6 +398,7 @@ def sum_of_parts(ptr, SIZE: tl.constexpr, at, C: tl.constexpr):
     """A tile of the sum of the R groups' partial sums, SIZE numbers each, added in their order."""
     R: tl.constexpr = C.R
     at = (at[0] + at[1], 0, at[2])
+    # total = part[0] + ... + part[R - 1]
     total = load_tile(ptr, at)
     for r in tl.static_range(1, R):
         total += load_tile(ptr + r * SIZE, at)
@@ -409,7 +411,7 @@ def add_rows_by_token(acc, v, tokens, x, C: tl.constexpr):
 
     That matrix is exact in TF32, so only x is split: two products where tf32x3 takes three.
     """
-    # acc += onehot(tokens)^T @ x   (BLOCK_V, BLOCK_H)
+    # acc[v] += sum of x[b] over the b with tokens[b] = v   (BLOCK_V, BLOCK_H)
     ones = tl.where(v[:, None] == tokens[None, :], 1.0, 0.0)
     if C.precision == "tf32x3":
         high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the 10 mantissa bits of TF32
@@ -439,6 +441,7 @@ def embedding_phase(p, s, buf, C: tl.constexpr):
             dwte += (read_sum(sum_of(buf.dwte, C.V * C.E, s), at, buf.fault + 1, DWTE_SCALE, C),)
         for i in tl.static_range(AHEAD):
             offsets = block(first + i * C.PIECE, C.PIECE, s)
+            # wte = AdamW(wte, dwte), in pieces of PIECE numbers
             update_three(three[i], dwte[i], wte, C.V * C.E, vector(offsets, C.V * C.E), s, buf)
     tl.debug_barrier()  # the first layer reads what other threads of the program wrote
 
@@ -523,6 +526,7 @@ def hidden_phase(p, s, buf, window, num_windows, C: tl.constexpr):
             # logits += h @ W2^T over the tile   (BLOCK_B, VP)
             logits = dot(h, weight, logits, C.precision)
         add_to_sum(logits, logits_sum, tile(b, v, end, C.V, C.ROW), buf.fault, LOGITS_SCALE, LOGITS_LIMIT, C)
+    # The programs have read the sum of the step before.
     clear_sum(sum_of(buf.logits, C.B * C.ROW, s + 1), C.B * C.ROW, p, C)
 
 
@@ -571,7 +575,7 @@ def output_bias_phase(s, buf, C: tl.constexpr):
     losses = tl.zeros((256,), tl.float32)
     for b0 in range(0, C.B, 256):
         b = block(b0, 256, s)
-        # loss = sum_b row_loss[b] / B
+        # loss = sum_b row_losses[b] / B
         losses += load_tile(buf.row_losses, vector(b, C.B))
     tl.store(buf.losses + s, tl.sum(losses, axis=0) / C.B)
 
@@ -581,6 +585,7 @@ def output_bias_phase(s, buf, C: tl.constexpr):
         b = block(b0, C.BLOCK_D, s)
         # db2 = sum_b dlogits[b]   (VP,)
         db2 += tl.sum(load_tile(buf.dlogits, tile(b, v, C.B, C.V)), axis=0)
+    # b2 = AdamW(b2, db2)
     adamw_at(buf.b2, C.V, vector(v, C.V), db2, s, buf, C)
 
 
@@ -602,9 +607,10 @@ def output_phase(p, s, buf, C: tl.constexpr):
                 dh = dot(dlogits, weight, dh, C.precision)
             at = tile(b, unit, end, C.H)
             h = load_tile(buf.hidden, at)
-            # dpre = dh (1 - h^2),  db1 = sum_b dpre[b]
+            # dpre = dh (1 - h^2)   (BLOCK_B, BLOCK_H)
             dpre = dh * (1.0 - h * h)
             store_tile(buf.dpre, at, dpre)
+            # db1 = sum_b dpre[b]   (BLOCK_H,)
             db1 += tl.sum(dpre, axis=0)
         tl.store(buf.db1 + p % C.R * C.H + unit, db1, mask=unit < C.H)
 
@@ -668,8 +674,9 @@ def row_gradients_phase(p, s, buf, window, num_windows, C: tl.constexpr):
         dlogits = tl.where(b[:, None] < end, dlogits, 0.0)
         # dpre = (dlogits @ W2) (1 - h^2)   (BLOCK_B, BLOCK_H)
         dpre = dot(dlogits, weight, tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32), C.precision) * (1.0 - h * h)
-        # db1 += sum_b dpre[b];  dW2 += dlogits^T @ h   (BLOCK_V, BLOCK_H)
+        # db1 += sum_b dpre[b]   (BLOCK_H,)
         db1 += tl.sum(dpre, axis=0)
+        # dW2 += dlogits^T @ h   (BLOCK_V, BLOCK_H)
         dw2 = dot(tl.trans(dlogits), h, dw2, C.precision)
         added = ()
         for t in tl.static_range(T):
@@ -688,6 +695,7 @@ def output_weight_phase(p, s, buf, C: tl.constexpr):
     for n in range(p // C.R, C.TILES, C.G):
         unit = units(n, s, C)
         if p % C.R == 0:
+            # db1 = sum over the groups of its parts   (BLOCK_H,)
             at = vector(unit, C.H)
             db1 = sum_of_parts(buf.db1, C.H, at, C)
             adamw_at(buf.b1, C.H, at, db1, s, buf, C)
@@ -696,8 +704,10 @@ def output_weight_phase(p, s, buf, C: tl.constexpr):
             v = p % C.R * C.SHARE_V + share
             row, column, mask = tile(v, unit, C.V, C.H)
             mask = (share < C.SHARE_V)[:, None] & mask
+            # dW2 = sum over the groups of its parts   (BLOCK_W, BLOCK_H)
             dw2 = sum_of_parts(buf.dw2, C.V * C.H, (row, column, mask), C)
             w2 = adamw_at(buf.w2, C.V * C.H, (row, column, mask), dw2, s, buf, C)
+            # w2t = W2^T
             tl.store(buf.w2t + unit[None, :] * C.V + v[:, None], w2, mask=mask)
 
 
@@ -746,6 +756,7 @@ def hidden_weight_phase(p, s, buf, C: tl.constexpr):
                     dtable = sum_of_parts(buf.table, C.T * C.V * C.H, at, C)
                     # dW1[:, t] += dtable[t]^T @ wte   (BLOCK_H, BLOCK_S)
                     dw1 = dot(dtable, load_tile(wte, tile(v, e, C.V, C.E)), dw1, C.precision)
+                # W1[:, t] = AdamW(W1[:, t], dW1[:, t]);  w1t = W1^T
                 at = tile(unit, e, C.H, C.E, C.T * C.E, first=t * C.E)
                 w1 = adamw_at(buf.w1, C.H * C.T * C.E, at, dw1, s, buf, C)
                 store_tile(buf.w1t, transposed_tile(e, unit, C.E, C.H, first=t * C.E * C.H), w1)
@@ -755,6 +766,8 @@ def hidden_weight_phase(p, s, buf, C: tl.constexpr):
 def first_layer_phase(p, s, buf, C: tl.constexpr):
     """embedding_gradient_phase and hidden_weight_phase in one pass over dtable, for a vocabulary in one block."""
     AHEAD: tl.constexpr = C.T_AHEAD
+    # Of a smaller block a thread could store what another has still to load.
+    tl.static_assert(32 * C.num_warps <= C.BLOCK_H * C.BLOCK_S)
     first = p % C.R * C.SHARE_E
     v = block(0, C.BLOCK_V, s)
     for e0 in range(0, C.SHARE_E if first < C.E else 0, C.BLOCK_S):
@@ -778,6 +791,7 @@ def first_layer_phase(p, s, buf, C: tl.constexpr):
                     # dW1[:, t] = dtable[t]^T @ wte   (BLOCK_H, BLOCK_S)
                     dw1 = tl.full((C.BLOCK_H, C.BLOCK_S), 0.0, tl.float32)
                     dw1 = dot(tl.trans(dtable[t]), wte, dw1, C.precision)
+                    # W1[:, t] = AdamW(W1[:, t], dW1[:, t]);  w1t = W1^T
                     at = tile(unit, e, C.H, C.E, C.T * C.E, first=(t0 + t) * C.E)
                     new = update_three(w1[t], dw1, buf.w1, C.H * C.T * C.E, at, s, buf)
                     store_tile(buf.w1t, transposed_tile(e, unit, C.E, C.H, first=(t0 + t) * C.E * C.H), new)
