@@ -234,7 +234,7 @@ class Buffers(NamedTuple):
     w1: Tensor  # (3, H, T*E), float32: W1 and its two moments
     b1: Tensor  # (3, H), float32: the same of b1
     w2: Tensor  # (3, V, H), float32
-    b2: Tensor  # (3, V), float32
+    b2: Tensor  # (3, VP), float32: V of them, padded so that the moments are aligned
     w1t: Tensor  # (T*E, H), float32: W1 transposed, so that products read it along its rows
     w2t: Tensor  # (H, V), float32: W2 transposed
     replicas: Tensor  # (PROGRAMS, 3, V, E), float32: wte and its moments, once per program
@@ -287,6 +287,30 @@ def replica_of(p, buf, C: tl.constexpr):
 def tables_of(p, buf, C: tl.constexpr):
     """The tables of program p's group, (T, V, H), later their gradient, summed over its rows."""
     return buf.table + p % C.R * (C.T * C.V * C.H)
+
+
+@triton.jit
+def table_tile(t, v, unit, C: tl.constexpr):
+    """Tokens and units of table[t], of tables (T, V, H)."""
+    return tile(v, unit, C.V, C.H, first=t * C.V * C.H)
+
+
+@triton.jit
+def w1_tile(t, unit, e, C: tl.constexpr):
+    """Units and numbers of the embedding of W1[:, t], (H, E); W1 is (H, T*E)."""
+    return tile(unit, e, C.H, C.E, C.T * C.E, first=t * C.E)
+
+
+@triton.jit
+def w1t_tile(t, e, unit, C: tl.constexpr):
+    """The transposed of these, in `w1t`, (T*E, H)."""
+    return tile(e, unit, C.E, C.H, first=t * C.E * C.H)
+
+
+@triton.jit
+def store_w1t(w1, t, unit, e, buf, C: tl.constexpr):
+    """Stores new numbers of W1[:, t], (units, e), in `w1t` too."""
+    store_tile(buf.w1t, transposed_tile(e, unit, C.E, C.H, first=t * C.E * C.H), w1)
 
 
 @triton.jit
@@ -459,10 +483,10 @@ def table_phase(p, s, buf, C: tl.constexpr):
                 for e0 in range(0, C.E, C.BLOCK_E):
                     e = block(e0, C.BLOCK_E, s)
                     rows = load_tile(wte, tile(v, e, C.V, C.E))
-                    weight = load_tile(buf.w1t, tile(e, unit, C.E, C.H, first=t * C.E * C.H))
+                    weight = load_tile(buf.w1t, w1t_tile(t, e, unit, C))
                     # table[t, v] += wte[v, e] @ W1[:, t, e]^T   (BLOCK_V, BLOCK_H)
                     acc = dot(rows, weight, acc, C.precision)
-                store_tile(tables_of(p, buf, C), tile(v, unit, C.V, C.H, first=t * C.V * C.H), acc)
+                store_tile(tables_of(p, buf, C), table_tile(t, v, unit, C), acc)
     tl.debug_barrier()
 
 
@@ -481,7 +505,7 @@ def add_embeddings(acc, unit, start, first, T: tl.constexpr, p, s, buf, C: tl.co
         for i in tl.static_range(BLOCKS):
             e = block(i * C.BLOCK_E, C.BLOCK_E, s)
             rows += (tl.load(wte + tokens[t][:, None] * C.E + e[None, :], mask=e[None, :] < C.E, other=0.0),)
-            weights += (load_tile(buf.w1t, tile(e, unit, C.E, C.H, first=(first + t) * C.E * C.H)),)
+            weights += (load_tile(buf.w1t, w1t_tile(first + t, e, unit, C)),)
     for i in tl.static_range(T * BLOCKS):
         # pre += wte[x_t, e] @ W1[:, t, e]^T   (BLOCK_B, BLOCK_H)
         acc = dot(rows[i], weights[i], acc, C.precision)
@@ -586,7 +610,7 @@ def output_bias_phase(s, buf, C: tl.constexpr):
         # db2 = sum_b dlogits[b]   (VP,)
         db2 += tl.sum(load_tile(buf.dlogits, tile(b, v, C.B, C.V)), axis=0)
     # b2 = AdamW(b2, db2)
-    adamw_at(buf.b2, C.V, vector(v, C.V), db2, s, buf, C)
+    adamw_at(buf.b2, C.VP, vector(v, C.V), db2, s, buf, C)
 
 
 @triton.jit
@@ -648,7 +672,7 @@ def table_gradient_phase(p, s, buf, window, num_windows, C: tl.constexpr):
                     dpre = load_tile(buf.dpre, tile(b, unit, end, C.H))
                     # dtable[t] += onehot(x_t)^T @ dpre   (BLOCK_V, BLOCK_H)
                     dtable = add_rows_by_token(dtable, v, tokens, dpre, C)
-                store_tile(tables_of(p, buf, C), tile(v, unit, C.V, C.H, first=t * C.V * C.H), dtable)
+                store_tile(tables_of(p, buf, C), table_tile(t, v, unit, C), dtable)
     tl.debug_barrier()
 
 
@@ -686,7 +710,7 @@ def row_gradients_phase(p, s, buf, window, num_windows, C: tl.constexpr):
     tl.store(buf.db1 + p % C.R * C.H + unit, db1, mask=unit < C.H)
     store_tile(buf.dw2, tile(v, unit, C.V, C.H, first=p % C.R * C.V * C.H), dw2)
     for t in tl.static_range(T):
-        store_tile(tables_of(p, buf, C), tile(v, unit, C.V, C.H, first=t * C.V * C.H), dtable[t])
+        store_tile(tables_of(p, buf, C), table_tile(t, v, unit, C), dtable[t])
 
 
 @triton.jit
@@ -730,9 +754,8 @@ def embedding_gradient_phase(p, s, buf, C: tl.constexpr):
             for n in range(p // C.R, C.TILES, C.G):
                 unit = units(n, s, C)
                 for t in range(C.T):
-                    at = tile(v, unit, C.V, C.H, first=t * C.V * C.H)
-                    dtable = sum_of_parts(buf.table, C.T * C.V * C.H, at, C)
-                    w1 = load_tile(buf.w1, tile(unit, e, C.H, C.E, C.T * C.E, first=t * C.E))
+                    dtable = sum_of_parts(buf.table, C.T * C.V * C.H, table_tile(t, v, unit, C), C)
+                    w1 = load_tile(buf.w1, w1_tile(t, unit, e, C))
                     # dwte += dtable[t] @ W1[:, t]   (BLOCK_V, BLOCK_S)
                     dwte = dot(dtable, w1, dwte, C.precision)
             add_to_dwte(dwte, v, e, s, buf, C)
@@ -757,9 +780,8 @@ def hidden_weight_phase(p, s, buf, C: tl.constexpr):
                     # dW1[:, t] += dtable[t]^T @ wte   (BLOCK_H, BLOCK_S)
                     dw1 = dot(dtable, load_tile(wte, tile(v, e, C.V, C.E)), dw1, C.precision)
                 # W1[:, t] = AdamW(W1[:, t], dW1[:, t]);  w1t = W1^T
-                at = tile(unit, e, C.H, C.E, C.T * C.E, first=t * C.E)
-                w1 = adamw_at(buf.w1, C.H * C.T * C.E, at, dw1, s, buf, C)
-                store_tile(buf.w1t, transposed_tile(e, unit, C.E, C.H, first=t * C.E * C.H), w1)
+                w1 = adamw_at(buf.w1, C.H * C.T * C.E, w1_tile(t, unit, e, C), dw1, s, buf, C)
+                store_w1t(w1, t, unit, e, buf, C)
 
 
 @triton.jit
@@ -779,12 +801,10 @@ def first_layer_phase(p, s, buf, C: tl.constexpr):
                 # All loads come before the first store, so that their latencies overlap.
                 w1, dtable = (), ()
                 for t in tl.static_range(AHEAD):
-                    at = tile(unit, e, C.H, C.E, C.T * C.E, first=(t0 + t) * C.E)
-                    w1 += (load_three(buf.w1, C.H * C.T * C.E, at),)
+                    w1 += (load_three(buf.w1, C.H * C.T * C.E, w1_tile(t0 + t, unit, e, C)),)
                 wte = load_tile(replica_of(p, buf, C), tile(v, e, C.V, C.E))
                 for t in tl.static_range(AHEAD):
-                    at = tile(v, unit, C.V, C.H, first=(t0 + t) * C.V * C.H)
-                    dtable += (sum_of_parts(buf.table, C.T * C.V * C.H, at, C),)
+                    dtable += (sum_of_parts(buf.table, C.T * C.V * C.H, table_tile(t0 + t, v, unit, C), C),)
                 for t in tl.static_range(AHEAD):
                     # dwte += dtable[t] @ W1[:, t]   (BLOCK_V, BLOCK_S)
                     dwte = dot(dtable[t], w1[t][0], dwte, C.precision)
@@ -792,9 +812,9 @@ def first_layer_phase(p, s, buf, C: tl.constexpr):
                     dw1 = tl.full((C.BLOCK_H, C.BLOCK_S), 0.0, tl.float32)
                     dw1 = dot(tl.trans(dtable[t]), wte, dw1, C.precision)
                     # W1[:, t] = AdamW(W1[:, t], dW1[:, t]);  w1t = W1^T
-                    at = tile(unit, e, C.H, C.E, C.T * C.E, first=(t0 + t) * C.E)
+                    at = w1_tile(t0 + t, unit, e, C)
                     new = update_three(w1[t], dw1, buf.w1, C.H * C.T * C.E, at, s, buf)
-                    store_tile(buf.w1t, transposed_tile(e, unit, C.E, C.H, first=(t0 + t) * C.E * C.H), new)
+                    store_w1t(new, t0 + t, unit, e, buf, C)
         add_to_dwte(dwte, v, e, s, buf, C)
     clear_sum(sum_of(buf.dwte, C.V * C.E, s + 1), C.V * C.E, p, C)
 
@@ -983,7 +1003,7 @@ class TrainStep:
             w1=empty(3, C.H, C.T * C.E),
             b1=empty(3, C.H),
             w2=empty(3, C.V, C.H),
-            b2=empty(3, C.V),
+            b2=empty(3, C.VP),
             w1t=empty(C.T * C.E, C.H),
             w2t=empty(C.H, C.V),
             replicas=empty(C.PROGRAMS, 3, C.V, C.E),
@@ -1002,7 +1022,7 @@ class TrainStep:
     def planes(self) -> list[list[Tensor]]:
         """Views of the parameters, their first and their second moments: three lists of wte, W1, b1, W2, b2."""
         buf = self.buffers
-        return [[buf.replicas[0, k], buf.w1[k], buf.b1[k], buf.w2[k], buf.b2[k]] for k in range(3)]
+        return [[buf.replicas[0, k], buf.w1[k], buf.b1[k], buf.w2[k], buf.b2[k, : self.config.V]] for k in range(3)]
 
     def load(self, planes: Sequence[Sequence[Tensor]], step: int) -> None:
         """Copies in parameters and moments, ordered as in planes(), and the number of the next step."""
