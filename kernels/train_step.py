@@ -273,6 +273,7 @@ def units(n, s, C: tl.constexpr):
 @triton.jit
 def group_rows(first, SIZE: tl.constexpr, p, s, C: tl.constexpr):
     """SIZE batch rows of program p's group, from number `first` of the group on, and the row where the group ends."""
+    # b = (p mod R) GROUP + first + 0, 1, ...;  end = min((p mod R + 1) GROUP, B)
     begin = p % C.R * C.GROUP
     return block(begin + first, SIZE, s), tl.minimum(begin + C.GROUP, C.B)
 
@@ -412,6 +413,7 @@ def sum_of(ptr, SIZE: tl.constexpr, s):
 @triton.jit
 def clear_sum(sum_ptr, SIZE: tl.constexpr, p, C: tl.constexpr):
     """Clears a sum for its next use; the programs share the work."""
+    # sum = 0, in blocks p, p + PROGRAMS, ... of 1,024 numbers
     for first in range(p * 1024, SIZE, C.PROGRAMS * 1024):
         offsets = first + tl.arange(0, 1024)
         tl.store(sum_ptr + offsets, tl.zeros((1024,), sum_ptr.dtype.element_ty), mask=offsets < SIZE)
@@ -461,6 +463,7 @@ def embedding_phase(p, s, buf, C: tl.constexpr):
             three += (load_three(wte, C.V * C.E, vector(offsets, C.V * C.E)),)
         for i in tl.static_range(AHEAD):
             offsets = block(first + i * C.PIECE, C.PIECE, s)
+            # dwte, added up over all programs
             at = vector(offsets, C.V * C.E)
             dwte += (read_sum(sum_of(buf.dwte, C.V * C.E, s), at, buf.fault + 1, DWTE_SCALE, C),)
         for i in tl.static_range(AHEAD):
@@ -504,6 +507,7 @@ def add_embeddings(acc, unit, start, first, T: tl.constexpr, p, s, buf, C: tl.co
     for t in tl.static_range(T):
         for i in tl.static_range(BLOCKS):
             e = block(i * C.BLOCK_E, C.BLOCK_E, s)
+            # wte[x_t, e], (BLOCK_B, BLOCK_E), and W1[:, t, e]^T, (BLOCK_E, BLOCK_H)
             rows += (tl.load(wte + tokens[t][:, None] * C.E + e[None, :], mask=e[None, :] < C.E, other=0.0),)
             weights += (load_tile(buf.w1t, w1t_tile(first + t, e, unit, C)),)
     for i in tl.static_range(T * BLOCKS):
@@ -525,6 +529,7 @@ def hidden_block(unit, start, in_range, p, s, buf, C: tl.constexpr):
             pre = add_embeddings(pre, unit, start, t, 1, p, s, buf, C)
     else:
         for t in range(C.T):
+            # pre += table[t, x_t]
             row = t * C.V + tokens_at(start, t, buf)
             pre += load_tile(tables_of(p, buf, C), (row[:, None] * C.H, unit[None, :], in_range))
     # h = tanh(pre)
@@ -536,6 +541,7 @@ def hidden_phase(p, s, buf, window, num_windows, C: tl.constexpr):
     """h of program p's units and rows; adds h @ W2^T to the logits of step s, the first tile's programs b2 as well."""
     logits_sum = sum_of(buf.logits, C.B * C.ROW, s)
     v = block(0, C.VP, s)
+    # b2 enters the sum once, so 0 for the programs of other tiles   (VP,)
     bias = tl.load(buf.b2 + v, mask=(v < C.V) & (p < C.R), other=0.0)
     for b0 in range(0, C.GROUP, C.BLOCK_B):
         b, end = group_rows(b0, C.BLOCK_B, p, s, C)
@@ -549,6 +555,7 @@ def hidden_phase(p, s, buf, window, num_windows, C: tl.constexpr):
             store_tile(buf.hidden, at, h)
             # logits += h @ W2^T over the tile   (BLOCK_B, VP)
             logits = dot(h, weight, logits, C.precision)
+        # the sum over all tiles = h @ W2^T + b2
         add_to_sum(logits, logits_sum, tile(b, v, end, C.V, C.ROW), buf.fault, LOGITS_SCALE, LOGITS_LIMIT, C)
     # The programs have read the sum of the step before.
     clear_sum(sum_of(buf.logits, C.B * C.ROW, s + 1), C.B * C.ROW, p, C)
@@ -558,6 +565,7 @@ def hidden_phase(p, s, buf, window, num_windows, C: tl.constexpr):
 def softmax_rows(b, end, first, p, s, buf, window, num_windows, C: tl.constexpr):
     """dlogits of these rows up to `end`, (rows, VP), which are stored as well; with `first` the losses too."""
     v = block(0, C.VP, s)
+    # y[b] = x_bT, the token after the window
     target = tokens_at(window_starts(window, b, num_windows, C), C.T, buf)
     logits_sum = sum_of(buf.logits, C.B * C.ROW, s)
     logits = read_sum(logits_sum, tile(b, v, end, C.ROW), buf.fault, LOGITS_SCALE, C)
@@ -695,6 +703,7 @@ def row_gradients_phase(p, s, buf, window, num_windows, C: tl.constexpr):
         for t in tl.static_range(T):
             tokens += (tokens_at(start, t, buf),)
         dlogits = softmax_rows(b, end, p < C.R, p, s, buf, window, num_windows, C)
+        # 0 past the end, where rows are another group's
         dlogits = tl.where(b[:, None] < end, dlogits, 0.0)
         # dpre = (dlogits @ W2) (1 - h^2)   (BLOCK_B, BLOCK_H)
         dpre = dot(dlogits, weight, tl.full((C.BLOCK_B, C.BLOCK_H), 0.0, tl.float32), C.precision) * (1.0 - h * h)
@@ -722,6 +731,7 @@ def output_weight_phase(p, s, buf, C: tl.constexpr):
             # db1 = sum over the groups of its parts   (BLOCK_H,)
             at = vector(unit, C.H)
             db1 = sum_of_parts(buf.db1, C.H, at, C)
+            # b1 = AdamW(b1, db1)
             adamw_at(buf.b1, C.H, at, db1, s, buf, C)
         for v0 in range(0, C.SHARE_V, C.BLOCK_W):
             share = block(v0, C.BLOCK_W, s)
@@ -730,8 +740,8 @@ def output_weight_phase(p, s, buf, C: tl.constexpr):
             mask = (share < C.SHARE_V)[:, None] & mask
             # dW2 = sum over the groups of its parts   (BLOCK_W, BLOCK_H)
             dw2 = sum_of_parts(buf.dw2, C.V * C.H, (row, column, mask), C)
+            # W2 = AdamW(W2, dW2);  w2t = W2^T
             w2 = adamw_at(buf.w2, C.V * C.H, (row, column, mask), dw2, s, buf, C)
-            # w2t = W2^T
             tl.store(buf.w2t + unit[None, :] * C.V + v[:, None], w2, mask=mask)
 
 
@@ -754,6 +764,7 @@ def embedding_gradient_phase(p, s, buf, C: tl.constexpr):
             for n in range(p // C.R, C.TILES, C.G):
                 unit = units(n, s, C)
                 for t in range(C.T):
+                    # dtable[t] = sum over the groups of its parts   (BLOCK_V, BLOCK_H)
                     dtable = sum_of_parts(buf.table, C.T * C.V * C.H, table_tile(t, v, unit, C), C)
                     w1 = load_tile(buf.w1, w1_tile(t, unit, e, C))
                     # dwte += dtable[t] @ W1[:, t]   (BLOCK_V, BLOCK_S)
@@ -775,6 +786,7 @@ def hidden_weight_phase(p, s, buf, C: tl.constexpr):
                 dw1 = tl.full((C.BLOCK_H, C.BLOCK_S), 0.0, tl.float32)
                 for v0 in range(0, C.V, C.BLOCK_V):
                     v = block(v0, C.BLOCK_V, s)
+                    # dtable[t]^T = sum over the groups of its parts   (BLOCK_H, BLOCK_V)
                     at = transposed_tile(v, unit, C.V, C.H, first=t * C.V * C.H)
                     dtable = sum_of_parts(buf.table, C.T * C.V * C.H, at, C)
                     # dW1[:, t] += dtable[t]^T @ wte   (BLOCK_H, BLOCK_S)
@@ -804,6 +816,7 @@ def first_layer_phase(p, s, buf, C: tl.constexpr):
                     w1 += (load_three(buf.w1, C.H * C.T * C.E, w1_tile(t0 + t, unit, e, C)),)
                 wte = load_tile(replica_of(p, buf, C), tile(v, e, C.V, C.E))
                 for t in tl.static_range(AHEAD):
+                    # dtable[t] = sum over the groups of its parts   (BLOCK_V, BLOCK_H)
                     dtable += (sum_of_parts(buf.table, C.T * C.V * C.H, table_tile(t0 + t, v, unit, C), C),)
                 for t in tl.static_range(AHEAD):
                     # dwte += dtable[t] @ W1[:, t]   (BLOCK_V, BLOCK_S)
@@ -863,10 +876,11 @@ def forward_kernel(buf, num_windows, C: tl.constexpr, UPDATE: tl.constexpr):
     p = tl.program_id(0)
     s = tl.load(buf.clock)
     if UPDATE:
+        # wte = AdamW(wte, dwte) of step s - 1
         embedding_phase(p, s - 1, buf, C)
     forward_phase(p, s, buf, window_of_step(s, num_windows, C), num_windows, C)
     if p == 0:
-        # No kernel writes the word that it reads, so no program can see the clock move.
+        # clock[1] = s: no kernel writes the word that it reads, so no program can see the clock move.
         tl.store(buf.clock + 1, s)
 
 
