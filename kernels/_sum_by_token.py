@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._math import dot, load_dpre
 from ._sum import MAX_PART_NUMBERS, MAX_PARTS, parts_of, sum_parts
-from ._tiles import load_tile, span, store_tile
+from ._tile import load_tile, span, store_tile, wide_tile
 
 # Up to this vocabulary dP is a product with a one-hot matrix; beyond it sorting is cheaper.
 ONE_HOT_V = 64
@@ -56,7 +56,7 @@ def dtable_one_hot_kernel(
         dpre = load_dpre(dh_ptr, h_ptr, b[:, None], cols[None, :], mask, H, stride_db, stride_dh)
         operand = h_ptr.dtype.element_ty
         acc = dot(one_hot.to(operand), dpre.to(operand), acc, INPUT_PRECISION)
-    store_tile(parts_ptr, part * (T * V) + r, cols, in_r, in_cols, H, acc)
+    store_tile(parts_ptr, wide_tile(part * (T * V) + r, cols, in_r, in_cols, H), acc)
 
 
 @triton.jit(do_not_specialize=["num_parts"])  # for sm_100 the code of one part alone spills
@@ -85,7 +85,7 @@ def segment_sum_kernel(
             mask = in_i[:, None] & in_cols[None, :]
             x = load_dpre(x_ptr, h_ptr, (row // T)[:, None], cols[None, :], mask, D, stride_xr, stride_xd)
         else:
-            x = load_tile(x_ptr, row, cols, in_i, in_cols, stride_xr, stride_xd)
+            x = load_tile(x_ptr, wide_tile(row, cols, in_i, in_cols, stride_xr, stride_xd))
         acc += tl.sum(x, axis=0)
     tl.store(parts_ptr + (part.to(tl.int64) * R + r) * D + cols, acc, mask=in_cols)
 

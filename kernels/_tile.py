@@ -4,13 +4,32 @@ A tile of a matrix in memory is three tensors, which broadcast: offsets of its r
 of what lies within the matrix. One tile serves all matrices of one shape, as parameters and their moments have it.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
+
+from ._runtime import MAX_REGISTERS, input_precision
 
 
 def block_size(size: int, most: int) -> int:
     """The length of a block for so many numbers: a power of two, at least 16 as products need it, at most `most`."""
     return max(16, min(triton.next_power_of_2(size), most))
+
+
+def product_options(precision: str, num_stages: int, **blocks: int) -> dict[str, Any]:
+    """The options that kernels of matrix products are launched with, their block sizes among them."""
+    return {
+        "INPUT_PRECISION": input_precision(precision), **blocks,
+        "num_warps": 4, "num_stages": num_stages, "maxnreg": MAX_REGISTERS,
+    }  # fmt: skip
+
+
+@triton.jit
+def span(first, size, BLOCK: tl.constexpr):
+    """The BLOCK indices from `first` on along an axis, and which of them lie below its size."""
+    i = first + tl.arange(0, BLOCK)
+    return i, i < size
 
 
 @triton.jit
@@ -31,6 +50,18 @@ def transposed_tile(i, j, rows, columns, stride=None, first=0):
     """The same numbers as of tile(), as a tile (j, i): what is loaded or stored there is the transposed matrix."""
     step = columns if stride is None else stride
     return i[None, :] * step + first, j[:, None], (i[None, :] < rows) & (j[:, None] < columns)
+
+
+@triton.jit
+def wide_tile(i, j, in_rows, in_columns, row_stride, column_stride=None):
+    """The tile (i, j) of a matrix of any size and strides, with offsets of 64 bits.
+
+    Args:
+        in_rows, in_columns: which of i, of j lie within the matrix.
+        column_stride: numbers from one column to the next; by default 1.
+    """
+    columns = j[None, :] if column_stride is None else j[None, :].to(tl.int64) * column_stride
+    return i[:, None].to(tl.int64) * row_stride, columns, in_rows[:, None] & in_columns[None, :]
 
 
 @triton.jit

@@ -36,7 +36,7 @@ from ._model import choose_form
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS
 from ._sum import MIN_PROGRAMS, parts_of, sum_parts
 from ._sum_by_token import dtable_sums, segment_sums, valid_tokens
-from ._tiles import load_tile, product_options, span, store_tile
+from ._tile import load_tile, product_options, span, store_tile, wide_tile
 
 NAIVE_H = 128  # hidden units of a program of the naive kernel: one a thread
 # Tiles of every matrix product here: M rows, N columns, K a step. Larger fp32 FMA tiles spill registers. The small ones
@@ -101,7 +101,7 @@ def embed_linear_tanh_fwd_gather_kernel(
         for e0 in range(0, E, BLOCK_K):
             e, in_e = span(e0, E, BLOCK_K)
             # acc += wte[tokens, e] weight[cols, t E + e]^T
-            emb = load_tile(wte_ptr, tokens, e, valid, in_e, E, 1)
+            emb = load_tile(wte_ptr, wide_tile(tokens, e, valid, in_e, E, 1))
             weight = load_transposed(
                 weight_ptr, cols0, t * E + e, in_e, H, stride_wh, stride_wk, INPUT_PRECISION, BLOCK_N
             )
@@ -109,7 +109,7 @@ def embed_linear_tanh_fwd_gather_kernel(
     # h = tanh(acc + bias), NaN in rows with an invalid token
     bias = tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
     h = tl.where(invalid[:, None] > 0, float("nan"), tanh(acc + bias[None, :]))
-    store_tile(h_ptr, rows, cols, in_rows, in_cols, H, h)
+    store_tile(h_ptr, wide_tile(rows, cols, in_rows, in_cols, H), h)
 
 
 @triton.jit
@@ -134,10 +134,10 @@ def dweight_gather_kernel(
         # dweight[:, tE:] += dpre[b]^T wte[idx[b, t]];   dbias += dpre[b]
         mask = in_rows[:, None] & in_b[None, :]
         dpre = load_dpre(dh_ptr, h_ptr, b[None, :], rows[:, None], mask, H, stride_db, stride_dh)
-        emb = load_tile(wte_ptr, tokens, cols, valid, in_cols, E, 1)
+        emb = load_tile(wte_ptr, wide_tile(tokens, cols, valid, in_cols, E, 1))
         acc = dot(dpre.to(emb.dtype), emb, acc, INPUT_PRECISION)
         total += tl.sum(dpre, axis=1)
-    store_tile(parts_ptr, part * H + rows, t * E + cols, in_rows, in_cols, T * E, acc)
+    store_tile(parts_ptr, wide_tile(part * H + rows, t * E + cols, in_rows, in_cols, T * E), acc)
     tl.store(bias_parts_ptr + part * H + rows, total, mask=in_rows & (tl.program_id(1) == 0))
 
 
@@ -155,9 +155,9 @@ def demb_kernel(
         # demb += dpre[:, h] weight[h]
         mask = in_rows[:, None] & in_h[None, :]
         dpre = load_dpre(dh_ptr, h_ptr, rows[:, None].to(tl.int64), h[None, :], mask, H, stride_db, stride_dh)
-        weight = load_tile(weight_ptr, h, cols, in_h, in_cols, stride_wh, stride_wk)
+        weight = load_tile(weight_ptr, wide_tile(h, cols, in_h, in_cols, stride_wh, stride_wk))
         acc = dot(dpre.to(weight.dtype), weight, acc, INPUT_PRECISION)
-    store_tile(demb_ptr, rows, cols, in_rows, in_cols, K, acc)
+    store_tile(demb_ptr, wide_tile(rows, cols, in_rows, in_cols, K), acc)
 
 
 # --- 3: table ---------------------------------------------------------------------------------------------------------
@@ -178,10 +178,10 @@ def embed_table_kernel(
     for e0 in range(0, E, BLOCK_K):
         e, in_e = span(e0, E, BLOCK_K)
         # P[t] += wte[rows, e] weight[cols, t E + e]^T
-        wte = load_tile(wte_ptr, rows, e, in_rows, in_e, E, 1)
+        wte = load_tile(wte_ptr, wide_tile(rows, e, in_rows, in_e, E, 1))
         weight = load_transposed(weight_ptr, cols0, t * E + e, in_e, H, stride_wh, stride_wk, INPUT_PRECISION, BLOCK_N)
         acc = dot(wte, weight, acc, INPUT_PRECISION)
-    store_tile(table_ptr, t * V + rows, cols, in_rows, in_cols, H, acc)
+    store_tile(table_ptr, wide_tile(t * V + rows, cols, in_rows, in_cols, H), acc)
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["idx_ptr"])
@@ -204,7 +204,7 @@ def embed_lookup_tanh_kernel(
         pre += tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_last")
     # h = tanh(pre), NaN in rows with an invalid token
     h = tl.where(invalid[:, None] > 0, float("nan"), tanh(pre))
-    store_tile(h_ptr, rows, cols, in_rows, in_cols, H, h)
+    store_tile(h_ptr, wide_tile(rows, cols, in_rows, in_cols, H), h)
 
 
 @triton.jit
@@ -222,12 +222,12 @@ def dweight_table_kernel(
     for v0 in range(0, V, BLOCK_K):
         v, in_v = span(v0, V, BLOCK_K)
         # dweight[:, tE:] += dP[t, v]^T wte[v]
-        dtable = load_tile(dtable_ptr, rows, t * V + v, in_rows, in_v, 1, H)
-        wte = load_tile(wte_ptr, v, cols, in_v, in_cols, E, 1)
+        dtable = load_tile(dtable_ptr, wide_tile(rows, t * V + v, in_rows, in_v, 1, H))
+        wte = load_tile(wte_ptr, wide_tile(v, cols, in_v, in_cols, E, 1))
         acc = dot(dtable, wte.to(tl.float32), acc, INPUT_PRECISION)
         # dbias += dP[t, v]: every sample has one token at t, so any one t gives sum_b dpre[b]
         total += tl.sum(dtable, axis=1)
-    store_tile(dweight_ptr, rows, t * E + cols, in_rows, in_cols, T * E, acc)
+    store_tile(dweight_ptr, wide_tile(rows, t * E + cols, in_rows, in_cols, T * E), acc)
     tl.store(dbias_ptr + rows, total, mask=in_rows & (t == 0) & (tl.program_id(1) == 0))
 
 
@@ -248,10 +248,10 @@ def dwte_table_kernel(
         t = chunk // chunks
         h, in_h = span((chunk % chunks) * BLOCK_K, H, BLOCK_K)
         # dwte += dP[t, :, h] weight[h, tE:]
-        dtable = load_tile(dtable_ptr, t * V + rows, h, in_rows, in_h, H, 1)
-        weight = load_tile(weight_ptr, h, t * E + cols, in_h, in_cols, stride_wh, stride_wk)
+        dtable = load_tile(dtable_ptr, wide_tile(t * V + rows, h, in_rows, in_h, H, 1))
+        weight = load_tile(weight_ptr, wide_tile(h, t * E + cols, in_h, in_cols, stride_wh, stride_wk))
         acc = dot(dtable, weight.to(tl.float32), acc, INPUT_PRECISION)
-    store_tile(parts_ptr, part * V + rows, cols, in_rows, in_cols, E, acc)
+    store_tile(parts_ptr, wide_tile(part * V + rows, cols, in_rows, in_cols, E), acc)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from torch import Tensor
 from ._math import dot, load_transposed
 from ._runtime import INPUT_PRECISION
 from ._sum import MIN_PROGRAMS, parts_of, sum_parts
-from ._tiles import load_tile, product_options, span
+from ._tile import load_tile, product_options, span, wide_tile
 
 # Tiles of logits: tokens, and hidden units a step; and the hidden units of a gradient tile. More would spill.
 BLOCK_V, BLOCK_K, BLOCK_H = 32, 32, 32
@@ -84,7 +84,7 @@ def _logits_tile(
     for h0 in range(0, H, BLOCK_K):
         i, in_h = span(h0, H, BLOCK_K)
         # logits += h[rows, i] weight[cols, i]^T
-        h = load_tile(h_ptr, rows, i, in_rows, in_h, H, 1)
+        h = load_tile(h_ptr, wide_tile(rows, i, in_rows, in_h, H, 1))
         weight = load_transposed(weight_ptr, v0, i, in_h, V, stride_wv, stride_wh, INPUT_PRECISION, BLOCK_V)
         acc = dot(h, weight, acc, INPUT_PRECISION)
     cols, in_cols = span(v0, V, BLOCK_V)
@@ -212,7 +212,7 @@ def linear_cross_entropy_dh_kernel(
         for block in range(begin, end):
             i, in_h = span(block * BLOCK_H, H, BLOCK_H)
             # dh += s g weight
-            weight = load_tile(weight_ptr, cols, i, in_cols, in_h, stride_wv, stride_wh)
+            weight = load_tile(weight_ptr, wide_tile(cols, i, in_cols, in_h, stride_wv, stride_wh))
             dh_ptrs = dh_ptr + rows[:, None].to(tl.int64) * H + i[None, :]
             mask = in_rows[:, None] & in_h[None, :]
             so_far = tl.load(dh_ptrs, mask=mask & (v0 > 0), other=0.0)
@@ -248,7 +248,7 @@ def linear_cross_entropy_dweight_kernel(
         for block in range(begin, end):
             i, in_h = span(block * BLOCK_H, H, BLOCK_H)
             # dweight += s g^T h
-            h = load_tile(h_ptr, rows, i, in_rows, in_h, H, 1)
+            h = load_tile(h_ptr, wide_tile(rows, i, in_rows, in_h, H, 1))
             part_ptrs = parts_ptr + (part * V + cols[:, None]) * H + i[None, :]
             mask = in_cols[:, None] & in_h[None, :]
             so_far = tl.load(part_ptrs, mask=mask & (b0 > first), other=0.0)
