@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -193,6 +194,8 @@ def busy_cases(plan: Plan) -> Iterator[Case]:
         return nullcontext(())
 
     def one_core() -> Prefix:
+        if shutil.which("taskset") is None:
+            raise Skipped("the program taskset was not found; it is part of util-linux")
         return nullcontext(("taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))))
 
     if plan.device == "cpu":

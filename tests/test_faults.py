@@ -167,6 +167,16 @@ def test_a_run_survives_a_full_disk(small_disk: Path, corpus_folder: str, capsys
     assert [path.name for path in checkpoint.files_in(out)][-1] == "step-00000030.safetensors"
 
 
+def test_a_full_disk_is_noticed_before_a_run_goes_on(small_disk: Path, corpus_folder: str) -> None:
+    out = small_disk / "run"
+    train.main([*options(corpus_folder, "--quiet", f"--out={out}"), "--stop-after=5"])
+    with open(small_disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        for _ in range(1000):  # until there is no space left
+            filler.write(bytes(4096))
+    with pytest.raises(UserError, match=r"cannot write there \(No space left on device\)"):
+        train.main([f"--resume={out}", "--quiet"])
+
+
 def test_a_run_survives_the_loss_of_its_folder(
     tmp_path: Path, corpus_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

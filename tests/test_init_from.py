@@ -7,6 +7,7 @@ import torch
 
 from mlp_fast import evaluate, train
 from mlp_fast.config import Config
+from mlp_fast.corpus import names
 from mlp_fast.errors import UserError
 from mlp_fast.model.mlp import MLP
 from mlp_fast.run import checkpoint
@@ -112,6 +113,17 @@ def test_a_character_that_the_model_does_not_know_is_named(tmp_path: Path, paren
     other = other_corpus(tmp_path / "other", "bob\nzoe\n")
     with pytest.raises(UserError, match=r"train\.txt, line 2: the character 'z' .* not in the vocabulary of the model"):
         train.main([f"--init-from={parent}", f"--data={other}", "--batch-size=8", "--quiet"])
+
+
+def test_a_character_of_the_names_corpus_is_named_by_its_line_in_the_file(
+    tmp_path: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("bob\nzoe\nada\n")
+    splits = {"train": b"ada\nzoe\n", "val": b"bob\n", "test": b"bob\n"}  # shuffled, as names.split() does
+    monkeypatch.setattr(names, "read", lambda: (path, splits))
+    with pytest.raises(UserError, match=r"names\.txt, line 2: the character 'z' \(U\+007A\) is not in the vocabulary"):
+        train.main([f"--init-from={parent}", "--data=names", "--batch-size=8", "--quiet"])
 
 
 @pytest.mark.parametrize("option", ["--hidden-size=6", "--tokens=byte", "--direct", "--preset=tiny"])

@@ -95,7 +95,7 @@ def load(
     if data == "names":
         path, splits = names.read()
         texts = {split: Text(path, partial(iter, [text])) for split, text in splits.items()}
-        return _tokenised(data, texts, how, _in_memory)
+        return _tokenised(data, texts, how, _in_memory, whole=Text(path, partial(pieces, path, None)))
     if not data:
         raise UserError("the name of the corpus is empty; give embedded, names, a folder or a text file")
     path = Path(data)
@@ -146,7 +146,7 @@ def _in_memory(name: str, pieces: Iterable[bytes | memoryview], dtype: npt.DType
 
 
 def _tokenised(name: str, splits: dict[str, Text], how: Reading, keep: Keep, whole: Text | None = None) -> Corpus:
-    """The corpus of three texts, or of one, `whole`, that was split: then all of its characters are known."""
+    """The corpus of three texts; where they are parts of one, `whole`, its characters are the vocabulary."""
     if how.kind == "char":
         vocabulary: Vocabulary = _characters({"": whole} if whole else splits, how.vocabulary)
     elif how.vocabulary is not None:

@@ -88,7 +88,7 @@ def _held_out(n: int) -> int:
 
 
 def _between_characters(content: Content, place: int) -> int:
-    """The first place from this one on that is between two characters of a text; of other bytes, any place is."""
+    """The first place from this one on that is between two characters of UTF-8; in other bytes any place will do."""
     for _ in range(3):  # a character has at most three bytes after its first
         if place < len(content) and content[place] & 0xC0 == 0x80:
             place += 1

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             self._locked = os.stat(path / LOCK)
-            holder.write_text(str(os.getpid()), "ascii")  # shows that files can be written here, too
+            with tempfile.TemporaryFile(dir=path, buffering=0) as probe:  # a new file: the holder may be there already
+                probe.write(b"\0")
+            holder.write_text(str(os.getpid()), "ascii")
             sync_folder(path)
             with contextlib.suppress(PermissionError):  # may be passed through, but not opened
                 sync_folder(path.absolute().parent)  # the folder itself may be new
