@@ -164,7 +164,7 @@ def test_auto_says_why_not_the_better_backend(
     settings: dict[str, Any], native_missing: str | None, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_step, "unavailable", lambda: native_missing)
-    monkeypatch.setattr(CompileStep, "unsupported", classmethod(lambda cls, *of: None))
+    monkeypatch.setattr(CompileStep, "missing", staticmethod(lambda device: None))
     config = Config(device="cpu", **settings)
     tape = Tape(torch.arange(50) % 11, 2)
     choice = backends.resolve(config, SMALL, tape)
@@ -175,11 +175,11 @@ def test_auto_says_why_not_the_better_backend(
 def test_auto_on_a_cpu_is_the_fastest_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(device="cpu")
     monkeypatch.setattr(cpu_step, "unavailable", lambda: None)
-    monkeypatch.setattr(CompileStep, "unsupported", classmethod(lambda cls, *of: None))
+    monkeypatch.setattr(CompileStep, "missing", staticmethod(lambda device: None))
     assert backends.resolve(config, DEFAULT).cls.name == "native"
     monkeypatch.setattr(cpu_step, "unavailable", lambda: "no C compiler was found")
     assert backends.resolve(config, DEFAULT).cls.name == "compile-step"
-    monkeypatch.setattr(CompileStep, "unsupported", classmethod(lambda cls, *of: "no C++ compiler was found"))
+    monkeypatch.setattr(CompileStep, "missing", staticmethod(lambda device: "no C++ compiler was found"))
     assert backends.resolve(config, DEFAULT).cls.name == "eager"
 
 

@@ -202,7 +202,7 @@ def test_a_wrong_backend_is_recorded_without_a_number() -> None:
 
 @pytest.mark.usefixtures("candidates")
 def test_an_unavailable_backend_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Slow, "unsupported", classmethod(lambda cls, *of: "it is asleep"))
+    monkeypatch.setattr(Slow, "missing", staticmethod(lambda device: "it is asleep"))
     with pytest.raises(Skipped, match="it is asleep"):
         step_case("slow").entry(plain_timer, PROBES)
     # Beside another it is left out; it has a case of its own.

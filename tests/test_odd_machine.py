@@ -20,7 +20,7 @@ import torch
 from mlp_fast import __main__ as commands
 from mlp_fast import backends, errors, files, train
 from mlp_fast import cli as command
-from mlp_fast.backends import compiled, step_kernels
+from mlp_fast.backends import requirements
 from mlp_fast.config import Config
 from mlp_fast.errors import UserError
 from mlp_fast.measure import machine
@@ -60,13 +60,13 @@ def test_a_folder_that_no_code_can_be_kept_in_is_named(
 def test_tritons_kernels_name_it_too(odd_mount: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     path, told = odd_mount
-    monkeypatch.setattr(step_kernels, "interpreting", lambda: False)
+    monkeypatch.setattr(requirements, "interpreting", lambda: False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(path))
-    reason = step_kernels.kernels_missing(torch.device("cuda"))
+    reason = requirements.triton_missing(torch.device("cuda"))
     assert reason is not None
     assert f"{told}; set TRITON_CACHE_DIR" in reason
     monkeypatch.setenv("TRITON_CACHE_DIR", str(path.parent))
-    assert step_kernels.kernels_missing(torch.device("cuda")) is None
+    assert requirements.triton_missing(torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize("folder", ["with blank", "it's", 'a"b', "a\\b", "tab\tbed"])
@@ -80,8 +80,8 @@ def test_a_name_that_a_command_line_would_take_apart_is_named(
 
 
 def test_a_blank_in_the_way_to_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled.torch, "__file__", "/home/me/my checkout/.venv/lib/torch/__init__.py")
-    reason = compiled.compiler_missing(torch.device("cpu"))
+    monkeypatch.setattr(requirements.torch, "__file__", "/home/me/my checkout/.venv/lib/torch/__init__.py")
+    reason = requirements.compiler_missing(torch.device("cpu"))
     assert reason is not None
     assert "/home/me/my checkout/.venv/lib/torch; install it below a folder without blanks" in reason
 
@@ -92,7 +92,7 @@ def test_no_temporary_folder_at_all_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr("tempfile.gettempdir", nowhere)
-    reason = compiled.code_folder_unusable()
+    reason = requirements.code_folder_unusable()
     assert reason is not None
     assert "(No usable temporary directory" in reason
 

@@ -91,7 +91,16 @@ def unsupported(name: str, config: Config, shape: Shape | None = None, tape: Tap
         return f"it needs the training tape on the GPU, and {size:,.0f} GiB are too large; use eager or compile"
     if config.direct and not cls.direct:
         return "it computes no direct connections; leave out --direct"
-    return cls.unsupported(config, device, shape, tape)
+    if (reason := cls.missing(device)) or shape is None:
+        return reason
+    if config.form == "gather" and not cls.gather:
+        return "its kernels have the table form only; --form gather is for triton-op and compile-step"
+    return cls.unsupported_precision(config.precision, device) or cls.refused(config, device, shape, tape)
+
+
+def available(config: Config) -> list[str]:
+    """The backends that this machine has with these settings."""
+    return [name for name in REGISTRY if unsupported(name, config) is None]
 
 
 def check(config: Config) -> None:
@@ -102,7 +111,7 @@ def check(config: Config) -> None:
     _candidates(config)
     if config.backend in REGISTRY and (reason := unsupported(config.backend, config)):
         raise UserError(
-            f"--backend {config.backend} is unavailable: {reason}; available here: {', '.join(_available(config))}"
+            f"--backend {config.backend} is unavailable: {reason}; available here: {', '.join(available(config))}"
         )
 
 
@@ -119,8 +128,7 @@ def resolve(config: Config, shape: Shape, tape: Tape | None = None) -> Choice:
         reasons[name] = reason
     if config.backend in REGISTRY:
         raise UserError(f"--backend {config.backend}: {reasons[config.backend]}")
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise UserError(f"--backend {config.backend} found none; {told}")
+    raise UserError(f"--backend {config.backend} found none; {'; '.join(f'{n}: {why}' for n, why in reasons.items())}")
 
 
 def create(config: Config, shape: Shape, tape: Tape, state: TrainState) -> Backend:
@@ -131,19 +139,18 @@ def create(config: Config, shape: Shape, tape: Tape, state: TrainState) -> Backe
 def listing(config: Config) -> str:
     """One line per backend for --list-backends: its name, what it is, and whether this machine has it or why not."""
     _switch_interpreter(config)
+    reasons = {name: unsupported(name, config) for name in REGISTRY}
     lines = []
-    for name in REGISTRY:
+    for name, reason in reasons.items():
         cls = backend_class(name)
-        reason = unsupported(name, config)
         status = f"unavailable: {reason}" if reason else f"available on {device_of(cls, config.device).type}"
         processes = "one or several processes" if cls.distributed else "one process"
         direct = "" if cls.direct else "; no --direct"
         lines.append(f"{name:18} {cls.summary:62} {status:22} takes {cls.limits}; {processes}{direct}")
-    available = _available(config)
     for alias, candidates in ALIASES.items():
-        chosen = next((name for name in candidates if name in available), None)
+        chosen = next((name for name in candidates if reasons[name] is None), "none")
         rule = f"the first that is available and takes the sizes: {', '.join(candidates)}"
-        lines.append(f"{alias:18} {rule}; here {chosen or 'none'}")
+        lines.append(f"{alias:18} {rule}; here {chosen}")
     return "\n".join(lines)
 
 
@@ -155,7 +162,7 @@ def _candidates(config: Config) -> tuple[str, ...]:
     if config.backend in ALIASES:
         return ALIASES[config.backend]
     if config.backend not in REGISTRY:
-        raise UserError(f"--backend {config.backend!r} is unknown; available here: {', '.join(_available(config))}")
+        raise UserError(f"--backend {config.backend!r} is unknown; available here: {', '.join(available(config))}")
     return (config.backend,)
 
 
@@ -165,7 +172,3 @@ def _switch_interpreter(config: Config) -> None:
             enable_interpreter()
         except RuntimeError as error:
             raise UserError(f"--interpret: {error}") from None
-
-
-def _available(config: Config) -> list[str]:
-    return [name for name in REGISTRY if unsupported(name, config) is None]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlp_fast import distributed
+from mlp_fast.backends.requirements import unsupported_by_torch
 from mlp_fast.config import Config
 from mlp_fast.model.mlp import Shape
 from mlp_fast.model.rng import RNG
@@ -29,15 +30,22 @@ class Backend(ABC):
         tape: the training split, on the CPU.
         state: where to start; copied.
         device: one of `devices`.
+
+    Attributes:
+        held: the state as the steps change it, on the device: build() makes it, load() fills it. Its tensors have the
+            shapes of Shape.parameters, and any strides. A backend with another layout writes state() and load() itself.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]  # one line for --list-backends
     devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu")  # in order of preference
     limits: ClassVar[str] = "any sizes"  # the sizes that it supports, in words for --list-backends
+    gather: ClassVar[bool] = True  # whether it has the gather form of the first layer
     direct: ClassVar[bool] = False  # whether it computes direct connections
     distributed: ClassVar[bool] = False  # whether it splits a batch over the processes of torchrun
     host_tape: ClassVar[bool] = False  # whether its batches may come from a tape that stays in the host's memory
+
+    held: TrainState
 
     def __init__(self, config: Config, shape: Shape, tape: Tape, state: TrainState, device: torch.device) -> None:
         self.config, self.shape, self.device = config, shape, device
@@ -48,16 +56,19 @@ class Backend(ABC):
 
     @abstractmethod
     def build(self) -> None:
-        """Makes what the steps need, but for the state, which load() brings afterwards."""
+        """Makes what the steps need, but for the values of the state, which load() brings afterwards."""
+
+    @staticmethod
+    def missing(device: torch.device) -> str | None:
+        """What this machine lacks to run the backend on one of `devices`, in one line, or None."""
+        return None
+
+    # Why the products of the backend do not have a precision on a device, or None where they do.
+    unsupported_precision = staticmethod(unsupported_by_torch)
 
     @classmethod
-    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
-        """Why the backend cannot do such a run, in one line, or None where it can.
-
-        Args:
-            device: one of `devices`; what this machine lacks to use it is always told.
-            shape, tape: None until the corpus is read; what settings, sizes or the tape forbid is told from then on.
-        """
+    def refused(cls, config: Config, device: torch.device, shape: Shape, tape: Tape | None) -> str | None:
+        """Why the backend does not take settings, sizes or a tape that the attributes above allow, or None."""
         return None
 
     def prepare(self) -> None:
@@ -74,13 +85,13 @@ class Backend(ABC):
         It may return before the device has finished; synchronize() waits.
         """
 
-    @abstractmethod
     def state(self) -> TrainState:
         """A copy of the state, on the CPU."""
+        return self.held.clone()
 
-    @abstractmethod
     def load(self, state: TrainState) -> None:
         """Goes on from this state, which is copied."""
+        self.held.copy_(state)
 
     @abstractmethod
     def logits(self, contexts: Tensor) -> Tensor:

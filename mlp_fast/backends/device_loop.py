@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mlp_fast.backends.base import Backend
-from mlp_fast.backends.precision import MATMUL_PRECISION
+from mlp_fast.backends.requirements import use_precision
 from mlp_fast.model.mlp import Parameters
 from mlp_fast.model.state import TrainState
 
@@ -31,25 +31,23 @@ class DeviceLoop(Backend):
     into a ring of GRAPH_STEPS, and so many steps are captured in one graph.
 
     Attributes:
-        parameters: on the device; build() of a subclass makes them before that of this class.
+        device_step: the number of the next step, (1,), int64, as indexing wants it; held.step is the same on the host.
+        losses: the ring, (GRAPH_STEPS,), float32, on the device.
     """
 
     GRAPH_STEPS = 50
-    parameters: Parameters
 
-    def build(self) -> None:
-        torch.set_float32_matmul_precision(MATMUL_PRECISION[self.config.precision])
-        self.exp_avg, self.exp_avg_sq = (
-            {name: torch.empty_like(tensor) for name, tensor in self.parameters.items()} for _ in range(2)
-        )
-        self.parts = (self.parameters, self.exp_avg, self.exp_avg_sq)
-        self.step = torch.zeros(1, dtype=torch.int64, device=self.device)  # an index tensor, as scatters want it
+    def build_loop(self, parameters: Parameters) -> None:
+        """The rest of build(), given the parameters that a step changes, on the device."""
+        use_precision(self.config.precision)
+        self.held = TrainState.of(parameters)
+        self.device_step = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.losses = torch.empty(self.GRAPH_STEPS, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @abstractmethod
     def _step(self) -> None:
-        """Does one step in place: losses[step % GRAPH_STEPS] is its loss, and `step` one more afterwards."""
+        """Does step device_step in place: its loss to losses[device_step % GRAPH_STEPS], then device_step += 1."""
 
     def _run(self, steps: int) -> None:
         for _ in range(steps):
@@ -72,21 +70,17 @@ class DeviceLoop(Backend):
         done = 0
         while done < steps:
             # The ring of losses is read out whenever it wraps.
-            first = self._host_step % self.GRAPH_STEPS
+            first = self.held.step % self.GRAPH_STEPS
             count = min(self.GRAPH_STEPS - first, steps - done)
             if self.graph is not None and count == self.GRAPH_STEPS:
                 self.graph.replay()
             else:
                 self._run(count)
             losses[done : done + count] = self.losses[first : first + count]
-            self._host_step += count
+            self.held.step += count
             done += count
         return losses
 
-    def state(self) -> TrainState:
-        return TrainState.copied(self.parts, self._host_step)
-
     def load(self, state: TrainState) -> None:
-        state.copy_to(self.parts)
-        self.step.fill_(state.step)
-        self._host_step = state.step
+        super().load(state)
+        self.device_step.fill_(state.step)

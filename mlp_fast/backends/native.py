@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from mlp_fast.backends.base import Backend
-from mlp_fast.backends.precision import unsupported_by_torch
-from mlp_fast.config import Config
 from mlp_fast.kernels import cpu_step
-from mlp_fast.model.mlp import Shape
 from mlp_fast.model.sampling import last_context
 from mlp_fast.model.state import TrainState
-from mlp_fast.model.windows import Tape, WeightedWindows
+from mlp_fast.model.windows import WeightedWindows
 
 
 class Native(Backend):
@@ -34,10 +31,9 @@ class Native(Backend):
         self.model.set_tape(self.tape.tokens, copy=False)
         self._pairs: WeakKeyDictionary[WeightedWindows, cpu_step.Pairs] = WeakKeyDictionary()
 
-    @classmethod
-    def unsupported(cls, config: Config, device: torch.device, shape: Shape | None, tape: Tape | None) -> str | None:
-        reason = cpu_step.unavailable()
-        return reason if reason or shape is None else unsupported_by_torch(config.precision, device)
+    @staticmethod
+    def missing(device: torch.device) -> str | None:
+        return cpu_step.unavailable()
 
     def prepare(self) -> None:
         """Nothing to do: it was compiled when the package was installed."""

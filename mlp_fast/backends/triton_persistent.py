@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,12 +25,9 @@ class TritonPersistent(StepKernels):
     module, launcher = "persistent_step", "PersistentStep"
     kernels: PersistentStep
 
-    def _settings(self) -> dict[str, Any]:
-        settings = super()._settings()
-        if self.device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(self.device)
-            settings["capability"] = 10 * major + minor
-        return settings
+    def of_the_device(self) -> dict[str, int]:
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return super().of_the_device() | {"capability": 10 * major + minor}
 
     def synchronize(self) -> None:
         from mlp_fast.kernels._barrier import BarrierTimeout

@@ -21,8 +21,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlp_fast.model.mlp import B1, B2, DIRECT, W1, W2, WTE, Parameters
+from mlp_fast.model.mlp import B1, B2, DIRECT, PARAMETER_NAMES, W1, W2, WTE, Parameters
 from mlp_fast.model.schedule import BETA1, BETA2, EPS
+
+
+def forward(parameters: Parameters, idx: Tensor, form: str = "gather") -> tuple[Tensor, Tensor, Tensor]:
+    """Contexts (B, T), int64 -> emb (B, T*E), h (B, H) and logits (B, V), in the dtype of the parameters."""
+    wte, w1, b1, w2, b2 = (parameters[name] for name in PARAMETER_NAMES)
+    T = idx.shape[1]
+    emb = wte[idx].flatten(1)  # the table form without D makes no use of it: the compiler drops it
+    if form == "table":
+        table = wte @ by_position(w1, T).transpose(1, 2)  # (T, V, H)
+        pre = b1 + sum(table[t][idx[:, t]] for t in range(T))
+    else:
+        pre = emb @ w1.t() + b1
+    h = torch.tanh(pre)
+    logits = h @ w2.t() + b2
+    return emb, h, logits + emb @ parameters[DIRECT].t() if DIRECT in parameters else logits
+
+
+def by_position(w1: Tensor, T: int) -> Tensor:
+    """W1 (H, T*E) as a view (T, H, E)."""
+    return w1.view(len(w1), T, -1).transpose(0, 1)
 
 
 def loss_and_gradients(parameters: Parameters, idx: Tensor, targets: Tensor, form: str) -> tuple[Tensor, Parameters]:
@@ -36,22 +56,9 @@ def loss_and_gradients(parameters: Parameters, idx: Tensor, targets: Tensor, for
     Returns:
         The mean cross-entropy in nats, a scalar, and a gradient for every parameter.
     """
-    wte, w1, b1, w2, b2 = (parameters[name] for name in (WTE, W1, B1, W2, B2))
-    (B, T), (V, E), H = idx.shape, wte.shape, len(b1)
-    direct = parameters.get(DIRECT)
-    w1_by_position = w1.view(H, T, E).transpose(0, 1)  # (T, H, E)
-    emb = wte[idx].flatten(1)  # the table form without D makes no use of it: the compiler drops it
-
-    if form == "table":
-        one_hot = F.one_hot(idx.t(), V).to(wte.dtype)  # (T, B, V)
-        table = wte @ w1_by_position.transpose(1, 2)  # (T, V, H)
-        pre = b1 + sum(table[t][idx[:, t]] for t in range(T))
-    else:
-        pre = emb @ w1.t() + b1
-    h = torch.tanh(pre)
-    logits = h @ w2.t() + b2
-    if direct is not None:
-        logits = logits + emb @ direct.t()
+    wte, w1, w2 = parameters[WTE], parameters[W1], parameters[W2]
+    (B, T), (V, E), H = idx.shape, wte.shape, len(w1)
+    emb, h, logits = forward(parameters, idx, form)
     log_probabilities = torch.log_softmax(logits, dim=1)
     loss = F.nll_loss(log_probabilities, targets)
 
@@ -60,18 +67,21 @@ def loss_and_gradients(parameters: Parameters, idx: Tensor, targets: Tensor, for
     dlogits = (log_probabilities.exp() - is_target.to(wte.dtype)) / B
     dpre = (dlogits @ w2) * (1 - h * h)
     if form == "table":
+        one_hot = F.one_hot(idx.t(), V).to(wte.dtype)  # (T, B, V)
         dtable = one_hot.transpose(1, 2) @ dpre  # (T, V, H)
         dw1 = (dtable.transpose(1, 2) @ wte).transpose(0, 1).reshape(H, T * E)
-        dwte = (dtable @ w1_by_position).sum(0)
+        dwte = (dtable @ by_position(w1, T)).sum(0)
         demb = None
     else:
         dw1 = dpre.t() @ emb
         dwte = torch.zeros_like(wte)
         demb = dpre @ w1
     gradients = {W1: dw1, B1: dpre.sum(0), W2: dlogits.t() @ h, B2: dlogits.sum(0)}
-    if direct is not None:
+    if DIRECT in parameters:
         gradients[DIRECT] = dlogits.t() @ emb
-        demb = dlogits @ direct if demb is None else demb + dlogits @ direct
+        through_direct = dlogits @ parameters[DIRECT]
+        demb = through_direct if demb is None else demb + through_direct
+    # dwte[k] += sum of demb[b, t] where idx[b, t] = k
     gradients[WTE] = dwte if demb is None else dwte.index_add(0, idx.flatten(), demb.view(B * T, E))
     return loss, gradients
 

@@ -58,16 +58,12 @@ def initial_parameters(shape: Shape, seed: int) -> Parameters:
     D with its own fan in, T*E. Being the last draw, D leaves the other values as they are without it.
     """
     rng = RNG(seed)
-    shapes = shape.parameters
     s1, s2 = 1 / math.sqrt(shape.T * shape.E), 1 / math.sqrt(shape.H)
-    drawn = {
-        WTE: rng.normal(shapes[WTE]),
-        W1: rng.uniform(shapes[W1], -s1, s1),
-        B1: rng.uniform(shapes[B1], -s1, s1),
-        W2: rng.uniform(shapes[W2], -s2, s2),
-        B2: rng.uniform(shapes[B2], -s2, s2),
+    bounds = {W1: s1, B1: s1, W2: s2, B2: s2, DIRECT: s1}
+    return {
+        name: rng.normal(size) if name == WTE else rng.uniform(size, -bounds[name], bounds[name])
+        for name, size in shape.parameters.items()
     }
-    return drawn | {DIRECT: rng.uniform(shapes[DIRECT], -s1, s1)} if shape.direct else drawn
 
 
 class MLPRaw:

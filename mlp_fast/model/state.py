@@ -40,27 +40,27 @@ class TrainState:
         return cls(parameters, exp_avg, exp_avg_sq)
 
     @classmethod
-    def copied(cls, parts: Iterable[Parameters], step: int) -> "TrainState":
-        """A copy of parameters and moments as a backend holds them, on any device and of any strides."""
-        p, m, v = ({name: t.detach().to("cpu", copy=True).contiguous() for name, t in part.items()} for part in parts)
+    def of_planes(cls, planes: Iterable[Sequence[Tensor]], step: int) -> "TrainState":
+        """The state of what planes() gives, on any device; not copied."""
+        p, m, v = (dict(zip(PARAMETER_NAMES, plane, strict=True)) for plane in planes)
         return cls(p, m, v, step)
-
-    def copy_to(self, parts: Iterable[Parameters]) -> None:
-        """Writes parameters and moments into those that a backend holds."""
-        with torch.no_grad():
-            for held, part in zip(parts, self.parts.values(), strict=True):
-                for name, tensor in held.items():
-                    tensor.copy_(part[name])
 
     def planes(self) -> list[list[Tensor]]:
         """Parameters and moments, each a list in the order of PARAMETER_NAMES, as the step kernels have them."""
         return [[part[name] for name in PARAMETER_NAMES] for part in self.parts.values()]
 
-    @classmethod
-    def of_planes(cls, planes: Iterable[Sequence[Tensor]], step: int) -> "TrainState":
-        """A copy of what planes() gives, on any device."""
-        return cls.copied((dict(zip(PARAMETER_NAMES, plane, strict=True)) for plane in planes), step)
-
     def clone(self) -> "TrainState":
-        """A copy that shares no memory with this one."""
-        return TrainState.copied(self.parts.values(), self.step)
+        """A copy that shares no memory with this one, on the CPU and contiguous, of a state as a backend holds it."""
+        p, m, v = (
+            {name: t.detach().to("cpu", copy=True).contiguous() for name, t in part.items()}
+            for part in self.parts.values()
+        )
+        return TrainState(p, m, v, self.step)
+
+    @torch.no_grad()
+    def copy_(self, state: "TrainState") -> None:
+        """Takes over the values of another state, keeping its own tensors, which may be on any device."""
+        for held, part in zip(self.parts.values(), state.parts.values(), strict=True):
+            for name, tensor in held.items():
+                tensor.copy_(part[name])
+        self.step = state.step

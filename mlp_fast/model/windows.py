@@ -104,9 +104,15 @@ class WeightedWindows:
         return WeightedWindows(self.rows.to(device), self.counts.to(device))
 
 
+def evaluated_count(tape: Tape, batch_size: int, max_batches: int | None = None) -> int:
+    """How many windows an evaluation visits, from window 0 on: those of floor(n/B) batches, at most max_batches."""
+    batches = len(tape.tokens) // batch_size
+    return batch_size * (batches if max_batches is None else min(batches, max_batches))
+
+
 def evaluated_positions(tape: Tape, batch_size: int, max_batches: int | None = None) -> Tensor:
-    """The windows of an evaluation, which starts at window 0 and has floor(n/B) batches, at most max_batches."""
-    return tape.positions(0, _evaluated_count(tape, batch_size, max_batches))
+    """The windows that an evaluation visits, in order; shape (evaluated_count(),), int64."""
+    return tape.positions(0, evaluated_count(tape, batch_size, max_batches))
 
 
 def evaluated_windows(tape: Tape, batch_size: int, max_batches: int | None = None) -> WeightedWindows:
@@ -115,7 +121,7 @@ def evaluated_windows(tape: Tape, batch_size: int, max_batches: int | None = Non
     Sorted as columns, without a copy of the windows: beside the result it takes some 40 bytes for each. torch.unique
     makes a tensor of every row, which takes 300.
     """
-    visits = _evaluated_count(tape, batch_size, max_batches)
+    visits = evaluated_count(tape, batch_size, max_batches)
     # Window i is visited once in every round over the tape that is whole, and once more in the last, if it reaches i.
     size = min(visits, tape.num_windows)
     rounds, rest = divmod(visits, max(size, 1))
@@ -139,8 +145,3 @@ def windows_of_splits(tapes: dict[str, Tape], batch_size: int, device: torch.dev
     """split -> the windows that its loss is the mean over: of train only the first batches, of the others all."""
     limits = {"train": TRAIN_EVAL_BATCHES}
     return {split: evaluated_windows(tape, batch_size, limits.get(split)).to(device) for split, tape in tapes.items()}
-
-
-def _evaluated_count(tape: Tape, batch_size: int, max_batches: int | None) -> int:
-    batches = len(tape.tokens) // batch_size
-    return batch_size * (batches if max_batches is None else min(batches, max_batches))

@@ -325,9 +325,9 @@ def test_sizes_past_the_limit_name_triton_op(letter: str, most: int) -> None:
 
 
 def test_the_backends_reject_what_their_kernels_lack() -> None:
-    assert TritonStep.unsupported(Config(), DEVICE, Shape(27, 3, 48, 512), None) is None
-    assert "triton-op" in str(TritonStep.unsupported(Config(), DEVICE, Shape(300, 3, 48, 512), None))
-    assert "--form gather" in str(TritonStep.unsupported(Config(form="gather"), DEVICE, Shape(27, 3, 48, 512), None))
+    assert backends.unsupported("triton-step", Config(), Shape(27, 3, 48, 512)) is None
+    assert "triton-op" in str(backends.unsupported("triton-step", Config(), Shape(300, 3, 48, 512)))
+    assert "--form gather" in str(backends.unsupported("triton-step", Config(form="gather"), Shape(27, 3, 48, 512)))
 
 
 def test_a_tape_without_a_window_is_refused() -> None:
