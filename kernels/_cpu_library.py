@@ -13,53 +13,49 @@ from pathlib import Path
 
 from torch import Tensor
 
-_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+# The types of arguments and results, by a letter each: an integer, a pointer, a double, text, and nothing.
+_TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "d": ctypes.c_double, "s": ctypes.c_char_p, "-": None}
+
+# name -> result, then arguments, of what train_step.c and packing.h export
+_SIGNATURES = {
+    "mlp_source_crc": "i",
+    "mlp_isa_count": "i",
+    "mlp_isa_name": "si",
+    "mlp_isa_supported": "ii",
+    "mlp_packed_floats": "ip",
+    "mlp_workspace_bytes": "ipii",
+    "mlp_forward_bytes": "ipii",
+    "mlp_transfer": "-pipppppp",
+    "mlp_train": "-pppipiiddip",
+    "mlp_logits": "-pppip",
+    "mlp_losses": "-pppipppp",
+    "mlp_sample": "-ppppipp",
+    "mlp_tanh": "-ippi",
+    "mlp_exp": "-ippi",
+    "mlp_adamw": "-idddppppi",
+}
 
 
-class Shape(ctypes.Structure):
-    """The C struct of a model's sizes."""
+class Model(ctypes.Structure):
+    """The C struct mlp_model; the addresses are those of packed arrays."""
 
-    _fields_ = [(name, _int) for name in ("V", "T", "E", "H")]
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("V", "T", "E", "H", "isa", "form")),
+        *((name, ctypes.c_void_p) for name in ("parameters", "exp_avg", "exp_avg_sq")),
+    ]
 
 
 class Windows(ctypes.Structure):
-    """The C struct of windows in memory: `stride` tokens from one to the next."""
+    """The C struct mlp_windows: `stride` tokens from one window to the next."""
 
     _fields_ = [
-        ("tokens", _pointer),
-        ("token_bytes", _int),
-        ("stride", _int),
-        ("count", _int),
-        ("has_target", _int),
+        ("tokens", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("token_bytes", "stride", "count", "has_target")),
     ]
 
     @classmethod
     def of(cls, tokens: Tensor, stride: int, count: int, has_target: bool) -> "Windows":
         return cls(tokens.data_ptr(), tokens.element_size(), stride, count, has_target)
-
-
-# name -> (result, arguments) of what train_step.c exports
-_SIGNATURES = {
-    "mlp_source_crc": (_int, ()),
-    "mlp_isa_count": (_int, ()),
-    "mlp_isa_name": (ctypes.c_char_p, (_int,)),
-    "mlp_isa_supported": (_int, (_int,)),
-    "mlp_packed_floats": (_int, (_pointer,)),
-    "mlp_workspace_bytes": (_int, (_pointer, _int, _int)),
-    "mlp_forward_bytes": (_int, (_pointer, _int, _int)),
-    "mlp_pack": (None, (*[_pointer] * 7, ctypes.c_float)),
-    "mlp_unpack": (None, (_pointer,) * 7),
-    "mlp_train": (
-        None,
-        (_int, *[_pointer] * 6, _int, _pointer, _int, _int, ctypes.c_double, ctypes.c_double, _int, _int, _pointer),
-    ),
-    "mlp_logits": (None, (_int, *[_pointer] * 4, _int, _int, _pointer)),
-    "mlp_losses": (None, (_int, *[_pointer] * 7, _int, _int, _pointer)),
-    "mlp_sample": (None, (_int, *[_pointer] * 5, _int, *[_pointer] * 2)),
-    "mlp_tanh": (None, (_int, _pointer, _pointer, _int)),
-    "mlp_exp": (None, (_int, _pointer, _pointer, _int)),
-    "mlp_adamw": (None, (_int, *[ctypes.c_double] * 3, *[_pointer] * 4, _int)),
-}
 
 
 def source_crc(folder: Path) -> int:
@@ -80,9 +76,9 @@ def load_from(folder: Path) -> ctypes.CDLL | str:
         return "its C library was not built; install a C compiler (gcc 11 or later, or clang), then this package again"
     try:
         library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
+        for name, (result, *arguments) in _SIGNATURES.items():
             function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
+            function.restype, function.argtypes = _TYPES[result], [_TYPES[letter] for letter in arguments]
     except (OSError, AttributeError) as error:
         return f"its C library cannot be loaded ({error}); install this package again"
     if (folder / "csrc").exists() and library.mlp_source_crc() != source_crc(folder / "csrc"):
@@ -109,16 +105,21 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def _numbers() -> dict[str, int]:
+    """Instruction set -> its number, of those that the library was compiled for and the processor has, best first."""
+    c = library()
+    return {c.mlp_isa_name(i).decode(): i for i in range(c.mlp_isa_count()) if c.mlp_isa_supported(i)}
+
+
 def instruction_sets() -> list[str]:
     """Those that the library was compiled for and the processor has, the best first."""
-    c = library()
-    return [c.mlp_isa_name(i).decode() for i in range(c.mlp_isa_count()) if c.mlp_isa_supported(i)]
+    return list(_numbers())
 
 
 def isa_number(name: str | None) -> int:
     """The library's number of an instruction set; of the best, or the one in MLP_FAST_ISA, if None."""
-    c, available = library(), instruction_sets()
-    name = name or os.environ.get("MLP_FAST_ISA") or available[0]
-    if name not in available:
-        raise ValueError(f"unknown instruction set {name!r}: choose one of {', '.join(available)}")
-    return [c.mlp_isa_name(i).decode() for i in range(c.mlp_isa_count())].index(name)
+    numbers = _numbers()
+    name = name or os.environ.get("MLP_FAST_ISA") or next(iter(numbers))
+    if name not in numbers:
+        raise ValueError(f"unknown instruction set {name!r}: choose one of {', '.join(numbers)}")
+    return numbers[name]

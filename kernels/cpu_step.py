@@ -13,12 +13,14 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cpu_library
-from ._cpu_library import Shape, Windows, isa_number
+from ._cpu_library import Model, Windows, isa_number
 from ._cpu_library import instruction_sets as instruction_sets
 from ._cpu_library import unavailable as unavailable
 from ._model import FORMS
@@ -142,7 +144,7 @@ class _Backoff:
         return threads if time.monotonic() >= self._until else min(threads, self._most)
 
     def worked(self, threads: int, *, oversubscribed: bool) -> None:
-        """Told after every call how many worked, and whether they lacked processors."""
+        """Notes after a call how many threads worked, and whether they lacked processors."""
         if oversubscribed:
             self._most, self._until = max(1, threads // 2), time.monotonic() + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
@@ -175,14 +177,15 @@ class NativeModel:
             raise ValueError(f"unknown form {form!r}: choose one of {', '.join(FORMS)}")
         if (max(V, H) + 1024) * (T * E + V + H + 1024) > 2**56:
             raise ValueError(f"a model of V={V}, T={T}, E={E}, H={H} does not fit any memory")
-        self._form, self._isa = FORMS.index(form), isa_number(isa)
-        self._shape = Shape(V, T, E, H)
-        floats = self._library.mlp_packed_floats(ctypes.byref(self._shape))
+        self._model = Model(V, T, E, H, isa_number(isa), FORMS.index(form))
+        floats = self._library.mlp_packed_floats(ctypes.byref(self._model))
         # One piece of memory: were the parameters and their moments whole pages apart, a load of one would wait for a
         # store of another, since processors first compare the lower 12 bits of addresses.
         stride = floats + (PAGE_OFFSET - floats) % PAGE
         memory = torch.zeros(3 * stride)
         self._packed = [memory[i * stride :][:floats] for i in range(3)]
+        addresses = (packed.data_ptr() for packed in self._packed)
+        self._model.parameters, self._model.exp_avg, self._model.exp_avg_sq = addresses
         self._step = ctypes.c_int64(0)
         self._backoff = _Backoff()
         self._pace: dict[tuple[str | int, ...], int] = {}  # kind of work -> pieces of it in RESPONSE_TIME
@@ -204,8 +207,7 @@ class NativeModel:
     ) -> None:
         """Takes over a state, copying it. Each sequence is wte, W1, b1, W2, b2: float32 tensors of self.shapes."""
         _check_count("step", step, least=0)
-        names = ("wte", "W1", "b1", "W2", "b2")
-        checked = []
+        names, checked = ("wte", "W1", "b1", "W2", "b2"), []
         for kind, tensors in (("parameters", parameters), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
             if len(tensors) != len(names):
                 raise ValueError(f"{kind} must be the five tensors {', '.join(names)} (got {len(tensors)})")
@@ -215,22 +217,22 @@ class NativeModel:
                     for name, tensor, shape in zip(names, tensors, self.shapes, strict=True)
                 ]
             )
-        for i, (packed, tensors) in enumerate(zip(self._packed, checked, strict=True)):
-            pad = -math.inf if i == 0 else 0.0  # tokens that do not exist have probability 0
-            pointers = (tensor.data_ptr() for tensor in (packed, *tensors))
-            self._library.mlp_pack(ctypes.byref(self._shape), *pointers, pad)
+        for packed, tensors in zip(self._packed, checked, strict=True):
+            packed.zero_()
+            self._transfer(packed, tensors, pack=True)
         self._step.value = step
 
     @_memory_errors()
     def store(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Copies of the parameters and both moments, each as load() takes them."""
-        stored = []
-        for packed in self._packed:
-            tensors = [torch.empty(shape) for shape in self.shapes]
-            pointers = (tensor.data_ptr() for tensor in (packed, *tensors))
-            self._library.mlp_unpack(ctypes.byref(self._shape), *pointers)
-            stored.append(tensors)
-        return stored[0], stored[1], stored[2]
+        parameters, exp_avg, exp_avg_sq = ([torch.empty(shape) for shape in self.shapes] for _ in range(3))
+        for packed, tensors in zip(self._packed, (parameters, exp_avg, exp_avg_sq), strict=True):
+            self._transfer(packed, tensors, pack=False)
+        return parameters, exp_avg, exp_avg_sq
+
+    def _transfer(self, packed: Tensor, tensors: Sequence[Tensor], *, pack: bool) -> None:
+        pointers = (tensor.data_ptr() for tensor in (packed, *tensors))
+        self._library.mlp_transfer(ctypes.byref(self._model), pack, *pointers)
 
     @_memory_errors()
     def set_tape(self, tokens: Tensor, *, copy: bool = True) -> None:
@@ -272,9 +274,7 @@ class NativeModel:
             work = ("steps", batch_size, threads)
             count, start = min(self._pace.get(work, 1), steps - first), time.perf_counter()
             self._library.mlp_train(
-                self._isa,
-                ctypes.byref(self._shape),
-                *(packed.data_ptr() for packed in self._packed),
+                ctypes.byref(self._model),
                 memory,
                 ctypes.byref(windows),
                 batch_size,
@@ -284,7 +284,6 @@ class NativeModel:
                 learning_rate,
                 weight_decay,
                 threads,
-                self._form,
                 losses[first:].data_ptr(),
             )
             done = self.step - begin - first
@@ -298,18 +297,8 @@ class NativeModel:
         contexts = _check_tensor("contexts", contexts, TOKEN_TYPES, (None, self.T))
         _check_tokens("contexts", contexts, self.V)
         logits = torch.empty(len(contexts), self.V)
-        threads = torch.get_num_threads()
-        for first, count in self._calls(("contexts", threads), len(contexts), LEAST_CONTEXTS):
-            self._library.mlp_logits(
-                self._isa,
-                ctypes.byref(self._shape),
-                self._packed[0].data_ptr(),
-                self._workspace("mlp_forward_bytes", count, threads),
-                ctypes.byref(Windows.of(contexts[first:], stride=self.T, count=count, has_target=False)),
-                threads,
-                self._form,
-                logits[first:].data_ptr(),
-            )
+        for first, arguments in self._passes(contexts):
+            self._library.mlp_logits(*arguments, logits[first:].data_ptr())
         return logits
 
     @_memory_errors()
@@ -338,21 +327,10 @@ class NativeModel:
                 f"pairs of {pairs.contexts.shape[1]} tokens below {pairs.V} were made for another model than this one "
                 f"with T={self.T} and V={self.V}"
             )
-        threads, losses = torch.get_num_threads(), torch.empty(len(pairs.contexts), dtype=torch.float64)
-        for first, count in self._calls(("contexts", threads), len(pairs.contexts), LEAST_CONTEXTS):
-            self._library.mlp_losses(
-                self._isa,
-                ctypes.byref(self._shape),
-                self._packed[0].data_ptr(),
-                self._workspace("mlp_forward_bytes", count, threads),
-                ctypes.byref(Windows.of(pairs.contexts[first:], stride=self.T, count=count, has_target=False)),
-                pairs.begins[first:].data_ptr(),
-                pairs.targets.data_ptr(),
-                pairs.weights.data_ptr(),
-                threads,
-                self._form,
-                losses[first:].data_ptr(),
-            )
+        losses = torch.empty(len(pairs.contexts), dtype=torch.float64)
+        for first, arguments in self._passes(pairs.contexts):
+            of_contexts = losses[first:].data_ptr(), pairs.begins[first:].data_ptr()
+            self._library.mlp_losses(*arguments, *of_contexts, pairs.targets.data_ptr(), pairs.weights.data_ptr())
         return losses.sum().item()
 
     @_memory_errors()
@@ -367,9 +345,7 @@ class NativeModel:
         drawn = torch.empty(count, dtype=torch.int64)
         for first, draws in self._calls(("draws",), count):
             self._library.mlp_sample(
-                self._isa,
-                ctypes.byref(self._shape),
-                self._packed[0].data_ptr(),
+                ctypes.byref(self._model),
                 self._workspace("mlp_forward_bytes", 1, 1),
                 window.data_ptr(),
                 ctypes.byref(state),
@@ -378,6 +354,14 @@ class NativeModel:
                 drawn[first:].data_ptr(),
             )
         return drawn.tolist()
+
+    def _passes(self, contexts: Tensor) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Cuts contexts (N, T) into calls of C: the first of each, and the arguments that forward passes begin with."""
+        threads = torch.get_num_threads()
+        for first, count in self._calls(("contexts", threads), len(contexts), LEAST_CONTEXTS):
+            windows = Windows.of(contexts[first:], stride=self.T, count=count, has_target=False)
+            memory = self._workspace("mlp_forward_bytes", count, threads)
+            yield first, (ctypes.byref(self._model), memory, ctypes.byref(windows), threads)
 
     def _calls(self, work: tuple[str | int, ...], pieces: int, least: int = 1) -> Iterator[tuple[int, int]]:
         """Cuts pieces of some work into calls of C: the first piece of each, and how many.
@@ -403,7 +387,7 @@ class NativeModel:
         """The address of as many bytes as the library's `measure` asks for; kept from call to call."""
         if (max(self.V, self.H, windows) + 1024) * (self.T * self.E + self.V + self.H + 1024) * threads > 2**58:
             raise ValueError(f"{windows} windows of T={self.T} on {threads} threads do not fit any memory")
-        needed = getattr(self._library, measure)(ctypes.byref(self._shape), windows, threads) + ALIGNMENT
+        needed = getattr(self._library, measure)(ctypes.byref(self._model), windows, threads) + ALIGNMENT
         if measure not in self._memory or self._memory[measure].numel() < needed:
             self._memory[measure] = torch.empty(needed, dtype=torch.uint8)
         return -(-self._memory[measure].data_ptr() // ALIGNMENT) * ALIGNMENT
@@ -420,12 +404,15 @@ def exp(x: Tensor, isa: str | None = None) -> Tensor:
 
 
 def _elementwise(name: str, x: Tensor, isa: str | None) -> Tensor:
-    x = _check_tensor("x", x, (torch.float32,), (None,))
-    padded = torch.zeros(-(-len(x) // 32) * 32)
-    padded[: len(x)] = x
+    padded = _padded("x", x, len(x))
     y = torch.empty_like(padded)
     getattr(_cpu_library.library(), name)(isa_number(isa), padded.data_ptr(), y.data_ptr(), len(padded))
     return y[: len(x)]
+
+
+def _padded(name: str, x: Tensor, size: int) -> Tensor:
+    """A copy of x, float32, shape (size,), with zeros up to a multiple of 32."""
+    return F.pad(_check_tensor(name, x, (torch.float32,), (size,)), (0, -size % 32))
 
 
 def adamw_(
@@ -438,11 +425,8 @@ def adamw_(
         p, grad, m, v: float32, shape (n,): parameters, gradient, first and second moments.
         decay, step_size, sqrt_bias2: 1 - lr*weight_decay, lr / (1 - beta1^step) and sqrt(1 - beta2^step).
     """
-    tensors = {"p": p, "m": m, "v": v, "grad": grad}
-    padded = [torch.zeros(-(-len(p) // 32) * 32) for _ in tensors]
-    for (name, tensor), copy in zip(tensors.items(), padded, strict=True):
-        copy[: len(p)] = _check_tensor(name, tensor, (torch.float32,), (len(p),))
-    pointers = (copy.data_ptr() for copy in padded)
+    padded = [_padded(name, x, len(p)) for name, x in (("p", p), ("m", m), ("v", v), ("grad", grad))]
+    pointers = (x.data_ptr() for x in padded)
     _cpu_library.library().mlp_adamw(isa_number(isa), decay, step_size, sqrt_bias2, *pointers, len(padded[0]))
-    for tensor, copy in zip((p, m, v), padded, strict=False):
-        tensor.copy_(copy[: len(p)])
+    for x, result in zip((p, m, v), padded, strict=False):
+        x.copy_(result[: len(p)])

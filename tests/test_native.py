@@ -529,7 +529,7 @@ def test_memory_is_linear_in_parameters_and_hidden_values() -> None:
         (65536, 3, 512, 512, 32768),
         (27, 1024, 8, 64, 4096),
     ]:
-        shape = _cpu_library.Shape(V, T, E, H)
+        shape = _cpu_library.Model(V, T, E, H)
         for count in (1, 2, 16):
             numbers = V * (count * E + H + 1) + H * (T * E + 1) + B * (H + 2 * T)
             floats = library.mlp_workspace_bytes(cpu_step.ctypes.byref(shape), B, count) / 4
@@ -547,7 +547,7 @@ def test_memory_of_an_evaluation() -> None:
         (27, 3, 48, 65536),
         (30, 100_000, 1, 30),
     ]:
-        shape = _cpu_library.Shape(V, T, E, H)
+        shape = _cpu_library.Model(V, T, E, H)
         numbers = V * (E + H + 1) + H * (T * E + 1) + 512 * (H + 2 * T)
         for count in (1, 2, 16, 64):
             floats = library.mlp_forward_bytes(cpu_step.ctypes.byref(shape), 10**6, count) / 4

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include <stddef.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -11,10 +11,13 @@
 enum { UNITS = 32 }; /* hidden units of a block */
 enum { LANES = 16 }; /* padding of every other innermost dimension: the widest vector, in floats */
 
-/* Sizes of a model. */
+/* A model: its sizes, how its steps are computed, and where its state lies. */
 typedef struct {
     int64_t V, T, E, H;
-} mlp_shape;
+    int64_t isa;  /* the number of an instruction set */
+    int64_t form; /* of the first layer: FORM_AUTO, FORM_GATHER or FORM_TABLE */
+    float *parameters, *exp_avg, *exp_avg_sq; /* packed arrays; the moments are for training only */
+} mlp_model;
 
 /* Packed parameters, or one of the moments. */
 typedef struct {
@@ -57,65 +60,48 @@ static int64_t padded_vocab(int64_t V) {
     return Vp % 512 == 0 ? Vp + LANES : Vp;
 }
 
-static packed packed_at(const mlp_shape *s, float *base, int64_t *floats) {
-    int64_t blocks = padded(s->H, UNITS) / UNITS;
+/* The parts of a packed array; `floats` is set to the length of the array. */
+static packed packed_at(const mlp_model *m, float *base, int64_t *floats) {
+    int64_t blocks = padded(m->H, UNITS) / UNITS;
     arena a = {(char *)base, 0};
     packed p;
-    p.wte = take_floats(&a, s->V * padded(s->E, LANES));
-    p.w1 = take_floats(&a, blocks * s->T * s->E * UNITS);
+    p.wte = take_floats(&a, m->V * padded(m->E, LANES));
+    p.w1 = take_floats(&a, blocks * m->T * m->E * UNITS);
     p.b1 = take_floats(&a, blocks * UNITS);
-    p.w2 = take_floats(&a, blocks * s->V * UNITS);
-    p.b2 = take_floats(&a, padded_vocab(s->V));
+    p.w2 = take_floats(&a, blocks * m->V * UNITS);
+    p.b2 = take_floats(&a, padded_vocab(m->V));
     if (floats) *floats = a.used / (int64_t)sizeof(float);
     return p;
 }
 
 /* Floats of a packed array of parameters or moments. */
-EXPORT int64_t mlp_packed_floats(const mlp_shape *shape) {
+EXPORT int64_t mlp_packed_floats(const mlp_model *m) {
     int64_t floats;
-    packed_at(shape, NULL, &floats);
+    packed_at(m, NULL, &floats);
     return floats;
 }
 
-/* torch's layouts, wte (V, E), W1 (H, T*E), b1 (H), W2 (V, H), b2 (V), to a packed array; b2_pad fills b2's padding. */
-EXPORT void mlp_pack(const mlp_shape *s, float *array, const float *wte, const float *w1, const float *b1,
-                     const float *w2, const float *b2, float b2_pad) {
-    int64_t TE = s->T * s->E, Ep = padded(s->E, LANES), Vp = padded_vocab(s->V), Hp = padded(s->H, UNITS);
-    packed p = packed_at(s, array, NULL);
-    memset(p.wte, 0, (size_t)(s->V * Ep) * sizeof(float));
-    memset(p.w1, 0, (size_t)(TE * Hp) * sizeof(float));
-    memset(p.b1, 0, (size_t)Hp * sizeof(float));
-    memset(p.w2, 0, (size_t)(s->V * Hp) * sizeof(float));
-    for (int64_t v = 0; v < s->V; v++)
-        memcpy(p.wte + v * Ep, wte + v * s->E, (size_t)s->E * sizeof(float));
-    for (int64_t u = 0; u < s->H; u++) {
-        float *to = p.w1 + u / UNITS * TE * UNITS + u % UNITS;
-        for (int64_t k = 0; k < TE; k++) to[k * UNITS] = w1[u * TE + k];
-        p.b1[u] = b1[u];
-    }
-    for (int64_t first = 0; first < s->H; first += UNITS) {
-        size_t bytes = (size_t)min(UNITS, s->H - first) * sizeof(float);
-        for (int64_t v = 0; v < s->V; v++)
-            memcpy(p.w2 + (first / UNITS * s->V + v) * UNITS, w2 + v * s->H + first, bytes);
-    }
-    for (int64_t v = 0; v < Vp; v++) p.b2[v] = v < s->V ? b2[v] : b2_pad;
+/* Copies n floats of torch's into a packed array, or back. */
+static inline void transfer(int64_t pack, float *packed, float *plain, int64_t n) {
+    if (pack) memcpy(packed, plain, (size_t)n * sizeof(float));
+    else memcpy(plain, packed, (size_t)n * sizeof(float));
 }
 
-/* A packed array to torch's layouts. */
-EXPORT void mlp_unpack(const mlp_shape *s, float *array, float *wte, float *w1, float *b1, float *w2, float *b2) {
-    int64_t TE = s->T * s->E, Ep = padded(s->E, LANES);
-    packed p = packed_at(s, array, NULL);
-    for (int64_t v = 0; v < s->V; v++)
-        memcpy(wte + v * s->E, p.wte + v * Ep, (size_t)s->E * sizeof(float));
-    for (int64_t u = 0; u < s->H; u++) {
-        const float *from = p.w1 + u / UNITS * TE * UNITS + u % UNITS;
-        for (int64_t k = 0; k < TE; k++) w1[u * TE + k] = from[k * UNITS];
-        b1[u] = p.b1[u];
-    }
-    for (int64_t first = 0; first < s->H; first += UNITS) {
-        size_t bytes = (size_t)min(UNITS, s->H - first) * sizeof(float);
-        for (int64_t v = 0; v < s->V; v++)
-            memcpy(w2 + v * s->H + first, p.w2 + (first / UNITS * s->V + v) * UNITS, bytes);
-    }
-    memcpy(b2, p.b2, (size_t)s->V * sizeof(float));
+/* Between a packed array and torch's layouts, wte (V, E), W1 (H, T*E), b1 (H), W2 (V, H), b2 (V).
+ *
+ * pack: to the array, which is 0 before; or else from it. Padding of the parameters' b2 becomes -inf. */
+EXPORT void mlp_transfer(const mlp_model *m, int64_t pack, float *array, float *wte, float *w1, float *b1, float *w2,
+                         float *b2) {
+    int64_t V = m->V, E = m->E, TE = m->T * E, Ep = padded(E, LANES);
+    packed p = packed_at(m, array, NULL);
+    for (int64_t v = 0; v < V; v++) transfer(pack, p.wte + v * Ep, wte + v * E, E);
+    for (int64_t u = 0; u < m->H; u++)
+        for (int64_t k = 0; k < TE; k++)
+            transfer(pack, p.w1 + (u / UNITS * TE + k) * UNITS + u % UNITS, w1 + u * TE + k, 1);
+    transfer(pack, p.b1, b1, m->H);
+    for (int64_t u = 0; u < m->H; u += UNITS)
+        for (int64_t v = 0; v < V; v++)
+            transfer(pack, p.w2 + (u / UNITS * V + v) * UNITS, w2 + v * m->H + u, min(UNITS, m->H - u));
+    transfer(pack, p.b2, b2, V);
+    for (int64_t v = V; array == m->parameters && v < padded_vocab(V); v++) p.b2[v] = -INFINITY;
 }

@@ -40,14 +40,12 @@
 #include "barrier.h"
 #include "packing.h"
 
-#define PASTE_(a, b) a##_##b
-#define PASTE(a, b) PASTE_(a, b)
-
 enum { STRIP = 512 };             /* terms of a product summed at a time: 64 KB of its second operand */
 enum { STRIP_BLOCKS = 4 };        /* blocks of units, likewise: 16 KB of W2 transposed */
 enum { FORM_AUTO, FORM_GATHER, FORM_TABLE };
 enum { TABLE_FLOATS = 1 << 15 };  /* positions whose tables are held at once: as many as fit, at least one, */
 enum { MAX_POSITIONS = 4 };       /* at most these */
+enum { MAX_THREADS = 1024 };
 enum { GROUP_BLOCKS = 2 };        /* blocks of a group, */
 enum { FEW_GROUPS = 4, MAX_GROUPS = 32 }; /* unless these were fewer groups than so many, or more */
 enum { AHEAD = 16 };              /* rows of logits that are prefetched from other cores ahead of their use */
@@ -93,15 +91,13 @@ typedef struct {
     adamw_rates rates;
 } batch;
 
-typedef struct worker worker;
-
 /* Edges of the tree that reduces the groups' partial sums: to += from, in this order. */
 typedef struct {
     int64_t n, to[MAX_GROUPS], from[MAX_GROUPS];
-} pairs;
+} edges;
 
 typedef struct {
-    mlp_shape shape;
+    mlp_model model;
     int64_t Ep, Vp, blocks;
     int64_t groups;  /* of blocks; each has partial sums of its own */
     int64_t threads; /* at most one per group */
@@ -110,7 +106,6 @@ typedef struct {
     int64_t chunk;    /* windows whose logits are held at once */
     int64_t by_vocab; /* logits split by vocabulary (1) or by hidden units (0) */
     int64_t backward; /* whether there is memory for the second batch and all that only a backward pass needs */
-    int64_t form;
     int oversubscribed; /* whether other work holds the threads' cores, so that there had better be fewer */
     packed p, exp_avg, exp_avg_sq;
     batch batches[2];
@@ -125,10 +120,9 @@ typedef struct {
     int64_t scratch_floats;
     double *losses;     /* (max_rows / LOSS_ROWS, rounded up): sums over so many windows */
     barrier sync;
-    worker *workers; /* (threads) */
 } workspace;
 
-/* One thread's part of a piece of work; `run` is what the work is told. */
+/* One thread's part of a piece of work; `run` are the arguments of the work. */
 typedef void work(workspace *ws, const void *run, int64_t thread, int64_t threads);
 
 /* A thread's own buffers. */
@@ -139,6 +133,14 @@ typedef struct {
     float *w2t;   /* (STRIP_BLOCKS, UNITS, UNITS): W2 of some blocks and a tile of tokens, each transposed */
     float *tile;  /* (MAX_ROWS, UNITS) */
 } scratch;
+
+/* What belongs to a thread. */
+typedef struct {
+    int64_t thread, threads;
+    int64_t group0, group1; /* groups of blocks of units, */
+    int64_t block0, block1; /* and these blocks */
+    scratch s;
+} share;
 
 /* C (n, width) (+)= A B, and then, with h, laid out as C: C *= 1 - h^2.
  *
@@ -173,28 +175,28 @@ enum { ACROSS = -1 };
 
 /* The edges of the reduction tree that a thread adds by itself, because it owns all groups below them; or, for ACROSS,
  * those between threads: the root of the tree among them, and last. */
-static pairs pairs_of(int64_t groups, int64_t threads, int64_t thread) {
-    pairs p = {0};
+static edges edges_of(int64_t groups, int64_t threads, int64_t thread) {
+    edges e = {0};
     for (int64_t s = 1; s < groups; s *= 2)
         for (int64_t i = 0; i + s < groups; i += 2 * s) {
             int64_t first = shard_of(groups, i, threads), last = shard_of(groups, min(i + 2 * s, groups) - 1, threads);
             if ((first == last && 2 * s < groups ? first : ACROSS) == thread) {
-                p.to[p.n] = i;
-                p.from[p.n++] = i + s;
+                e.to[e.n] = i;
+                e.from[e.n++] = i + s;
             }
         }
-    return p;
+    return e;
 }
 
 /* ---- threads --------------------------------------------------------------------------------------------------- */
 
-struct worker {
+typedef struct {
     pthread_t handle;
     work *work;
     workspace *ws;
     const void *run;
     int64_t thread;
-};
+} worker;
 
 /* A worker begins when it is known how many there are. */
 static void *begin_work(void *argument) {
@@ -207,10 +209,11 @@ static void *begin_work(void *argument) {
     return NULL;
 }
 
-/* Runs work on some threads, the caller among them, or on as many as the system grants. They are made for each call: a
- * call is worth many times the tens of microseconds that this takes, and no thread is left behind to spin, or to be
- * missed in a forked child. */
-static void run_threads(workspace *ws, work *work, const void *run, int64_t wanted, worker *workers) {
+/* Runs work on some threads, at most MAX_THREADS, the caller among them, or on as many as the system grants. They are
+ * made for each call: a call is worth many times the tens of microseconds that this takes, and no thread is left behind
+ * to spin, or to be missed in a forked child. */
+static void run_threads(workspace *ws, work *work, const void *run, int64_t wanted) {
+    worker workers[MAX_THREADS];
     barrier *b = &ws->sync;
     int64_t threads = 1;
     barrier_init(b);
@@ -241,7 +244,7 @@ static inline int64_t token_at(const mlp_windows *w, int64_t i) {
 
 /* Lists the distinct tokens of `rows` windows from window `first` on, and where each window finds its own. */
 static void index_windows(const workspace *ws, batch *b, const mlp_windows *w, int64_t first, int64_t rows) {
-    int64_t T = ws->shape.T, U = 0, window = first % w->count;
+    int64_t T = ws->model.T, form = ws->model.form, U = 0, window = first % w->count;
     for (int64_t u = 0; u < b->U; u++) b->index_of[b->token[u]] = -1;
     for (int64_t r = 0; r < rows; r++) {
         int64_t base = window * w->stride, t = 0;
@@ -264,7 +267,7 @@ static void index_windows(const workspace *ws, batch *b, const mlp_windows *w, i
     }
     b->rows = rows;
     b->U = U;
-    b->table = ws->form == FORM_TABLE || (ws->form == FORM_AUTO && 4 * U <= 3 * rows);
+    b->table = form == FORM_TABLE || (form == FORM_AUTO && 4 * U <= 3 * rows);
     for (int64_t i = 0; !b->table && i < T * rows; i++) b->gathered[i] = b->wte_row[b->index[i]];
 }
 
@@ -293,7 +296,7 @@ typedef struct {
     const int32_t *pair_target;
     const double *pair_weight;
     double *losses; /* (count) of every window, summed over its pairs */
-    int64_t private_bytes; /* of a thread's own workspace; 0 where all threads share one */
+    int64_t workspaces, workspace_bytes; /* one for all threads, or one for each */
 } forward_args;
 
 /* ---- the floating-point code, once per instruction set ---------------------------------------------------------- */
@@ -309,9 +312,52 @@ typedef struct {
     void (*adamw)(const adamw_rates, float *, float *, float *, const float *, int64_t);
 } instruction_set;
 
-static int64_t positions_held(const mlp_shape *s, int64_t max_U);
-static workspace *workspace_of(void *memory, int64_t bytes, int64_t thread);
-static scratch thread_scratch(const workspace *ws, int64_t thread);
+static int64_t positions_held(const workspace *ws);
+static share share_of(const workspace *ws, int64_t thread, int64_t threads);
+
+/* F(name) is the name of what an instruction set has of its own. */
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define F(name) PASTE(name, ISA)
+#define vec F(vec)
+#define ivec F(ivec)
+#define uvec F(uvec)
+
+#define INLINE static inline __attribute__((always_inline))
+#define PRAGMA(tokens) _Pragma(#tokens)
+#if defined(__clang__)
+#define TARGET_BEGIN(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define TARGET_END PRAGMA(clang attribute pop)
+#define UNROLL PRAGMA(clang loop unroll(full))
+/* Lane l is element f(l, s) of a and b one after the other. */
+#define SHUFFLE(a, b, f, s) __builtin_shufflevector(a, b, LIST(f, s))
+#else
+#define TARGET_BEGIN(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define TARGET_END PRAGMA(GCC pop_options)
+#define UNROLL PRAGMA(GCC unroll 32)
+#define SHUFFLE(a, b, f, s) __builtin_shuffle(a, b, (ivec){LIST(f, s)}) /* gcc has clang's name only since version 12 */
+#endif
+#define LOW(l, s) (((l) & (s)) ? W + (l) - (s) : (l))
+#define HIGH(l, s) (((l) & (s)) ? W + (l) : (l) + (s))
+#define BUTTERFLY(l, s) ((l) ^ (s))
+/* x = f(x, x with its halves, quarters, ... exchanged): all lanes of x together, in every lane. */
+#define REDUCE(x, f)                                                \
+    {                                                               \
+        if (W > 8) x = f(x, SHUFFLE(x, x, BUTTERFLY, 8 & (W - 1))); \
+        if (W > 4) x = f(x, SHUFFLE(x, x, BUTTERFLY, 4 & (W - 1))); \
+        x = f(x, SHUFFLE(x, x, BUTTERFLY, 2));                      \
+        x = f(x, SHUFFLE(x, x, BUTTERFLY, 1));                      \
+    }
+
+/* f(POSITIONS, ...) for a number of positions that is a constant in it. */
+#define FOR_POSITIONS(positions, f, ...)               \
+    switch (positions) {                               \
+    case 1: f(1, __VA_ARGS__); break;                  \
+    case 2: f(2, __VA_ARGS__); break;                  \
+    case 3: f(3, __VA_ARGS__); break;                  \
+    default: f(MAX_POSITIONS, __VA_ARGS__); break;     \
+    }
+_Static_assert(MAX_POSITIONS == 4, "FOR_POSITIONS lists them");
 
 #if defined(__x86_64__)
 
@@ -325,21 +371,14 @@ static scratch thread_scratch(const workspace *ws, int64_t thread);
     _mm512_fixupimm_ps((__m512)(root), (__m512)(a), _mm512_set1_epi32(1 << 4 * 2 | 1 << 4 * 5), 0)
 #define WIDEST 3
 #define ROWS 9
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma,avx2"))), apply_to = function)
-#else
-#pragma GCC push_options
+TARGET_BEGIN("avx512f,avx512vl,avx512dq,avx512bw,fma,avx2")
+#if !defined(__clang__)
 /* Before the loop of a register tile gcc would compute more addresses than there are registers, and keep them in
  * memory. */
 #pragma GCC optimize("no-ivopts", "no-tree-loop-im")
-#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma,avx2")
 #endif
 #include "train_step_simd.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+TARGET_END
 
 #define ISA v3
 #define W 8
@@ -347,18 +386,9 @@ static scratch thread_scratch(const workspace *ws, int64_t thread);
 #define VMAX(a, b) _mm256_max_ps((__m256)(a), (__m256)(b))
 #define WIDEST 2
 #define ROWS 6
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("fma,avx2"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("fma,avx2")
-#endif
+TARGET_BEGIN("fma,avx2")
 #include "train_step_simd.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+TARGET_END
 
 static int supported_v4(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -396,15 +426,15 @@ static const instruction_set SETS[] = {
 
 /* ---- memory ---------------------------------------------------------------------------------------------------- */
 
-static int64_t positions_held(const mlp_shape *s, int64_t max_U) {
-    return max(1, min(min(s->T, MAX_POSITIONS), TABLE_FLOATS / (max_U * UNITS)));
+static int64_t positions_held(const workspace *ws) {
+    return max(1, min(min(ws->model.T, MAX_POSITIONS), TABLE_FLOATS / (ws->max_U * UNITS)));
 }
 
-/* The piece of every buffer in a thread's scratch, and how much that is. */
+/* The buffers of a scratch, and how many floats they take. */
 static scratch scratch_at(const workspace *ws, float *base, int64_t *floats) {
     arena a = {(char *)base, 0};
     scratch s;
-    s.table = take_floats(&a, positions_held(&ws->shape, ws->max_U) * ws->max_U * UNITS);
+    s.table = take_floats(&a, positions_held(ws) * ws->max_U * UNITS);
     s.w2t = take_floats(&a, STRIP_BLOCKS * UNITS * UNITS);
     s.dpre = take_floats(&a, ws->backward * ws->max_rows * UNITS);
     s.w1t = take_floats(&a, ws->backward * UNITS * ws->Ep);
@@ -413,34 +443,40 @@ static scratch scratch_at(const workspace *ws, float *base, int64_t *floats) {
     return s;
 }
 
-static scratch thread_scratch(const workspace *ws, int64_t thread) {
-    return scratch_at(ws, ws->scratch + thread * ws->scratch_floats, NULL);
+static share share_of(const workspace *ws, int64_t thread, int64_t threads) {
+    share me = {.thread = thread, .threads = threads};
+    me.group0 = shard_begin(ws->groups, thread, threads);
+    me.group1 = shard_begin(ws->groups, thread + 1, threads);
+    me.block0 = shard_begin(ws->blocks, me.group0, ws->groups);
+    me.block1 = shard_begin(ws->blocks, me.group1, ws->groups);
+    me.s = scratch_at(ws, ws->scratch + thread * ws->scratch_floats, NULL);
+    return me;
 }
 
 /* Groups of blocks of units: fewer where their partial sums of dwte would take more than twice the parameters' memory. */
-static int64_t groups_of(const mlp_shape *s) {
-    int64_t blocks = padded(s->H, UNITS) / UNITS, wte = s->V * padded(s->E, LANES);
-    int64_t parameters = blocks * UNITS * (s->T * s->E + s->V) + wte;
+static int64_t groups_of(const mlp_model *m) {
+    int64_t blocks = padded(m->H, UNITS) / UNITS, wte = m->V * padded(m->E, LANES);
+    int64_t parameters = blocks * UNITS * (m->T * m->E + m->V) + wte;
     int64_t groups = min(MAX_GROUPS, max(blocks / GROUP_BLOCKS, min(blocks, FEW_GROUPS)));
     return min(groups, 2 * parameters / wte);
 }
 
 /* Lays a workspace out in memory (NULL: only measures) and returns the bytes it takes, itself included. */
-static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t rows, int64_t groups, int64_t threads,
+static int64_t lay_out(workspace *ws, void *base, const mlp_model *m, int64_t rows, int64_t groups, int64_t threads,
                        int backward) {
     arena a = {base, 0};
     take(&a, (int64_t)sizeof(workspace));
-    ws->shape = *s;
-    ws->Ep = padded(s->E, LANES);
-    ws->Vp = padded_vocab(s->V);
-    ws->blocks = padded(s->H, UNITS) / UNITS;
+    ws->model = *m;
+    ws->Ep = padded(m->E, LANES);
+    ws->Vp = padded_vocab(m->V);
+    ws->blocks = padded(m->H, UNITS) / UNITS;
     ws->groups = groups;
     ws->threads = min(threads, groups);
     ws->max_rows = rows;
-    ws->max_U = min(s->V, rows * s->T);
+    ws->max_U = min(m->V, rows * m->T);
     ws->backward = backward;
     ws->by_vocab = groups > 1 && groups * ws->Vp > ws->blocks * UNITS;
-    int64_t parameters = ws->blocks * UNITS * (s->T * s->E + s->V) + s->V * ws->Ep;
+    int64_t parameters = ws->blocks * UNITS * (m->T * m->E + m->V) + m->V * ws->Ep;
     int64_t held = max(CHUNK_FLOATS, max(parameters, rows * ws->blocks * UNITS));
     ws->chunk = min(rows, max(1, held / ws->Vp / LOSS_ROWS) * LOSS_ROWS);
     for (int i = 0; i < 1 + backward; i++) {
@@ -448,15 +484,15 @@ static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t ro
         b->rows = b->U = 0;
         b->token = take(&a, ws->max_U * 4);
         b->wte_row = take(&a, ws->max_U * 8);
-        b->index_of = take(&a, s->V * 4);
-        b->index = take(&a, s->T * rows * 4);
-        b->gathered = take(&a, s->T * rows * 8);
+        b->index_of = take(&a, m->V * 4);
+        b->index = take(&a, m->T * rows * 4);
+        b->gathered = take(&a, m->T * rows * 8);
         b->target = take(&a, rows * 4);
-        if (base) memset(b->index_of, -1, (size_t)s->V * 4);
+        if (base) memset(b->index_of, -1, (size_t)m->V * 4);
     }
     ws->h = take_floats(&a, ws->blocks * rows * UNITS);
     ws->logits = take_floats(&a, (ws->by_vocab ? 1 : groups) * ws->chunk * ws->Vp);
-    ws->dw2 = take_floats(&a, backward && ws->chunk < rows ? ws->blocks * s->V * UNITS : 0);
+    ws->dw2 = take_floats(&a, backward && ws->chunk < rows ? ws->blocks * m->V * UNITS : 0);
     ws->db2 = take_floats(&a, backward * ws->Vp);
     ws->dwte = take_floats(&a, backward * groups * ws->max_U * ws->Ep);
     int64_t n = backward ? max(rows, ws->max_U) : rows;
@@ -465,10 +501,13 @@ static int64_t lay_out(workspace *ws, char *base, const mlp_shape *s, int64_t ro
     scratch_at(ws, NULL, &ws->scratch_floats);
     ws->scratch = take_floats(&a, ws->threads * ws->scratch_floats);
     ws->losses = take(&a, backward * padded(rows, LOSS_ROWS) / LOSS_ROWS * 8);
-    ws->workers = take(&a, ws->threads * (int64_t)sizeof(worker));
-    if (base) {
-        for (int64_t i = 0; i < n; i++) ws->row_units[i] = i * UNITS;
-        for (int64_t i = 0; backward && i < ws->chunk; i++) ws->row_vocab[i] = i * ws->Vp;
+    if (base == NULL) return a.used;
+    for (int64_t i = 0; i < n; i++) ws->row_units[i] = i * UNITS;
+    for (int64_t i = 0; backward && i < ws->chunk; i++) ws->row_vocab[i] = i * ws->Vp;
+    ws->p = packed_at(m, m->parameters, NULL);
+    if (backward) {
+        ws->exp_avg = packed_at(m, m->exp_avg, NULL);
+        ws->exp_avg_sq = packed_at(m, m->exp_avg_sq, NULL);
     }
     return a.used;
 }
@@ -492,97 +531,79 @@ EXPORT const char *mlp_isa_name(int64_t isa) { return SETS[isa].name; }
 EXPORT int64_t mlp_isa_supported(int64_t isa) { return SETS[isa].supported(); }
 
 /* Bytes of memory for training on batches of `rows` windows. */
-EXPORT int64_t mlp_workspace_bytes(const mlp_shape *shape, int64_t rows, int64_t threads) {
+EXPORT int64_t mlp_workspace_bytes(const mlp_model *model, int64_t rows, int64_t threads) {
     workspace ws;
-    return lay_out(&ws, NULL, shape, rows, groups_of(shape), threads, 1);
+    return lay_out(&ws, NULL, model, rows, groups_of(model), threads, 1);
 }
 
 /* Trains: `steps` steps from number *step on, of num_steps, on the windows of a tape; fewer, but at least one, where the
  * threads wait for cores that other work has.
  *
- * step: the number of steps done, counted up with every step, so that it always agrees with the state. parameters,
- * exp_avg, exp_avg_sq: packed, updated in place. memory: mlp_workspace_bytes() of it, 64-byte aligned.
- * losses (steps): the mean cross-entropy of every batch, before its update. */
-EXPORT void mlp_train(int64_t isa, const mlp_shape *shape, float *parameters, float *exp_avg, float *exp_avg_sq,
-                      void *memory, const mlp_windows *tape, int64_t batch_size, int64_t *step, int64_t steps,
-                      int64_t num_steps, double learning_rate, double weight_decay, int64_t threads, int64_t form,
+ * memory: mlp_workspace_bytes() of it, 64-byte aligned. step: the number of steps done, counted up with every step, so
+ * that it always agrees with the state. losses (steps): the mean cross-entropy of every batch, before its update. */
+EXPORT void mlp_train(const mlp_model *model, void *memory, const mlp_windows *tape, int64_t batch_size, int64_t *step,
+                      int64_t steps, int64_t num_steps, double learning_rate, double weight_decay, int64_t threads,
                       double *losses) {
     workspace *ws = memory;
     train_args run = {*tape, batch_size, *step, steps, num_steps, step, learning_rate, weight_decay, losses};
-    if (steps == 0) return;
-    lay_out(ws, memory, shape, batch_size, groups_of(shape), threads, 1);
-    ws->form = form;
-    ws->p = packed_at(shape, parameters, NULL);
-    ws->exp_avg = packed_at(shape, exp_avg, NULL);
-    ws->exp_avg_sq = packed_at(shape, exp_avg_sq, NULL);
+    lay_out(ws, memory, model, batch_size, groups_of(model), threads, 1);
     prepare_step(ws, &ws->batches[*step & 1], &run, *step);
-    run_threads(ws, SETS[isa].train, &run, ws->threads, ws->workers);
+    run_threads(ws, SETS[model->isa].train, &run, ws->threads);
 }
 
-/* How threads divide a forward pass over `count` windows. While a model is small, by windows (data parallel): each thread
- * has a workspace of its own, and none waits for another. Beyond, by hidden units, as in training. */
+/* How threads divide a forward pass over windows: where a model is small, by windows (data parallel), each thread in a
+ * workspace of its own and none waiting for another; beyond, by hidden units, as in training. */
 typedef struct {
-    int64_t private_bytes; /* as in forward_args */
-    int64_t rows;    /* windows of one pass */
-    int64_t threads; /* of one workspace, or with a workspace each */
+    int64_t workspaces, threads; /* one workspace, or as many as threads */
+    int64_t rows, groups, bytes; /* of a workspace: windows of a pass, groups of blocks, its memory */
 } forward_plan;
 
-static forward_plan plan_forward(const mlp_shape *s, int64_t count, int64_t threads) {
+static forward_plan plan_forward(const mlp_model *m, int64_t count, int64_t threads) {
     workspace ws;
-    int64_t Hp = padded(s->H, UNITS), widest = max(max(padded_vocab(s->V), Hp), 2 * s->T);
-    forward_plan d = {0, min(FORWARD_ROWS, count), threads};
-    if (FORWARD_ROWS * widest > CHUNK_FLOATS || Hp * (s->T * s->E + s->V) > PRIVATE_WEIGHTS) return d;
-    d.threads = min(threads, (count + PRIVATE_ROWS - 1) / PRIVATE_ROWS);
-    d.rows = min(FORWARD_ROWS, (count + d.threads - 1) / d.threads);
-    d.private_bytes = lay_out(&ws, NULL, s, d.rows, 1, 1, 0);
-    return d;
-}
-
-/* The workspace of a thread, where every one has its own of so many bytes. */
-static workspace *workspace_of(void *memory, int64_t bytes, int64_t thread) {
-    return (workspace *)((char *)memory + thread * bytes);
+    int64_t Hp = padded(m->H, UNITS), widest = max(max(padded_vocab(m->V), Hp), 2 * m->T);
+    forward_plan plan = {1, min(threads, MAX_GROUPS), min(FORWARD_ROWS, count), groups_of(m), 0};
+    if (FORWARD_ROWS * widest <= CHUNK_FLOATS && Hp * (m->T * m->E + m->V) <= PRIVATE_WEIGHTS) {
+        plan.threads = min(min(threads, MAX_THREADS), (count + PRIVATE_ROWS - 1) / PRIVATE_ROWS);
+        plan.workspaces = plan.threads;
+        plan.rows = min(FORWARD_ROWS, (count + plan.threads - 1) / plan.threads);
+        plan.groups = 1;
+    }
+    plan.bytes = lay_out(&ws, NULL, m, plan.rows, plan.groups, plan.threads / plan.workspaces, 0);
+    plan.threads = min(plan.threads, plan.workspaces * plan.groups);
+    return plan;
 }
 
 /* Bytes of memory for a forward pass over `count` windows, at least one. */
-EXPORT int64_t mlp_forward_bytes(const mlp_shape *shape, int64_t count, int64_t threads) {
-    workspace ws;
-    forward_plan d = plan_forward(shape, count, threads);
-    if (d.private_bytes == 0) return lay_out(&ws, NULL, shape, d.rows, groups_of(shape), d.threads, 0);
-    return d.threads * (d.private_bytes + (int64_t)sizeof(worker));
+EXPORT int64_t mlp_forward_bytes(const mlp_model *model, int64_t count, int64_t threads) {
+    forward_plan plan = plan_forward(model, count, threads);
+    return plan.workspaces * plan.bytes;
 }
 
-static void run_forward(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, forward_args *run,
-                        int64_t threads, int64_t form) {
-    forward_plan d = plan_forward(shape, run->windows.count, threads);
-    workspace *first = memory;
-    run->private_bytes = d.private_bytes;
-    for (int64_t i = 0; i < (d.private_bytes == 0 ? 1 : d.threads); i++) {
-        workspace *ws = workspace_of(memory, d.private_bytes, i);
-        if (d.private_bytes == 0) lay_out(ws, (char *)ws, shape, d.rows, groups_of(shape), d.threads, 0);
-        else lay_out(ws, (char *)ws, shape, d.rows, 1, 1, 0);
-        ws->form = form;
-        ws->p = packed_at(shape, parameters, NULL);
+static void run_forward(const mlp_model *model, void *memory, int64_t threads, forward_args run) {
+    forward_plan plan = plan_forward(model, run.windows.count, threads);
+    run.workspaces = plan.workspaces;
+    run.workspace_bytes = plan.bytes;
+    for (int64_t i = 0; i < plan.workspaces; i++) {
+        void *at = (char *)memory + i * plan.bytes;
+        lay_out(at, at, model, plan.rows, plan.groups, plan.threads / plan.workspaces, 0);
     }
-    if (d.private_bytes == 0) run_threads(first, SETS[isa].forward, run, first->threads, first->workers);
-    else run_threads(first, SETS[isa].forward, run, d.threads, (worker *)workspace_of(memory, d.private_bytes, d.threads));
+    run_threads(memory, SETS[model->isa].forward, &run, plan.threads);
 }
 
 /* Logits (count, V) of windows. memory: mlp_forward_bytes() of it, 64-byte aligned. */
-EXPORT void mlp_logits(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, const mlp_windows *windows,
-                       int64_t threads, int64_t form, float *logits) {
-    forward_args run = {.windows = *windows, .logits = logits};
-    run_forward(isa, shape, parameters, memory, &run, threads, form);
+EXPORT void mlp_logits(const mlp_model *model, void *memory, const mlp_windows *windows, int64_t threads,
+                       float *logits) {
+    run_forward(model, memory, threads, (forward_args){.windows = *windows, .logits = logits});
 }
 
 /* The cross-entropies of contexts and their continuations, in nats, weighted and summed by context: losses (count).
  *
  * Context i is continued by pairs pair_start[i] .. pair_start[i+1]-1; a pair is a target and a weight. */
-EXPORT void mlp_losses(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, const mlp_windows *contexts,
-                       const int64_t *pair_start, const int32_t *pair_target, const double *pair_weight,
-                       int64_t threads, int64_t form, double *losses) {
-    forward_args run = {.windows = *contexts, .pair_start = pair_start, .pair_target = pair_target,
-                      .pair_weight = pair_weight, .losses = losses};
-    run_forward(isa, shape, parameters, memory, &run, threads, form);
+EXPORT void mlp_losses(const mlp_model *model, void *memory, const mlp_windows *contexts, int64_t threads,
+                       double *losses, const int64_t *pair_start, const int32_t *pair_target,
+                       const double *pair_weight) {
+    run_forward(model, memory, threads, (forward_args){.windows = *contexts, .losses = losses, .pair_start = pair_start,
+                                                       .pair_target = pair_target, .pair_weight = pair_weight});
 }
 
 /* Draws `count` tokens one after another: xorshift64* uniforms, and for each the token at which the cumulative softmax
@@ -590,12 +611,12 @@ EXPORT void mlp_losses(int64_t isa, const mlp_shape *shape, float *parameters, v
  *
  * context (T): where to go on; overwritten with the last T tokens. state: the generator's. memory: mlp_forward_bytes()
  * of it for one window. logits (V): scratch. drawn (count). */
-EXPORT void mlp_sample(int64_t isa, const mlp_shape *shape, float *parameters, void *memory, int64_t *context,
-                       uint64_t *state, int64_t count, float *logits, int64_t *drawn) {
+EXPORT void mlp_sample(const mlp_model *model, void *memory, int64_t *context, uint64_t *state, int64_t count,
+                       float *logits, int64_t *drawn) {
     mlp_windows windows = {context, 8, 1, 1, 0};
-    int64_t T = shape->T, V = shape->V;
+    int64_t T = model->T, V = model->V;
     for (int64_t i = 0; i < count; i++) {
-        mlp_logits(isa, shape, parameters, memory, &windows, 1, FORM_GATHER, logits);
+        mlp_logits(model, memory, &windows, 1, logits);
         uint64_t x = *state;
         x ^= x >> 12;
         x ^= x << 25;

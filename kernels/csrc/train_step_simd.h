@@ -16,21 +16,10 @@
  * Long sums are cut into strips that are summed by themselves: rounding errors grow with the strip, not with the sum.
  */
 
-#define F(name) PASTE(name, ISA)
-#define INLINE static inline __attribute__((always_inline))
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 32")
-#endif
-
-typedef float F(vec) __attribute__((vector_size(4 * W)));
-typedef int32_t F(ivec) __attribute__((vector_size(4 * W)));
-typedef uint32_t F(uvec) __attribute__((vector_size(4 * W)));
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t ivec __attribute__((vector_size(4 * W)));
+typedef uint32_t uvec __attribute__((vector_size(4 * W)));
 typedef float F(mem) __attribute__((vector_size(4 * W), aligned(4), may_alias));
-#define vec F(vec)
-#define ivec F(ivec)
-#define uvec F(uvec)
 
 INLINE vec F(load)(const float *p) { return *(const F(mem) *)p; }
 INLINE void F(store)(float *p, vec x) { *(F(mem) *)p = x; }
@@ -57,10 +46,7 @@ INLINE vec F(max)(vec a, vec b) {
 #endif
 }
 
-/* SHUFFLE(a, b, f, s): lane l is element f(l, s) of a and b one after the other. */
-#define LOW(l, s) (((l) & (s)) ? W + (l) - (s) : (l))
-#define HIGH(l, s) (((l) & (s)) ? W + (l) : (l) + (s))
-#define BUTTERFLY(l, s) ((l) ^ (s))
+/* f(lane, s) for every lane. */
 #if W == 16
 #define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s), \
                    f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
@@ -69,19 +55,6 @@ INLINE vec F(max)(vec a, vec b) {
 #else
 #define LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
 #endif
-#if defined(__clang__)
-#define SHUFFLE(a, b, f, s) __builtin_shufflevector(a, b, LIST(f, s))
-#else /* gcc has clang's name only since version 12 */
-#define SHUFFLE(a, b, f, s) __builtin_shuffle(a, b, (ivec){LIST(f, s)})
-#endif
-/* x = f(x, x with its halves, quarters, ... exchanged): all lanes of x together, in every lane. */
-#define REDUCE(x, f)                                             \
-    {                                                            \
-        if (W > 8) x = f(x, SHUFFLE(x, x, BUTTERFLY, 8 & (W - 1))); \
-        if (W > 4) x = f(x, SHUFFLE(x, x, BUTTERFLY, 4 & (W - 1))); \
-        x = f(x, SHUFFLE(x, x, BUTTERFLY, 2));                      \
-        x = f(x, SHUFFLE(x, x, BUTTERFLY, 1));                      \
-    }
 
 INLINE vec F(add)(vec a, vec b) { return a + b; }
 
@@ -351,21 +324,12 @@ INLINE void F(add_rows)(const int POSITIONS, const float *table, int64_t n, int6
     }
 }
 
-_Static_assert(MAX_POSITIONS == 4, "FOR_POSITIONS lists them");
-/* f(POSITIONS, ...) for a number of positions that is a constant in it. */
-#define FOR_POSITIONS(positions, f, ...)               \
-    switch (positions) {                           \
-    case 1: f(1, __VA_ARGS__); break;          \
-    case 2: f(2, __VA_ARGS__); break;          \
-    case 3: f(3, __VA_ARGS__); break;          \
-    default: f(MAX_POSITIONS, __VA_ARGS__); break; \
-    }
-
-/* h of some blocks of units, for all windows of the batch. */
-static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch *b, int64_t first, int64_t last) {
-    int64_t T = ws->shape.T, E = ws->shape.E, n = b->rows, U = b->U;
-    int64_t held = positions_held(&ws->shape, ws->max_U);
-    for (int64_t block = first; block < last; block++) {
+/* h of a thread's blocks of units, for all windows of the batch. */
+static void F(forward_hidden)(const workspace *ws, const share *me, const batch *b) {
+    int64_t T = ws->model.T, E = ws->model.E, n = b->rows, U = b->U;
+    int64_t held = positions_held(ws);
+    const scratch *s = &me->s;
+    for (int64_t block = me->block0; block < me->block1; block++) {
         const float *w1 = ws->p.w1 + block * T * E * UNITS, *b1 = ws->p.b1 + block * UNITS;
         float *h = ws->h + block * ws->max_rows * UNITS;
         if (b->table) {
@@ -392,7 +356,7 @@ static void F(forward_hidden)(const workspace *ws, const scratch *s, const batch
 }
 
 /* to += from along edges of the reduction tree, for partial sums of so many floats, `stride` floats apart. */
-static void F(reduce_pairs)(const pairs *p, float *parts, int64_t stride, int64_t floats) {
+static void F(reduce_edges)(const edges *p, float *parts, int64_t stride, int64_t floats) {
     for (int64_t i = 0; i < p->n; i++) {
         float *to = parts + p->to[i] * stride, *from = parts + p->from[i] * stride;
         for (int64_t j = 0; j < floats; j += W) F(store)(to + j, F(load)(to + j) + F(load)(from + j));
@@ -400,7 +364,7 @@ static void F(reduce_pairs)(const pairs *p, float *parts, int64_t stride, int64_
 }
 
 /* The sum over all groups, given the edges ACROSS threads. */
-INLINE vec F(reduce_across)(const pairs *p, float *parts, int64_t stride) {
+INLINE vec F(reduce_across)(const edges *p, float *parts, int64_t stride) {
     for (int64_t i = 0; i < p->n - 1; i++) {
         float *to = parts + p->to[i] * stride;
         F(store)(to, F(load)(to) + F(load)(parts + p->from[i] * stride));
@@ -413,15 +377,14 @@ INLINE vec F(reduce_across)(const pairs *p, float *parts, int64_t stride) {
  * within this thread; or of this thread's tokens and all units. Returns the barrier's generation for await().
  *
  * Of partial sums, rows r0 .. r1-1, which this thread adds up itself, come last: no other waits for them. */
-static int F(partial_logits)(workspace *ws, const scratch *s, int64_t thread, int64_t threads, int64_t first, int64_t n,
-                             int64_t r0, int64_t r1) {
-    int64_t V = ws->shape.V, Vp = ws->Vp, tiles = (Vp + UNITS - 1) / UNITS, groups = ws->by_vocab ? 1 : ws->groups;
-    int64_t tile0 = ws->by_vocab ? shard_begin(tiles, thread, threads) : 0;
-    int64_t tile1 = ws->by_vocab ? shard_begin(tiles, thread + 1, threads) : tiles;
-    int64_t group0 = ws->by_vocab ? 0 : shard_begin(groups, thread, threads);
-    int64_t group1 = ws->by_vocab ? 1 : shard_begin(groups, thread + 1, threads);
+static int F(partial_logits)(workspace *ws, const share *me, int64_t first, int64_t n, int64_t r0, int64_t r1) {
+    const scratch *s = &me->s;
+    int64_t V = ws->model.V, Vp = ws->Vp, tiles = (Vp + UNITS - 1) / UNITS, groups = ws->by_vocab ? 1 : ws->groups;
+    int64_t tile0 = ws->by_vocab ? shard_begin(tiles, me->thread, me->threads) : 0;
+    int64_t tile1 = ws->by_vocab ? shard_begin(tiles, me->thread + 1, me->threads) : tiles;
+    int64_t group0 = ws->by_vocab ? 0 : me->group0, group1 = ws->by_vocab ? 1 : me->group1;
     int64_t stride = ws->chunk * Vp;
-    pairs within = pairs_of(groups, threads, thread);
+    edges within = edges_of(groups, me->threads, me->thread);
     int generation = 0;
     for (int64_t group = group0; group < group1; group++)
         for (int64_t v = tile0 * UNITS; v < min(Vp, tile1 * UNITS); v += UNITS) {
@@ -441,20 +404,20 @@ static int F(partial_logits)(workspace *ws, const scratch *s, int64_t thread, in
                 F(gemm_some_rows)(p, r1, n);
                 int last = group == group1 - 1 && v + UNITS >= Vp && block + STRIP_BLOCKS >= block1;
                 if (last && !ws->by_vocab) {
-                    F(reduce_pairs)(&within, ws->logits, stride, r0 * Vp);
-                    F(reduce_pairs)(&within, ws->logits + r1 * Vp, stride, (n - r1) * Vp);
-                    generation = arrive(&ws->sync, threads);
+                    F(reduce_edges)(&within, ws->logits, stride, r0 * Vp);
+                    F(reduce_edges)(&within, ws->logits + r1 * Vp, stride, (n - r1) * Vp);
+                    generation = arrive(&ws->sync, me->threads);
                 }
                 F(gemm_some_rows)(p, r0, r1);
             }
         }
-    if (ws->by_vocab) return arrive(&ws->sync, threads);
-    F(reduce_pairs)(&within, ws->logits + r0 * Vp, stride, (r1 - r0) * Vp);
+    if (ws->by_vocab) return arrive(&ws->sync, me->threads);
+    F(reduce_edges)(&within, ws->logits + r0 * Vp, stride, (r1 - r0) * Vp);
     return generation;
 }
 
 /* logits[r] = b2 + the sum of the groups' partial logits; returns their maximum, in every lane. */
-INLINE vec F(reduce_row)(const workspace *ws, float *row, const pairs *across) {
+INLINE vec F(reduce_row)(const workspace *ws, float *row, const edges *across) {
     vec max_logit = F(broadcast)(-INFINITY);
     for (int64_t v = 0; v < ws->Vp; v += W) {
         vec x = F(reduce_across)(across, row + v, ws->chunk * ws->Vp) + F(load)(ws->p.b2 + v);
@@ -482,7 +445,7 @@ INLINE vec F(exp_row)(float *row, int64_t Vp, vec max_logit, int32_t but) {
  *
  * With s the sum of exponentials, e that of the target, and o = s - e summed by itself, the target's dlogits is -o / s
  * rather than e / s - 1, and the loss uses e + o in float64: a model that is nearly sure keeps its digits. */
-static void F(softmax_rows)(const workspace *ws, const batch *b, const pairs *across, int64_t first, int64_t r0,
+static void F(softmax_rows)(const workspace *ws, const batch *b, const edges *across, int64_t first, int64_t r0,
                        int64_t r1) {
     double loss = 0, sums = 1;
     for (int64_t r = r0; r < r1; r++) {
@@ -514,7 +477,7 @@ _Static_assert(LOSS_ROWS <= 32, "see the product of sums");
 /* dpre = (dlogits @ W2) (1 - h^2) of windows first+r0 .. first+r1-1 in a block of units, to s->dpre from row `first` on. */
 static void F(backward_hidden)(const workspace *ws, const scratch *s, int64_t block, int64_t first, int64_t r0,
                                int64_t r1) {
-    int64_t V = ws->shape.V;
+    int64_t V = ws->model.V;
     for (int64_t v = 0; v < V; v += STRIP)
         F(gemm_some_rows)((product){.width = UNITS, .A = ws->logits + v, .rows = ws->row_vocab,
                                     .K = min(STRIP, V - v), .B = ws->p.w2 + (block * V + v) * UNITS,
@@ -526,7 +489,7 @@ static void F(backward_hidden)(const workspace *ws, const scratch *s, int64_t bl
 /* dW2 = dlogits^T @ h of a block from windows first .. first+n-1: straight into AdamW, or added to ws->dw2. */
 static void F(backward_w2)(const workspace *ws, const scratch *s, const batch *b, int64_t block, int64_t first,
                            int64_t n, int add) {
-    int64_t V = ws->shape.V, tiles = F(tiles)(V);
+    int64_t V = ws->model.V, tiles = F(tiles)(V);
     const float *h = ws->h + (block * ws->max_rows + first) * UNITS;
     for (int64_t i = 0; i < tiles; i++) {
         int64_t v = i * V / tiles, R = (i + 1) * V / tiles - v, at = (block * V + v) * UNITS;
@@ -561,8 +524,8 @@ INLINE void F(sum_by_token)(const int POSITIONS, const float *dpre, int64_t n, i
 static void F(backward_input)(const workspace *ws, const scratch *s, const batch *b, const float *dpre,
                               int64_t block) {
     float *dwte = ws->dwte + shard_of(ws->blocks, block, ws->groups) * ws->max_U * ws->Ep;
-    int64_t T = ws->shape.T, E = ws->shape.E, Ep = ws->Ep, n = b->rows, U = b->U, tiles = F(tiles)(E);
-    int64_t held = positions_held(&ws->shape, ws->max_U);
+    int64_t T = ws->model.T, E = ws->model.E, Ep = ws->Ep, n = b->rows, U = b->U, tiles = F(tiles)(E);
+    int64_t held = positions_held(ws);
     for (int64_t t = 0; t < T; t++) {
         int64_t w1 = (block * T + t) * E * UNITS;
         const int32_t *index = b->index + t * n;
@@ -604,7 +567,7 @@ static void F(backward_input)(const workspace *ws, const scratch *s, const batch
 }
 
 /* AdamW on some rows of wte. A token that the batch lacks has gradient 0, but decays and moves on all the same. */
-static void F(update_wte)(const workspace *ws, const batch *b, const pairs *across, int64_t first, int64_t last) {
+static void F(update_wte)(const workspace *ws, const batch *b, const edges *across, int64_t first, int64_t last) {
     int64_t Ep = ws->Ep;
     for (int64_t v = first; v < last; v++) {
         int32_t u = b->index_of[v];
@@ -620,38 +583,36 @@ static void F(update_wte)(const workspace *ws, const batch *b, const pairs *acro
 
 static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_t threads) {
     const train_args *run = argument;
-    const scratch s = thread_scratch(ws, thread);
-    const int64_t B = run->batch_size, V = ws->shape.V, Vp = ws->Vp, Ep = ws->Ep;
+    const share me = share_of(ws, thread, threads);
+    const int64_t B = run->batch_size, V = ws->model.V, Vp = ws->Vp, Ep = ws->Ep;
     const int64_t groups = ws->groups, dwte_floats = ws->max_U * Ep;
-    const int64_t group0 = shard_begin(groups, thread, threads), group1 = shard_begin(groups, thread + 1, threads);
-    const int64_t block0 = shard_begin(ws->blocks, group0, groups), block1 = shard_begin(ws->blocks, group1, groups);
-    const pairs within = pairs_of(groups, threads, thread), across = pairs_of(groups, threads, ACROSS);
-    const pairs across_logits = pairs_of(ws->by_vocab ? 1 : groups, threads, ACROSS);
+    const edges within = edges_of(groups, threads, thread), across = edges_of(groups, threads, ACROSS);
+    const edges across_logits = edges_of(ws->by_vocab ? 1 : groups, threads, ACROSS);
     const int cut = ws->chunk < B;
     for (int64_t i = 0; i < run->steps; i++) {
         const int64_t step = run->first_step + i;
         const batch *b = &ws->batches[step & 1];
-        F(forward_hidden)(ws, &s, b, block0, block1);
+        F(forward_hidden)(ws, &me, b);
         if (ws->by_vocab) barrier_wait(&ws->sync, threads);
-        for (int64_t group = group0; group < group1; group++)
+        for (int64_t group = me.group0; group < me.group1; group++)
             memset(ws->dwte + group * dwte_floats, 0, (size_t)(b->U * Ep) * sizeof(float));
         for (int64_t first = 0; first < B; first += ws->chunk) {
             int64_t n = min(ws->chunk, B - first);
             int64_t r0 = first_row(n, thread, threads), r1 = first_row(n, thread + 1, threads);
-            await(&ws->sync, F(partial_logits)(ws, &s, thread, threads, first, n, r0, r1));
+            await(&ws->sync, F(partial_logits)(ws, &me, first, n, r0, r1));
             F(softmax_rows)(ws, b, &across_logits, first, r0, r1);
             int generation = arrive(&ws->sync, threads);
-            F(backward_hidden)(ws, &s, block0, first, r0, r1);
+            F(backward_hidden)(ws, &me.s, me.block0, first, r0, r1);
             await(&ws->sync, generation); /* for the rows of the others */
-            F(backward_hidden)(ws, &s, block0, first, 0, r0);
-            F(backward_hidden)(ws, &s, block0, first, r1, n);
-            for (int64_t block = block0; block < block1; block++) {
-                if (block > block0) F(backward_hidden)(ws, &s, block, first, 0, n);
-                F(backward_w2)(ws, &s, b, block, first, n, cut);
+            F(backward_hidden)(ws, &me.s, me.block0, first, 0, r0);
+            F(backward_hidden)(ws, &me.s, me.block0, first, r1, n);
+            for (int64_t block = me.block0; block < me.block1; block++) {
+                if (block > me.block0) F(backward_hidden)(ws, &me.s, block, first, 0, n);
+                F(backward_w2)(ws, &me.s, b, block, first, n, cut);
                 if (cut) /* h of these windows is not needed any more */
-                    memcpy(ws->h + (block * ws->max_rows + first) * UNITS, s.dpre + first * UNITS,
+                    memcpy(ws->h + (block * ws->max_rows + first) * UNITS, me.s.dpre + first * UNITS,
                            (size_t)(n * UNITS) * sizeof(float));
-                else F(backward_input)(ws, &s, b, s.dpre, block);
+                else F(backward_input)(ws, &me.s, b, me.s.dpre, block);
             }
             for (int64_t v = 0; thread == threads - 1 && v < Vp; v += W) {
                 /* db2 = sum_b dlogits[b] */
@@ -660,12 +621,12 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
             }
             if (first + n < B) barrier_wait(&ws->sync, threads); /* for the logits of the next chunk */
         }
-        for (int64_t block = block0; cut && block < block1; block++) {
+        for (int64_t block = me.block0; cut && block < me.block1; block++) {
             int64_t at = block * V * UNITS;
             F(adamw)(b->rates, ws->p.w2 + at, ws->exp_avg.w2 + at, ws->exp_avg_sq.w2 + at, ws->dw2 + at, V * UNITS);
-            F(backward_input)(ws, &s, b, ws->h + block * ws->max_rows * UNITS, block);
+            F(backward_input)(ws, &me.s, b, ws->h + block * ws->max_rows * UNITS, block);
         }
-        F(reduce_pairs)(&within, ws->dwte, dwte_floats, b->U * Ep);
+        F(reduce_edges)(&within, ws->dwte, dwte_floats, b->U * Ep);
         int generation = arrive(&ws->sync, threads);
         if (thread == threads - 1) {
             F(adamw)(b->rates, ws->p.b2, ws->exp_avg.b2, ws->exp_avg_sq.b2, ws->db2, Vp);
@@ -691,29 +652,27 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
 static void F(forward)(workspace *ws, const void *argument, int64_t thread, int64_t threads) {
     const forward_args *run = argument;
     int64_t begin = 0, end = run->windows.count;
-    if (run->private_bytes > 0) {
+    if (run->workspaces > 1) {
         begin = run->windows.count * thread / threads;
         end = run->windows.count * (thread + 1) / threads;
-        ws = workspace_of(ws, run->private_bytes, thread);
+        ws = (workspace *)((char *)ws + thread * run->workspace_bytes);
         thread = 0;
         threads = 1;
     }
-    const scratch s = thread_scratch(ws, thread);
-    const int64_t V = ws->shape.V, Vp = ws->Vp, groups = ws->groups;
-    const int64_t block0 = shard_begin(ws->blocks, shard_begin(groups, thread, threads), groups);
-    const int64_t block1 = shard_begin(ws->blocks, shard_begin(groups, thread + 1, threads), groups);
-    const pairs across = pairs_of(ws->by_vocab ? 1 : groups, threads, ACROSS);
+    const share me = share_of(ws, thread, threads);
+    const int64_t V = ws->model.V, Vp = ws->Vp;
+    const edges across = edges_of(ws->by_vocab ? 1 : ws->groups, threads, ACROSS);
     batch *b = &ws->batches[0];
     for (; begin < end; begin += ws->max_rows) {
         int64_t rows = min(ws->max_rows, end - begin);
         if (thread == 0) index_windows(ws, b, &run->windows, begin, rows);
         barrier_wait(&ws->sync, threads);
-        F(forward_hidden)(ws, &s, b, block0, block1);
+        F(forward_hidden)(ws, &me, b);
         if (ws->by_vocab) barrier_wait(&ws->sync, threads);
         for (int64_t first = 0; first < rows; first += ws->chunk) {
             int64_t n = min(ws->chunk, rows - first);
             int64_t r0 = n * thread / threads, r1 = n * (thread + 1) / threads;
-            await(&ws->sync, F(partial_logits)(ws, &s, thread, threads, first, n, r0, r1));
+            await(&ws->sync, F(partial_logits)(ws, &me, first, n, r0, r1));
             for (int64_t r = r0; r < r1; r++) {
                 float *row = ws->logits + r * Vp;
                 vec max_logit = F(reduce_row)(ws, row, &across);
@@ -742,12 +701,6 @@ static void F(exp_array)(const float *x, float *y, int64_t n) {
     for (int64_t i = 0; i < n; i += W) F(store)(y + i, F(exp)(F(load)(x + i)));
 }
 
-#undef vec
-#undef ivec
-#undef uvec
-#undef F
-#undef INLINE
-#undef UNROLL
 #undef ISA
 #undef W
 #undef WIDEST
@@ -756,10 +709,4 @@ static void F(exp_array)(const float *x, float *y, int64_t n) {
 #undef VMAX
 #undef RSQRT
 #undef FIX_SQRT
-#undef LOW
-#undef HIGH
-#undef BUTTERFLY
 #undef LIST
-#undef SHUFFLE
-#undef REDUCE
-#undef FOR_POSITIONS

@@ -40,15 +40,15 @@ static void *aligned(int64_t bytes) {
     return memory;
 }
 
-static void expect(int holds, const char *what, const mlp_shape *s, int64_t B, int64_t isa, int64_t threads, int64_t form) {
+static void expect(int holds, const char *what, const mlp_model *s, int64_t B, int64_t threads) {
     if (holds) return;
     fprintf(stderr, "%s: V=%d T=%d E=%d H=%d B=%d %s threads=%d form=%d\n", what, (int)s->V, (int)s->T, (int)s->E,
-            (int)s->H, (int)B, mlp_isa_name(isa), (int)threads, (int)form);
+            (int)s->H, (int)B, mlp_isa_name(s->isa), (int)threads, (int)s->form);
     exit(1);
 }
 
-/* Every entry point once; returns the loss after three steps. */
-static double exercise(const mlp_shape *s, int64_t B, int64_t n, int64_t isa, int64_t threads, int64_t form) {
+/* Every entry point once; returns the loss after three steps. The model gets its packed arrays here. */
+static double exercise(mlp_model *s, int64_t B, int64_t n, int64_t threads) {
     random_state = 12345;
     int64_t V = s->V, T = s->T, E = s->E, H = s->H, floats = mlp_packed_floats(s), step = 0;
     float *tensors[5] = {random_floats(V * E, 1), random_floats(H * T * E, 0.3f), random_floats(H, 0.3f),
@@ -59,8 +59,12 @@ static double exercise(const mlp_shape *s, int64_t B, int64_t n, int64_t isa, in
     for (int i = 0; i < 3; i++) {
         float **from = i == 0 ? tensors : zeros;
         state[i] = aligned(floats * (int64_t)sizeof(float));
-        mlp_pack(s, state[i], from[0], from[1], from[2], from[3], from[4], i == 0 ? -INFINITY : 0.0f);
+        memset(state[i], 0, (size_t)floats * sizeof(float));
+        if (i == 0) s->parameters = state[0];
+        mlp_transfer(s, 1, state[i], from[0], from[1], from[2], from[3], from[4]);
     }
+    s->exp_avg = state[1];
+    s->exp_avg_sq = state[2];
 
     uint8_t *narrow = malloc((size_t)n);
     int32_t *wide = malloc((size_t)n * sizeof(int32_t));
@@ -73,13 +77,12 @@ static double exercise(const mlp_shape *s, int64_t B, int64_t n, int64_t isa, in
     double *losses = malloc(3 * sizeof(double));
     for (int64_t before = -1, end = 2; end <= 3; end++) /* it may do fewer steps than asked for, but at least one */
         while (step < end) {
-            expect(step > before, "no step done", s, B, isa, threads, form);
+            expect(step > before, "no step done", s, B, threads);
             before = step;
-            mlp_train(isa, s, state[0], state[1], state[2], memory, &tape, B, &step, end - step, 10, 1e-3, 1e-2, threads,
-                      form, losses + step);
+            mlp_train(s, memory, &tape, B, &step, end - step, 10, 1e-3, 1e-2, threads, losses + step);
         }
-    expect(step == 3, "wrong step", s, B, isa, threads, form);
-    for (int i = 0; i < 3; i++) expect(losses[i] >= 0 && losses[i] < 100, "strange loss", s, B, isa, threads, form);
+    expect(step == 3, "wrong step", s, B, threads);
+    for (int i = 0; i < 3; i++) expect(losses[i] >= 0 && losses[i] < 100, "strange loss", s, B, threads);
     double last = losses[2];
 
     int64_t rows = min(11, n - T);
@@ -95,24 +98,24 @@ static double exercise(const mlp_shape *s, int64_t B, int64_t n, int64_t isa, in
     mlp_windows matrix = {contexts, 8, T, rows, 0};
     float *logits = malloc((size_t)(rows * V) * sizeof(float));
     void *forward = aligned(mlp_forward_bytes(s, rows, threads));
-    mlp_logits(isa, s, state[0], forward, &matrix, threads, form, logits);
+    mlp_logits(s, forward, &matrix, threads, logits);
     double *entropies = malloc((size_t)rows * sizeof(double));
-    mlp_losses(isa, s, state[0], forward, &matrix, starts, targets, weights, threads, form, entropies);
+    mlp_losses(s, forward, &matrix, threads, entropies, starts, targets, weights);
     for (int64_t i = 0; i < rows; i++) {
         double sum = 0, wanted = 0;
         for (int64_t v = 0; v < V; v++) sum += exp((double)logits[i * V + v]);
         for (int64_t j = starts[i]; j < starts[i + 1]; j++)
             wanted += weights[j] * (log(sum) - (double)logits[i * V + targets[j]]);
-        expect(fabs(entropies[i] - wanted) < 1e-4 * (1 + fabs(wanted)), "losses", s, B, isa, threads, form);
+        expect(fabs(entropies[i] - wanted) < 1e-4 * (1 + fabs(wanted)), "losses", s, B, threads);
     }
 
     uint64_t random = 42;
     int64_t *context = malloc((size_t)T * sizeof(int64_t)), drawn[7];
     memcpy(context, contexts, (size_t)T * sizeof(int64_t));
     void *single = aligned(mlp_forward_bytes(s, 1, 1));
-    mlp_sample(isa, s, state[0], single, context, &random, 7, logits, drawn);
-    for (int i = 0; i < 7; i++) expect(drawn[i] >= 0 && drawn[i] < V, "drawn token", s, B, isa, threads, form);
-    mlp_unpack(s, state[0], zeros[0], zeros[1], zeros[2], zeros[3], zeros[4]);
+    mlp_sample(s, single, context, &random, 7, logits, drawn);
+    for (int i = 0; i < 7; i++) expect(drawn[i] >= 0 && drawn[i] < V, "drawn token", s, B, threads);
+    mlp_transfer(s, 0, state[0], zeros[0], zeros[1], zeros[2], zeros[3], zeros[4]);
 
     void *all[] = {narrow, wide, memory, losses, contexts, starts, targets, weights, entropies, logits, forward,
                    context, single};
@@ -140,10 +143,10 @@ int main(int argc, char **argv) {
             for (int64_t form = FORM_AUTO; form <= FORM_TABLE; form++) {
                 double loss = 0;
                 for (int64_t threads = races ? 2 : 1; threads <= 3; threads++, runs++) {
-                    mlp_shape s = {cases[i][0], cases[i][1], cases[i][2], cases[i][3]};
-                    double got = exercise(&s, cases[i][4], cases[i][5], isa, threads, form);
+                    mlp_model s = {cases[i][0], cases[i][1], cases[i][2], cases[i][3], .isa = isa, .form = form};
+                    double got = exercise(&s, cases[i][4], cases[i][5], threads);
                     if (loss == 0) loss = got;
-                    expect(got == loss, "another loss", &s, cases[i][4], isa, threads, form);
+                    expect(got == loss, "another loss", &s, cases[i][4], threads);
                 }
             }
         }
