@@ -10,30 +10,9 @@ import importlib.machinery
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
-
-# The types of arguments and results, by a letter each: an integer, a pointer, a double, text, and nothing.
-_TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "d": ctypes.c_double, "s": ctypes.c_char_p, "-": None}
-
-# name -> result, then arguments, of what train_step.c and packing.h export
-_SIGNATURES = {
-    "mlp_source_crc": "i",
-    "mlp_isa_count": "i",
-    "mlp_isa_name": "si",
-    "mlp_isa_supported": "ii",
-    "mlp_packed_floats": "ip",
-    "mlp_workspace_bytes": "ipii",
-    "mlp_forward_bytes": "ipii",
-    "mlp_transfer": "-pipppppp",
-    "mlp_train": "-pppipiiddip",
-    "mlp_logits": "-pppip",
-    "mlp_losses": "-pppipppp",
-    "mlp_sample": "-ppppipp",
-    "mlp_tanh": "-ippi",
-    "mlp_exp": "-ippi",
-    "mlp_adamw": "-idddppppi",
-}
 
 
 class Model(ctypes.Structure):
@@ -56,6 +35,39 @@ class Windows(ctypes.Structure):
     @classmethod
     def of(cls, tokens: Tensor, stride: int, count: int, has_target: bool) -> "Windows":
         return cls(tokens.data_ptr(), tokens.element_size(), stride, count, has_target)
+
+
+class _Pointer:
+    """The type of arguments that C takes an address of: tensors, structs and numbers of ctypes; or an address."""
+
+    @classmethod
+    def from_param(cls, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value.data_ptr()
+        return ctypes.c_void_p(value) if isinstance(value, int) else ctypes.byref(value)
+
+
+# The types of arguments and results, by a letter each; "-" is none.
+_TYPES: dict[str, Any] = {"i": ctypes.c_int64, "d": ctypes.c_double, "s": ctypes.c_char_p, "p": _Pointer, "-": None}
+
+# name -> result, then arguments, of what train_step.c and packing.h export
+_SIGNATURES = {
+    "mlp_source_crc": "i",
+    "mlp_isa_count": "i",
+    "mlp_isa_name": "si",
+    "mlp_isa_supported": "ii",
+    "mlp_packed_floats": "ip",
+    "mlp_workspace_bytes": "ipii",
+    "mlp_forward_bytes": "ipii",
+    "mlp_transfer": "-pipppppp",
+    "mlp_train": "-pppipiiddip",
+    "mlp_logits": "-pppip",
+    "mlp_losses": "-pppipppp",
+    "mlp_sample": "-ppppipp",
+    "mlp_tanh": "-ippi",
+    "mlp_exp": "-ippi",
+    "mlp_adamw": "-idddppppi",
+}
 
 
 def source_crc(folder: Path) -> int:

@@ -1,9 +1,9 @@
 """The whole training step on the CPU: the C kernel of csrc/train_step.c, its arguments checked, called through ctypes.
 
 ctypes releases the GIL for the time of a call, and calls that compute are kept short, so that signals are answered; no
-result depends on where the work is cut. No argument reaches C unchecked: sizes, dtypes, layouts and the range of tokens
-are verified here, and wrong ones raise ValueError or TypeError. C allocates nothing; where memory is refused here, all
-calls raise MemoryError, and leave the model as it was.
+result depends on where the work is cut. No argument reaches C unchecked: wrong sizes, dtypes, layouts and tokens raise
+ValueError or TypeError here. C allocates nothing; where memory is refused here, a call raises MemoryError, and leaves
+the model as it was.
 """
 
 import contextlib
@@ -178,14 +178,13 @@ class NativeModel:
         if (max(V, H) + 1024) * (T * E + V + H + 1024) > 2**56:
             raise ValueError(f"a model of V={V}, T={T}, E={E}, H={H} does not fit any memory")
         self._model = Model(V, T, E, H, isa_number(isa), FORMS.index(form))
-        floats = self._library.mlp_packed_floats(ctypes.byref(self._model))
+        floats = self._library.mlp_packed_floats(self._model)
         # One piece of memory: were the parameters and their moments whole pages apart, a load of one would wait for a
         # store of another, since processors first compare the lower 12 bits of addresses.
         stride = floats + (PAGE_OFFSET - floats) % PAGE
         memory = torch.zeros(3 * stride)
-        self._packed = [memory[i * stride :][:floats] for i in range(3)]
-        addresses = (packed.data_ptr() for packed in self._packed)
-        self._model.parameters, self._model.exp_avg, self._model.exp_avg_sq = addresses
+        self._packed = p, m, v = [memory[i * stride :][:floats] for i in range(3)]
+        self._model.parameters, self._model.exp_avg, self._model.exp_avg_sq = p.data_ptr(), m.data_ptr(), v.data_ptr()
         self._step = ctypes.c_int64(0)
         self._backoff = _Backoff()
         self._pace: dict[tuple[str | int, ...], int] = {}  # kind of work -> pieces of it in RESPONSE_TIME
@@ -219,7 +218,7 @@ class NativeModel:
             )
         for packed, tensors in zip(self._packed, checked, strict=True):
             packed.zero_()
-            self._transfer(packed, tensors, pack=True)
+            self._library.mlp_transfer(self._model, True, packed, *tensors)
         self._step.value = step
 
     @_memory_errors()
@@ -227,20 +226,15 @@ class NativeModel:
         """Copies of the parameters and both moments, each as load() takes them."""
         parameters, exp_avg, exp_avg_sq = ([torch.empty(shape) for shape in self.shapes] for _ in range(3))
         for packed, tensors in zip(self._packed, (parameters, exp_avg, exp_avg_sq), strict=True):
-            self._transfer(packed, tensors, pack=False)
+            self._library.mlp_transfer(self._model, False, packed, *tensors)
         return parameters, exp_avg, exp_avg_sq
-
-    def _transfer(self, packed: Tensor, tensors: Sequence[Tensor], *, pack: bool) -> None:
-        pointers = (tensor.data_ptr() for tensor in (packed, *tensors))
-        self._library.mlp_transfer(ctypes.byref(self._model), pack, *pointers)
 
     @_memory_errors()
     def set_tape(self, tokens: Tensor, *, copy: bool = True) -> None:
         """The tokens to train on, (n,), n > T, in 0..V-1; they are checked here and only here.
 
         Args:
-            copy: False keeps the tensor itself, for a tape mapped from a file; the caller sees to it that it never
-                changes.
+            copy: False keeps the tensor itself, for a tape mapped from a file; it must never change.
         """
         tokens = _check_tensor("the tape", tokens, TOKEN_TYPES, (None,))
         if len(tokens) <= self.T:
@@ -274,18 +268,9 @@ class NativeModel:
             work = ("steps", batch_size, threads)
             count, start = min(self._pace.get(work, 1), steps - first), time.perf_counter()
             self._library.mlp_train(
-                ctypes.byref(self._model),
-                memory,
-                ctypes.byref(windows),
-                batch_size,
-                ctypes.byref(self._step),
-                count,
-                num_steps,
-                learning_rate,
-                weight_decay,
-                threads,
-                losses[first:].data_ptr(),
-            )
+                self._model, memory, windows, batch_size, self._step, count,
+                num_steps, learning_rate, weight_decay, threads, losses[first:],
+            )  # fmt: skip
             done = self.step - begin - first
             self._timed(work, done, time.perf_counter() - start)
             self._backoff.worked(threads, oversubscribed=done < count)
@@ -298,7 +283,7 @@ class NativeModel:
         _check_tokens("contexts", contexts, self.V)
         logits = torch.empty(len(contexts), self.V)
         for first, arguments in self._passes(contexts):
-            self._library.mlp_logits(*arguments, logits[first:].data_ptr())
+            self._library.mlp_logits(*arguments, logits[first:])
         return logits
 
     @_memory_errors()
@@ -329,8 +314,8 @@ class NativeModel:
             )
         losses = torch.empty(len(pairs.contexts), dtype=torch.float64)
         for first, arguments in self._passes(pairs.contexts):
-            of_contexts = losses[first:].data_ptr(), pairs.begins[first:].data_ptr()
-            self._library.mlp_losses(*arguments, *of_contexts, pairs.targets.data_ptr(), pairs.weights.data_ptr())
+            begins = pairs.begins[first:]
+            self._library.mlp_losses(*arguments, losses[first:], begins, pairs.targets, pairs.weights)
         return losses.sum().item()
 
     @_memory_errors()
@@ -344,15 +329,8 @@ class NativeModel:
         state, logits = ctypes.c_uint64(seed), torch.empty(self.V)
         drawn = torch.empty(count, dtype=torch.int64)
         for first, draws in self._calls(("draws",), count):
-            self._library.mlp_sample(
-                ctypes.byref(self._model),
-                self._workspace("mlp_forward_bytes", 1, 1),
-                window.data_ptr(),
-                ctypes.byref(state),
-                draws,
-                logits.data_ptr(),
-                drawn[first:].data_ptr(),
-            )
+            memory = self._workspace("mlp_forward_bytes", 1, 1)
+            self._library.mlp_sample(self._model, memory, window, state, draws, logits, drawn[first:])
         return drawn.tolist()
 
     def _passes(self, contexts: Tensor) -> Iterator[tuple[int, tuple[Any, ...]]]:
@@ -361,7 +339,7 @@ class NativeModel:
         for first, count in self._calls(("contexts", threads), len(contexts), LEAST_CONTEXTS):
             windows = Windows.of(contexts[first:], stride=self.T, count=count, has_target=False)
             memory = self._workspace("mlp_forward_bytes", count, threads)
-            yield first, (ctypes.byref(self._model), memory, ctypes.byref(windows), threads)
+            yield first, (self._model, memory, windows, threads)
 
     def _calls(self, work: tuple[str | int, ...], pieces: int, least: int = 1) -> Iterator[tuple[int, int]]:
         """Cuts pieces of some work into calls of C: the first piece of each, and how many.
@@ -387,7 +365,7 @@ class NativeModel:
         """The address of as many bytes as the library's `measure` asks for; kept from call to call."""
         if (max(self.V, self.H, windows) + 1024) * (self.T * self.E + self.V + self.H + 1024) * threads > 2**58:
             raise ValueError(f"{windows} windows of T={self.T} on {threads} threads do not fit any memory")
-        needed = getattr(self._library, measure)(ctypes.byref(self._model), windows, threads) + ALIGNMENT
+        needed = getattr(self._library, measure)(self._model, windows, threads) + ALIGNMENT
         if measure not in self._memory or self._memory[measure].numel() < needed:
             self._memory[measure] = torch.empty(needed, dtype=torch.uint8)
         return -(-self._memory[measure].data_ptr() // ALIGNMENT) * ALIGNMENT
@@ -406,7 +384,7 @@ def exp(x: Tensor, isa: str | None = None) -> Tensor:
 def _elementwise(name: str, x: Tensor, isa: str | None) -> Tensor:
     padded = _padded("x", x, len(x))
     y = torch.empty_like(padded)
-    getattr(_cpu_library.library(), name)(isa_number(isa), padded.data_ptr(), y.data_ptr(), len(padded))
+    getattr(_cpu_library.library(), name)(isa_number(isa), padded, y, len(padded))
     return y[: len(x)]
 
 
@@ -426,7 +404,6 @@ def adamw_(
         decay, step_size, sqrt_bias2: 1 - lr*weight_decay, lr / (1 - beta1^step) and sqrt(1 - beta2^step).
     """
     padded = [_padded(name, x, len(p)) for name, x in (("p", p), ("m", m), ("v", v), ("grad", grad))]
-    pointers = (x.data_ptr() for x in padded)
-    _cpu_library.library().mlp_adamw(isa_number(isa), decay, step_size, sqrt_bias2, *pointers, len(padded[0]))
+    _cpu_library.library().mlp_adamw(isa_number(isa), decay, step_size, sqrt_bias2, *padded, len(padded[0]))
     for x, result in zip((p, m, v), padded, strict=False):
         x.copy_(result[: len(p)])

@@ -532,7 +532,7 @@ def test_memory_is_linear_in_parameters_and_hidden_values() -> None:
         shape = _cpu_library.Model(V, T, E, H)
         for count in (1, 2, 16):
             numbers = V * (count * E + H + 1) + H * (T * E + 1) + B * (H + 2 * T)
-            floats = library.mlp_workspace_bytes(cpu_step.ctypes.byref(shape), B, count) / 4
+            floats = library.mlp_workspace_bytes(shape, B, count) / 4
             assert floats < 4 * numbers + 4e6, (V, T, E, H, B, count)
 
 
@@ -550,7 +550,7 @@ def test_memory_of_an_evaluation() -> None:
         shape = _cpu_library.Model(V, T, E, H)
         numbers = V * (E + H + 1) + H * (T * E + 1) + 512 * (H + 2 * T)
         for count in (1, 2, 16, 64):
-            floats = library.mlp_forward_bytes(cpu_step.ctypes.byref(shape), 10**6, count) / 4
+            floats = library.mlp_forward_bytes(shape, 10**6, count) / 4
             assert floats < 3 * numbers + count * 4e6, (V, T, E, H, count)
 
 
