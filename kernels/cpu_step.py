@@ -120,17 +120,17 @@ def _memory_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        told = re.search(r"you tried to allocate \d+ bytes|bad_alloc", str(error))
-        if told is None:
+        refusal = re.search(r"you tried to allocate \d+ bytes|bad_alloc", str(error))
+        if refusal is None:
             raise
-        raise MemoryError(f"native: the memory was refused ({told[0]})") from None
+        raise MemoryError(f"native: the memory was refused ({refusal[0]})") from None
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
 
 
 class _Backoff:
-    """How many threads work: torch.get_num_threads(), but fewer for a while where other work wants the processors.
+    """How many threads work: torch.get_num_threads(), but fewer for a while where other work takes the processors.
 
     Exponential backoff: half as many after a call that C broke off, for PAUSE seconds, doubled each time that it
     happens again, up to LONGEST_PAUSE; then all are tried anew.
@@ -160,7 +160,7 @@ class NativeModel:
 
     Training and evaluations of large models use torch.get_num_threads() threads, at most one per 64 hidden units, or
     32 where there are few; evaluations of small ones at most one per 64 contexts; sampling one. Training uses fewer
-    while other work wants the processors. The bits do not depend on the number of threads.
+    while other work takes the processors. The bits do not depend on the number of threads.
 
     Args:
         V, T, E, H: vocabulary, context length, embedding, hidden units.

@@ -11,21 +11,21 @@
  * Two forms of the first layer, the same function with its additions in another order:
  *
  *     table    the one above: U*T*E*H multiply-adds, U the number of distinct tokens in the batch
- *     gather   a row per window in place of one per token (P[t, b], dP = dpre): B*T*E*H multiply-adds, no sums over rows
+ *     gather   a row per window in place of one per token (P[t, b], dP = dpre): B*T*E*H multiply-adds, no row sums
  *     auto     table while 4 U <= 3 B, decided batch by batch
  *
  * Work is split by hidden units: a thread owns whole blocks of UNITS = 32 of them, with their rows of W1 and b1, their
  * columns of W2, and the moments of all these, which therefore never leave its core's cache (tensor parallel). Two sums
- * cross threads, the logits (B, V) and dwte (U, E). Blocks form groups, as many as the sizes of the model say; each group
- * has a partial sum of its own, and a binary tree reduces them. A thread owns whole groups and adds the subtrees that lie
- * within them, so the bits do not depend on the number of threads. Where one (B, V) buffer per group would outgrow
- * the hidden layer (groups * V > H), the logits are split by vocabulary instead; where even one outgrows the
+ * cross threads, the logits (B, V) and dwte (U, E). Blocks form groups, as many as the sizes of the model say; each
+ * group has a partial sum of its own, and a binary tree reduces them. A thread owns whole groups and adds the subtrees
+ * that lie within them, so the bits do not depend on the number of threads. Where one (B, V) buffer per group would
+ * outgrow the hidden layer (groups * V > H), the logits are split by vocabulary instead; where even one outgrows the
  * parameters, the batch is cut into chunks. Training takes memory of O(parameters + B (H + T)). An evaluation divides
- * the windows instead, where the model is small enough: see plan_forward(). Its sums are the same in both forms and however
- * many windows come together, so it can be cut into calls of any length.
+ * the windows instead, where the model is small enough: see plan_forward(). Its sums are the same in both forms and
+ * however many windows come together, so it can be cut into calls of any length.
  *
- * Parameters and moments live in packed arrays (packing.h), and threads meet at barriers (barrier.h). The floating-point
- * code is in train_step_simd.h, compiled once for every instruction set below and chosen at run time.
+ * Parameters and moments live in packed arrays (packing.h), and threads meet at barriers (barrier.h). The
+ * floating-point code is in train_step_simd.h, compiled once for every instruction set below and chosen at run time.
  *
  * Callers check all arguments; nothing here does. No function allocates memory.
  */
@@ -40,17 +40,18 @@
 #include "barrier.h"
 #include "packing.h"
 
-enum { STRIP = 512 };             /* terms of a product summed at a time: 64 KB of its second operand */
-enum { STRIP_BLOCKS = 4 };        /* blocks of units, likewise: 16 KB of W2 transposed */
 enum { FORM_AUTO, FORM_GATHER, FORM_TABLE };
-enum { TABLE_FLOATS = 1 << 15 };  /* positions whose tables are held at once: as many as fit, at least one, */
-enum { MAX_POSITIONS = 4 };       /* at most these */
-enum { MAX_THREADS = 1024 };
-enum { GROUP_BLOCKS = 2 };        /* blocks of a group, */
-enum { FEW_GROUPS = 4, MAX_GROUPS = 32 }; /* unless these were fewer groups than so many, or more */
-enum { AHEAD = 16 };              /* rows of logits that are prefetched from other cores ahead of their use */
+/* Products: terms that are summed at a time, so that 64 KB of the second operand are in use; the same in blocks of
+ * units, 16 KB of W2 transposed; and the rows of a register tile, at most. */
+enum { STRIP = 512, STRIP_BLOCKS = 4, MAX_ROWS = 16 };
+/* First layer: the tables of as many positions as fit are held at once, at least one and at most MAX_POSITIONS. */
+enum { TABLE_FLOATS = 1 << 15, MAX_POSITIONS = 4 };
+/* Groups have GROUP_BLOCKS blocks, or fewer where there would be fewer than FEW_GROUPS, or more beyond MAX_GROUPS. */
+enum { GROUP_BLOCKS = 2, FEW_GROUPS = 4, MAX_GROUPS = 32 };
+enum { MAX_THREADS = 1024 };      /* of a call */
 enum { OVERSUBSCRIBED_NANOSECONDS = 4000000 }; /* cores lost to other work for so long in a call: too many threads */
 enum { LOSS_ROWS = 16 };          /* windows whose losses are summed together, by one thread */
+enum { AHEAD = 16 };              /* rows of logits that are prefetched from other cores ahead of their use */
 #ifndef CHUNK_FLOATS              /* tests make these smaller */
 #define CHUNK_FLOATS (1 << 20)    /* a logits buffer of this size is never cut */
 #define FORWARD_ROWS 512          /* windows of one pass of an evaluation */
@@ -103,10 +104,11 @@ typedef struct {
     int64_t threads; /* at most one per group */
     int64_t max_rows; /* windows of a batch */
     int64_t max_U;    /* distinct tokens of a batch, at most */
+    int64_t held;     /* positions whose tables are held at once */
     int64_t chunk;    /* windows whose logits are held at once */
     int64_t by_vocab; /* logits split by vocabulary (1) or by hidden units (0) */
     int64_t backward; /* whether there is memory for the second batch and all that only a backward pass needs */
-    int oversubscribed; /* whether other work holds the threads' cores, so that there had better be fewer */
+    int oversubscribed; /* whether other work holds the threads' cores: a call with fewer would be faster */
     packed p, exp_avg, exp_avg_sq;
     batch batches[2];
     float *h;           /* (blocks, max_rows, UNITS) */
@@ -116,8 +118,8 @@ typedef struct {
     float *dwte;        /* (groups, max_U, Ep) partial sums */
     int64_t *row_units; /* 0, UNITS, 2 UNITS, ...: rows of a matrix as gemm_* want them */
     int64_t *row_vocab; /* 0, Vp, 2 Vp, ... */
-    float *scratch;     /* (threads, scratch_floats) */
-    int64_t scratch_floats;
+    char *scratch;      /* (threads, scratch_bytes): the buffers of the shares */
+    int64_t scratch_bytes;
     double *losses;     /* (max_rows / LOSS_ROWS, rounded up): sums over so many windows */
     barrier sync;
 } workspace;
@@ -125,21 +127,16 @@ typedef struct {
 /* One thread's part of a piece of work; `run` are the arguments of the work. */
 typedef void work(workspace *ws, const void *run, int64_t thread, int64_t threads);
 
-/* A thread's own buffers. */
-typedef struct {
-    float *table; /* (positions held, U, UNITS), U at most max_U: P of a block, and later dP */
-    float *dpre;  /* (max_rows, UNITS) */
-    float *w1t;   /* (UNITS, Ep): W1 of a block and position, transposed */
-    float *w2t;   /* (STRIP_BLOCKS, UNITS, UNITS): W2 of some blocks and a tile of tokens, each transposed */
-    float *tile;  /* (MAX_ROWS, UNITS) */
-} scratch;
-
-/* What belongs to a thread. */
+/* A thread's share of the work, and its buffers. */
 typedef struct {
     int64_t thread, threads;
     int64_t group0, group1; /* groups of blocks of units, */
-    int64_t block0, block1; /* and these blocks */
-    scratch s;
+    int64_t block0, block1; /* and their blocks */
+    float *table; /* (positions held, U, UNITS), U at most max_U: P of a block, and later dP */
+    float *w2t;   /* (STRIP_BLOCKS, UNITS, UNITS): W2 of some blocks and a tile of tokens, each transposed */
+    float *dpre;  /* (max_rows, UNITS) */
+    float *w1t;   /* (UNITS, Ep): W1 of a block and position, transposed */
+    float *tile;  /* (MAX_ROWS, UNITS) */
 } share;
 
 /* C (n, width) (+)= A B, and then, with h, laid out as C: C *= 1 - h^2.
@@ -158,8 +155,6 @@ typedef struct {
     int accumulate;
     const float *h;
 } product;
-
-enum { MAX_ROWS = 16 }; /* rows of a register tile, at most */
 
 /* n items in order, divided into shards: shard i begins at item shard_begin(n, i, shards), and item k belongs to shard
  * shard_of(n, k, shards). */
@@ -312,7 +307,6 @@ typedef struct {
     void (*adamw)(const adamw_rates, float *, float *, float *, const float *, int64_t);
 } instruction_set;
 
-static int64_t positions_held(const workspace *ws);
 static share share_of(const workspace *ws, int64_t thread, int64_t threads);
 
 /* F(name) is the name of what an instruction set has of its own. */
@@ -426,34 +420,28 @@ static const instruction_set SETS[] = {
 
 /* ---- memory ---------------------------------------------------------------------------------------------------- */
 
-static int64_t positions_held(const workspace *ws) {
-    return max(1, min(min(ws->model.T, MAX_POSITIONS), TABLE_FLOATS / (ws->max_U * UNITS)));
-}
-
-/* The buffers of a scratch, and how many floats they take. */
-static scratch scratch_at(const workspace *ws, float *base, int64_t *floats) {
-    arena a = {(char *)base, 0};
-    scratch s;
-    s.table = take_floats(&a, positions_held(ws) * ws->max_U * UNITS);
-    s.w2t = take_floats(&a, STRIP_BLOCKS * UNITS * UNITS);
-    s.dpre = take_floats(&a, ws->backward * ws->max_rows * UNITS);
-    s.w1t = take_floats(&a, ws->backward * UNITS * ws->Ep);
-    s.tile = take_floats(&a, ws->backward * MAX_ROWS * UNITS);
-    if (floats) *floats = a.used / (int64_t)sizeof(float);
-    return s;
+/* The buffers of a share, from `a` on. */
+static void take_buffers(const workspace *ws, arena *a, share *me) {
+    me->table = take_floats(a, ws->held * ws->max_U * UNITS);
+    me->w2t = take_floats(a, STRIP_BLOCKS * UNITS * UNITS);
+    me->dpre = take_floats(a, ws->backward * ws->max_rows * UNITS);
+    me->w1t = take_floats(a, ws->backward * UNITS * ws->Ep);
+    me->tile = take_floats(a, ws->backward * MAX_ROWS * UNITS);
 }
 
 static share share_of(const workspace *ws, int64_t thread, int64_t threads) {
     share me = {.thread = thread, .threads = threads};
+    arena a = {ws->scratch + thread * ws->scratch_bytes, 0};
     me.group0 = shard_begin(ws->groups, thread, threads);
     me.group1 = shard_begin(ws->groups, thread + 1, threads);
     me.block0 = shard_begin(ws->blocks, me.group0, ws->groups);
     me.block1 = shard_begin(ws->blocks, me.group1, ws->groups);
-    me.s = scratch_at(ws, ws->scratch + thread * ws->scratch_floats, NULL);
+    take_buffers(ws, &a, &me);
     return me;
 }
 
-/* Groups of blocks of units: fewer where their partial sums of dwte would take more than twice the parameters' memory. */
+/* Groups of blocks of units: fewer where their partial sums of dwte would take more than twice the parameters'
+ * memory. */
 static int64_t groups_of(const mlp_model *m) {
     int64_t blocks = padded(m->H, UNITS) / UNITS, wte = m->V * padded(m->E, LANES);
     int64_t parameters = blocks * UNITS * (m->T * m->E + m->V) + wte;
@@ -475,10 +463,11 @@ static int64_t lay_out(workspace *ws, void *base, const mlp_model *m, int64_t ro
     ws->max_rows = rows;
     ws->max_U = min(m->V, rows * m->T);
     ws->backward = backward;
+    ws->held = max(1, min(min(m->T, MAX_POSITIONS), TABLE_FLOATS / (ws->max_U * UNITS)));
     ws->by_vocab = groups > 1 && groups * ws->Vp > ws->blocks * UNITS;
     int64_t parameters = ws->blocks * UNITS * (m->T * m->E + m->V) + m->V * ws->Ep;
-    int64_t held = max(CHUNK_FLOATS, max(parameters, rows * ws->blocks * UNITS));
-    ws->chunk = min(rows, max(1, held / ws->Vp / LOSS_ROWS) * LOSS_ROWS);
+    int64_t most = max(CHUNK_FLOATS, max(parameters, rows * ws->blocks * UNITS)); /* floats of logits */
+    ws->chunk = min(rows, max(1, most / ws->Vp / LOSS_ROWS) * LOSS_ROWS);
     for (int i = 0; i < 1 + backward; i++) {
         batch *b = &ws->batches[i];
         b->rows = b->U = 0;
@@ -498,8 +487,10 @@ static int64_t lay_out(workspace *ws, void *base, const mlp_model *m, int64_t ro
     int64_t n = backward ? max(rows, ws->max_U) : rows;
     ws->row_units = take(&a, n * 8);
     ws->row_vocab = take(&a, backward * ws->chunk * 8);
-    scratch_at(ws, NULL, &ws->scratch_floats);
-    ws->scratch = take_floats(&a, ws->threads * ws->scratch_floats);
+    arena of_a_thread = {NULL, 0};
+    take_buffers(ws, &of_a_thread, &(share){0});
+    ws->scratch_bytes = of_a_thread.used;
+    ws->scratch = take(&a, ws->threads * ws->scratch_bytes);
     ws->losses = take(&a, backward * padded(rows, LOSS_ROWS) / LOSS_ROWS * 8);
     if (base == NULL) return a.used;
     for (int64_t i = 0; i < n; i++) ws->row_units[i] = i * UNITS;
@@ -536,8 +527,8 @@ EXPORT int64_t mlp_workspace_bytes(const mlp_model *model, int64_t rows, int64_t
     return lay_out(&ws, NULL, model, rows, groups_of(model), threads, 1);
 }
 
-/* Trains: `steps` steps from number *step on, of num_steps, on the windows of a tape; fewer, but at least one, where the
- * threads wait for cores that other work has.
+/* Trains: `steps` steps from number *step on, of num_steps, on the windows of a tape; fewer, but at least one, where
+ * the threads wait for cores that other work has.
  *
  * memory: mlp_workspace_bytes() of it, 64-byte aligned. step: the number of steps done, counted up with every step, so
  * that it always agrees with the state. losses (steps): the mean cross-entropy of every batch, before its update. */

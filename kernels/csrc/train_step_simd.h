@@ -70,11 +70,12 @@ INLINE vec F(reduce_max)(vec x) {
     return x;
 }
 
-/* x = tanh x for two vectors, x P(x^2) / Q(x^2), of relative error 3.5e-8 on |x| <= 9.02, beyond which tanh rounds to 1.
- * The coefficients were fitted to pre-activations of a run, one after another rounded to fp32 and the others fitted anew,
- * so that the mean error, which would shift all of h, is below 0.01 ulp. All are positive: no cancellation, and tiny x
- * keep their relative accuracy. The two share a division, 1 / (Q0 Q1), which would take as long as everything else. NaN
- * stays NaN, and spreads to the other vector: both belong to the same window, whose logits are NaN in any case. */
+/* x = tanh x for two vectors, x P(x^2) / Q(x^2), of relative error 3.5e-8 on |x| <= 9.02, beyond which tanh rounds to
+ * 1. The coefficients were fitted to pre-activations of a run, one after another rounded to fp32 and the others fitted
+ * anew, so that the mean error, which would shift all of h, is below 0.01 ulp. All are positive: no cancellation, and
+ * tiny x keep their relative accuracy. The two share a division, 1 / (Q0 Q1), which would take as long as everything
+ * else. NaN stays NaN, and spreads to the other vector: both belong to the same window, whose logits are NaN in any
+ * case. */
 INLINE void F(tanh)(vec *x) {
     const vec end = F(broadcast)(9.02f), one = F(broadcast)(1.0f);
     vec xp[2], q[2];
@@ -267,8 +268,8 @@ static void F(transpose)(const float *from, int64_t n, float *to, int64_t ld) {
 
 /* ---- AdamW ----------------------------------------------------------------------------------------------------- */
 
-/* x, rounded: no compiler joins the operation that made it with the one that uses it. The empty instruction says that it
- * may change x, so x must be in a register, as a float, before it. */
+/* x, rounded: no compiler joins the operation that made it with the one that uses it. The empty instruction says that
+ * it may change x, so x must be in a register, as a float, before it. */
 INLINE vec F(rounded)(vec x) {
 #if defined(__x86_64__)
     __asm__("" : "+v"(x));
@@ -285,9 +286,9 @@ INLINE vec F(rounded)(vec x) {
  *     m = m + (g - m) (1 - beta1);  v = v beta2 + (1 - beta2) g^2
  *     p = p (1 - lr wd) - lr / (1 - beta1^s) m / (sqrt(v) / sqrt(1 - beta2^s) + eps)
  *
- * p * decay is a result of its own: decay is 1 - 7e-8, in fp32 one unit in the last place below 1, so rounding the product
- * takes one whole unit off p, and that is the weight decay. fma(p, decay, -update) would leave the rounding out, and
- * decay p by less (docs/numerics.md). */
+ * p * decay is a result of its own: decay is 1 - 7e-8, in fp32 one unit in the last place below 1, so rounding the
+ * product takes one whole unit off p, and that is the weight decay. fma(p, decay, -update) would leave the rounding
+ * out, and decay p by less (docs/numerics.md). */
 INLINE void F(adamw_vector)(const adamw_rates rates, float *p, float *exp_avg, float *exp_avg_sq, vec g) {
     vec p0 = F(load)(p), m = F(load)(exp_avg), v = F(load)(exp_avg_sq);
     /* m = m + (g - m) (1 - beta1);  v = v beta2 + (1 - beta2) g^2 */
@@ -308,8 +309,8 @@ static void F(adamw)(const adamw_rates rates, float *p, float *exp_avg, float *e
 
 /* ---- forward --------------------------------------------------------------------------------------------------- */
 
-/* h[r] = b1 + sum_t P[t, index[t, r]] over the next POSITIONS tables; h itself in place of b1 where that is NULL, and tanh
- * of it all after the last. */
+/* h[r] = b1 + sum_t P[t, index[t, r]] over the next POSITIONS tables; h itself in place of b1 where that is NULL, and
+ * tanh of it all after the last. */
 INLINE void F(add_rows)(const int POSITIONS, const float *table, int64_t n, int64_t U, const int32_t *index,
                         const float *b1, float *h, int last) {
     for (int64_t r = 0; r < n; r++, h += UNITS) {
@@ -327,8 +328,7 @@ INLINE void F(add_rows)(const int POSITIONS, const float *table, int64_t n, int6
 /* h of a thread's blocks of units, for all windows of the batch. */
 static void F(forward_hidden)(const workspace *ws, const share *me, const batch *b) {
     int64_t T = ws->model.T, E = ws->model.E, n = b->rows, U = b->U;
-    int64_t held = positions_held(ws);
-    const scratch *s = &me->s;
+    int64_t held = ws->held;
     for (int64_t block = me->block0; block < me->block1; block++) {
         const float *w1 = ws->p.w1 + block * T * E * UNITS, *b1 = ws->p.b1 + block * UNITS;
         float *h = ws->h + block * ws->max_rows * UNITS;
@@ -339,8 +339,8 @@ static void F(forward_hidden)(const workspace *ws, const share *me, const batch 
                 for (int64_t t = 0; t < positions; t++)
                     F(gemm_rows)((product){.n = U, .width = UNITS, .A = ws->p.wte, .rows = b->wte_row, .K = E,
                                            .B = w1 + (t0 + t) * E * UNITS, .ldb = UNITS,
-                                           .C = s->table + t * U * UNITS, .ldc = UNITS});
-                FOR_POSITIONS(positions, F(add_rows), s->table, n, U, b->index + t0 * n, t0 == 0 ? b1 : NULL, h,
+                                           .C = me->table + t * U * UNITS, .ldc = UNITS});
+                FOR_POSITIONS(positions, F(add_rows), me->table, n, U, b->index + t0 * n, t0 == 0 ? b1 : NULL, h,
                           t0 + held >= T)
             }
         } else {
@@ -373,32 +373,32 @@ INLINE vec F(reduce_across)(const edges *p, float *parts, int64_t stride) {
     return p->n > 0 ? sum + F(load)(parts + p->from[p->n - 1] * stride) : sum;
 }
 
-/* The logits without b2 of windows first .. first+n-1: of all tokens and this thread's groups, a partial sum each, added
- * within this thread; or of this thread's tokens and all units. Returns the barrier's generation for await().
+/* The logits without b2 of windows first .. first+n-1: of all tokens and this thread's groups, a partial sum each,
+ * added within this thread; or of this thread's tokens and all units. Returns the barrier's generation for await().
  *
  * Of partial sums, rows r0 .. r1-1, which this thread adds up itself, come last: no other waits for them. */
 static int F(partial_logits)(workspace *ws, const share *me, int64_t first, int64_t n, int64_t r0, int64_t r1) {
-    const scratch *s = &me->s;
     int64_t V = ws->model.V, Vp = ws->Vp, tiles = (Vp + UNITS - 1) / UNITS, groups = ws->by_vocab ? 1 : ws->groups;
     int64_t tile0 = ws->by_vocab ? shard_begin(tiles, me->thread, me->threads) : 0;
     int64_t tile1 = ws->by_vocab ? shard_begin(tiles, me->thread + 1, me->threads) : tiles;
     int64_t group0 = ws->by_vocab ? 0 : me->group0, group1 = ws->by_vocab ? 1 : me->group1;
     int64_t stride = ws->chunk * Vp;
-    edges within = edges_of(groups, me->threads, me->thread);
+    const edges within = edges_of(groups, me->threads, me->thread);
     int generation = 0;
     for (int64_t group = group0; group < group1; group++)
         for (int64_t v = tile0 * UNITS; v < min(Vp, tile1 * UNITS); v += UNITS) {
-            int64_t block0 = shard_begin(ws->blocks, group, groups), block1 = shard_begin(ws->blocks, group + 1, groups);
+            int64_t block0 = shard_begin(ws->blocks, group, groups);
+            int64_t block1 = shard_begin(ws->blocks, group + 1, groups);
             for (int64_t block = block0; block < block1; block += STRIP_BLOCKS) {
                 int64_t width = min(UNITS, Vp - v), blocks = min(STRIP_BLOCKS, block1 - block);
-                if (V - v < width) memset(s->w2t, 0, (size_t)(blocks * UNITS * UNITS) * sizeof(float));
+                if (V - v < width) memset(me->w2t, 0, (size_t)(blocks * UNITS * UNITS) * sizeof(float));
                 for (int64_t i = 0; i < blocks; i++)
                     F(transpose)(ws->p.w2 + ((block + i) * V + v) * UNITS, max(0, min(UNITS, V - v)),
-                                 s->w2t + i * UNITS * UNITS, UNITS);
+                                 me->w2t + i * UNITS * UNITS, UNITS);
                 /* logits[:, v:] += h[:, block] W2[v:, block]^T   (n, width) */
                 product p = {.width = width, .A = ws->h + (block * ws->max_rows + first) * UNITS,
                              .rows = ws->row_units, .parts = blocks, .a_step = ws->max_rows * UNITS, .K = UNITS,
-                             .B = s->w2t, .ldb = UNITS, .C = ws->logits + group * stride + v, .ldc = Vp,
+                             .B = me->w2t, .ldb = UNITS, .C = ws->logits + group * stride + v, .ldc = Vp,
                              .accumulate = block > block0};
                 F(gemm_some_rows)(p, 0, r0);
                 F(gemm_some_rows)(p, r1, n);
@@ -446,7 +446,7 @@ INLINE vec F(exp_row)(float *row, int64_t Vp, vec max_logit, int32_t but) {
  * With s the sum of exponentials, e that of the target, and o = s - e summed by itself, the target's dlogits is -o / s
  * rather than e / s - 1, and the loss uses e + o in float64: a model that is nearly sure keeps its digits. */
 static void F(softmax_rows)(const workspace *ws, const batch *b, const edges *across, int64_t first, int64_t r0,
-                       int64_t r1) {
+                            int64_t r1) {
     double loss = 0, sums = 1;
     for (int64_t r = r0; r < r1; r++) {
         float *row = ws->logits + r * ws->Vp;
@@ -474,40 +474,42 @@ _Static_assert(LOSS_ROWS <= 32, "see the product of sums");
 
 /* ---- backward -------------------------------------------------------------------------------------------------- */
 
-/* dpre = (dlogits @ W2) (1 - h^2) of windows first+r0 .. first+r1-1 in a block of units, to s->dpre from row `first` on. */
-static void F(backward_hidden)(const workspace *ws, const scratch *s, int64_t block, int64_t first, int64_t r0,
+/* dpre = (dlogits @ W2) (1 - h^2) of windows first+r0 .. first+r1-1 in a block of units, to me->dpre from row `first`
+ * on. */
+static void F(backward_hidden)(const workspace *ws, const share *me, int64_t block, int64_t first, int64_t r0,
                                int64_t r1) {
     int64_t V = ws->model.V;
     for (int64_t v = 0; v < V; v += STRIP)
         F(gemm_some_rows)((product){.width = UNITS, .A = ws->logits + v, .rows = ws->row_vocab,
                                     .K = min(STRIP, V - v), .B = ws->p.w2 + (block * V + v) * UNITS,
-                                    .ldb = UNITS, .C = s->dpre + first * UNITS, .ldc = UNITS, .accumulate = v > 0,
+                                    .ldb = UNITS, .C = me->dpre + first * UNITS, .ldc = UNITS, .accumulate = v > 0,
                                     .h = v + STRIP < V ? NULL : ws->h + (block * ws->max_rows + first) * UNITS},
                           r0, r1);
 }
 
 /* dW2 = dlogits^T @ h of a block from windows first .. first+n-1: straight into AdamW, or added to ws->dw2. */
-static void F(backward_w2)(const workspace *ws, const scratch *s, const batch *b, int64_t block, int64_t first,
+static void F(backward_w2)(const workspace *ws, const share *me, const batch *b, int64_t block, int64_t first,
                            int64_t n, int add) {
     int64_t V = ws->model.V, tiles = F(tiles)(V);
     const float *h = ws->h + (block * ws->max_rows + first) * UNITS;
     for (int64_t i = 0; i < tiles; i++) {
         int64_t v = i * V / tiles, R = (i + 1) * V / tiles - v, at = (block * V + v) * UNITS;
-        F(gemm_cols)(R, ws->logits + v, ws->row_vocab, n, h, s->tile);
+        F(gemm_cols)(R, ws->logits + v, ws->row_vocab, n, h, me->tile);
         if (!add) {
-            F(adamw)(b->rates, ws->p.w2 + at, ws->exp_avg.w2 + at, ws->exp_avg_sq.w2 + at, s->tile, R * UNITS);
+            F(adamw)(b->rates, ws->p.w2 + at, ws->exp_avg.w2 + at, ws->exp_avg_sq.w2 + at, me->tile, R * UNITS);
             continue;
         }
         for (int64_t j = 0; j < R * UNITS; j += W) {
-            vec x = F(load)(s->tile + j);
+            vec x = F(load)(me->tile + j);
             F(store)(ws->dw2 + at + j, first > 0 ? F(load)(ws->dw2 + at + j) + x : x);
         }
     }
 }
 
-/* dP[t, u] = sum of dpre[r] over the windows r with index[t, r] = u, in their order, for the next POSITIONS positions t.
- * Several at a time, since a row must wait for the last one of the same token. */
-INLINE void F(sum_by_token)(const int POSITIONS, const float *dpre, int64_t n, int64_t U, const int32_t *index, float *to) {
+/* dP[t, u] = sum of dpre[r] over the windows r with index[t, r] = u, in their order, for the next POSITIONS positions
+ * t. Several at a time, since a row must wait for the last one of the same token. */
+INLINE void F(sum_by_token)(const int POSITIONS, const float *dpre, int64_t n, int64_t U, const int32_t *index,
+                            float *to) {
     memset(to, 0, (size_t)(POSITIONS * U * UNITS) * sizeof(float));
     for (int64_t r = 0; r < n; r++) {
         vec x[UNITS / W];
@@ -519,57 +521,58 @@ INLINE void F(sum_by_token)(const int POSITIONS, const float *dpre, int64_t n, i
     }
 }
 
-/* From dpre (rows, UNITS) of a block: db1 = sum_r dpre[r] and dW1[:, t] = dP[t]^T @ wte into AdamW; dP[t] @ W1[:, t] added
- * to its group's partial sum of dwte. */
-static void F(backward_input)(const workspace *ws, const scratch *s, const batch *b, const float *dpre,
+/* From dpre (rows, UNITS) of a block: db1 = sum_r dpre[r] and dW1[:, t] = dP[t]^T @ wte into AdamW; dP[t] @ W1[:, t]
+ * added to its group's partial sum of dwte. */
+static void F(backward_input)(const workspace *ws, const share *me, const batch *b, const float *dpre,
                               int64_t block) {
     float *dwte = ws->dwte + shard_of(ws->blocks, block, ws->groups) * ws->max_U * ws->Ep;
     int64_t T = ws->model.T, E = ws->model.E, Ep = ws->Ep, n = b->rows, U = b->U, tiles = F(tiles)(E);
-    int64_t held = positions_held(ws);
+    int64_t held = ws->held;
     for (int64_t t = 0; t < T; t++) {
         int64_t w1 = (block * T + t) * E * UNITS;
         const int32_t *index = b->index + t * n;
-        float *dtable = s->table + t % held * U * UNITS;
-        if (b->table && t % held == 0) FOR_POSITIONS(min(held, T - t), F(sum_by_token), dpre, n, U, index, s->table)
+        float *dtable = me->table + t % held * U * UNITS;
+        if (b->table && t % held == 0) FOR_POSITIONS(min(held, T - t), F(sum_by_token), dpre, n, U, index, me->table)
         if (t == 0) UNROLL for (int j = 0; j < UNITS; j += W) {
             int64_t at = block * UNITS + j;
             /* db1 = sum_r dpre[r] = sum_u dP[0, u], for every window has one token at t = 0 */
             vec db1 = b->table ? F(sum_rows)(dtable + j, U, UNITS) : F(sum_rows)(dpre + j, n, UNITS);
             F(adamw_vector)(b->rates, ws->p.b1 + at, ws->exp_avg.b1 + at, ws->exp_avg_sq.b1 + at, db1);
         }
-        F(transpose)(ws->p.w1 + w1, E, s->w1t, Ep);
+        F(transpose)(ws->p.w1 + w1, E, me->w1t, Ep);
         /* dwte[u] += dP[t, u] W1[:, t], or dwte[index[t, r]] += dpre[r] W1[:, t]   (U, Ep) */
         if (b->table) {
             F(gemm_rows)((product){.n = U, .width = Ep, .A = dtable, .rows = ws->row_units, .K = UNITS,
-                                   .B = s->w1t, .ldb = Ep, .C = dwte, .ldc = Ep, .accumulate = 1});
+                                   .B = me->w1t, .ldb = Ep, .C = dwte, .ldc = Ep, .accumulate = 1});
         } else {
             int64_t parts = F(tiles)(n);
             for (int64_t e = 0; e < Ep; e += UNITS)
                 for (int64_t i = 0; i < parts; i++) {
                     int64_t r0 = i * n / parts, r1 = (i + 1) * n / parts, width = min(UNITS, Ep - e);
                     F(gemm_rows)((product){.n = r1 - r0, .width = width, .A = dpre, .rows = ws->row_units + r0,
-                                           .K = UNITS, .B = s->w1t + e, .ldb = Ep, .C = s->tile, .ldc = UNITS});
+                                           .K = UNITS, .B = me->w1t + e, .ldb = Ep, .C = me->tile, .ldc = UNITS});
                     for (int64_t r = r0; r < r1; r++)
                         for (int64_t j = 0; j < width; j += W) {
                             float *to = dwte + index[r] * Ep + e + j;
-                            F(store)(to, F(load)(to) + F(load)(s->tile + (r - r0) * UNITS + j));
+                            F(store)(to, F(load)(to) + F(load)(me->tile + (r - r0) * UNITS + j));
                         }
                 }
         }
         for (int64_t i = 0; i < tiles; i++) {
             int64_t e = i * E / tiles, R = (i + 1) * E / tiles - e, at = w1 + e * UNITS;
             /* dW1[:, t] = dP[t]^T wte, or dpre^T wte[x_t]; kept transposed, (E, UNITS) */
-            if (b->table) F(gemm_cols)(R, ws->p.wte + e, b->wte_row, U, dtable, s->tile);
-            else F(gemm_cols)(R, ws->p.wte + e, b->gathered + t * n, n, dpre, s->tile);
-            F(adamw)(b->rates, ws->p.w1 + at, ws->exp_avg.w1 + at, ws->exp_avg_sq.w1 + at, s->tile, R * UNITS);
+            if (b->table) F(gemm_cols)(R, ws->p.wte + e, b->wte_row, U, dtable, me->tile);
+            else F(gemm_cols)(R, ws->p.wte + e, b->gathered + t * n, n, dpre, me->tile);
+            F(adamw)(b->rates, ws->p.w1 + at, ws->exp_avg.w1 + at, ws->exp_avg_sq.w1 + at, me->tile, R * UNITS);
         }
     }
 }
 
-/* AdamW on some rows of wte. A token that the batch lacks has gradient 0, but decays and moves on all the same. */
-static void F(update_wte)(const workspace *ws, const batch *b, const edges *across, int64_t first, int64_t last) {
-    int64_t Ep = ws->Ep;
-    for (int64_t v = first; v < last; v++) {
+/* AdamW on a thread's rows of wte. A token that the batch lacks has gradient 0, but decays and moves on all the
+ * same. */
+static void F(update_wte)(const workspace *ws, const share *me, const batch *b, const edges *across) {
+    int64_t V = ws->model.V, Ep = ws->Ep, last = shard_begin(V, me->thread + 1, me->threads);
+    for (int64_t v = shard_begin(V, me->thread, me->threads); v < last; v++) {
         int32_t u = b->index_of[v];
         for (int64_t j = 0; j < Ep; j += W) {
             vec g = u < 0 ? (vec){0} : F(reduce_across)(across, ws->dwte + u * Ep + j, ws->max_U * Ep);
@@ -602,17 +605,17 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
             await(&ws->sync, F(partial_logits)(ws, &me, first, n, r0, r1));
             F(softmax_rows)(ws, b, &across_logits, first, r0, r1);
             int generation = arrive(&ws->sync, threads);
-            F(backward_hidden)(ws, &me.s, me.block0, first, r0, r1);
+            F(backward_hidden)(ws, &me, me.block0, first, r0, r1);
             await(&ws->sync, generation); /* for the rows of the others */
-            F(backward_hidden)(ws, &me.s, me.block0, first, 0, r0);
-            F(backward_hidden)(ws, &me.s, me.block0, first, r1, n);
+            F(backward_hidden)(ws, &me, me.block0, first, 0, r0);
+            F(backward_hidden)(ws, &me, me.block0, first, r1, n);
             for (int64_t block = me.block0; block < me.block1; block++) {
-                if (block > me.block0) F(backward_hidden)(ws, &me.s, block, first, 0, n);
-                F(backward_w2)(ws, &me.s, b, block, first, n, cut);
+                if (block > me.block0) F(backward_hidden)(ws, &me, block, first, 0, n);
+                F(backward_w2)(ws, &me, b, block, first, n, cut);
                 if (cut) /* h of these windows is not needed any more */
-                    memcpy(ws->h + (block * ws->max_rows + first) * UNITS, me.s.dpre + first * UNITS,
+                    memcpy(ws->h + (block * ws->max_rows + first) * UNITS, me.dpre + first * UNITS,
                            (size_t)(n * UNITS) * sizeof(float));
-                else F(backward_input)(ws, &me.s, b, me.s.dpre, block);
+                else F(backward_input)(ws, &me, b, me.dpre, block);
             }
             for (int64_t v = 0; thread == threads - 1 && v < Vp; v += W) {
                 /* db2 = sum_b dlogits[b] */
@@ -624,7 +627,7 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
         for (int64_t block = me.block0; cut && block < me.block1; block++) {
             int64_t at = block * V * UNITS;
             F(adamw)(b->rates, ws->p.w2 + at, ws->exp_avg.w2 + at, ws->exp_avg_sq.w2 + at, ws->dw2 + at, V * UNITS);
-            F(backward_input)(ws, &me.s, b, ws->h + block * ws->max_rows * UNITS, block);
+            F(backward_input)(ws, &me, b, ws->h + block * ws->max_rows * UNITS, block);
         }
         F(reduce_edges)(&within, ws->dwte, dwte_floats, b->U * Ep);
         int generation = arrive(&ws->sync, threads);
@@ -636,13 +639,14 @@ static void F(train)(workspace *ws, const void *argument, int64_t thread, int64_
         /* In place of the batch of the step before this one, which all have done with. */
         if (thread == 0 && i + 1 < run->steps) prepare_step(ws, &ws->batches[(step + 1) & 1], run, step + 1);
         await(&ws->sync, generation);
-        F(update_wte)(ws, b, &across, shard_begin(V, thread, threads), shard_begin(V, thread + 1, threads));
+        F(update_wte)(ws, &me, b, &across);
         if (thread == 0) {
             double loss = 0;
             for (int64_t r = 0; r < B; r += LOSS_ROWS) loss += ws->losses[r / LOSS_ROWS];
             run->losses[i] = loss / (double)B;
             *run->step = step + 1;
-            ws->oversubscribed = atomic_load_explicit(&ws->sync.lost, memory_order_relaxed) > OVERSUBSCRIBED_NANOSECONDS;
+            int64_t lost = atomic_load_explicit(&ws->sync.lost, memory_order_relaxed);
+            ws->oversubscribed = lost > OVERSUBSCRIBED_NANOSECONDS;
         }
         barrier_wait(&ws->sync, threads);
         if (ws->oversubscribed) break;

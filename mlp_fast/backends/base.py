@@ -132,6 +132,6 @@ class Backend(ABC):
         return sample(logits_of, prompt, count, RNG(seed), self.shape.T)
 
     def synchronize(self) -> None:
-        """Waits until the device has done all that was asked of it."""
+        """Waits until the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -47,9 +47,8 @@ def triton_missing(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "it needs the package triton, which is not installed"
     if device.type == "cpu":
-        if interpreting():
-            return None
-        return "it needs a CUDA device; --interpret runs the same kernels in Triton's interpreter, slowly"
+        needed = "it needs a CUDA device; --interpret runs the same kernels in Triton's interpreter, slowly"
+        return None if interpreting() else needed
     if interpreting():
         return "--interpret runs on the CPU; add --device cpu"
     from triton import knobs
@@ -79,19 +78,16 @@ def code_folder_unusable() -> str | None:
     """Why Inductor cannot keep its code where it would, or None where it can."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+    failure = "torch.compile has no place for its code"
+    remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written and executed from, without blanks in its name"
     try:
         folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()).absolute()
     except OSError as error:  # there is no temporary folder at all
-        reason = f" ({one_line(error)})"
-    else:
-        unusable = no_place_for_code(folder)
-        if unusable is None and not _is_one_word(str(folder)):
-            unusable = f"the compiler takes {shown(folder)} for several names"
-        if unusable is None:
-            return None
-        reason = f": {unusable}"
-    remedy = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written and executed from, without blanks in its name"
-    return f"torch.compile has no place for its code{reason}; {remedy}"
+        return f"{failure} ({one_line(error)}); {remedy}"
+    reason = no_place_for_code(folder)
+    if reason is None and not _is_one_word(str(folder)):
+        reason = f"the compiler takes {shown(folder)} for several names"
+    return reason and f"{failure}: {reason}; {remedy}"
 
 
 def _is_one_word(path: str) -> bool:

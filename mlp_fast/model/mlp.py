@@ -124,10 +124,7 @@ class MLP(nn.Module):
             self.load_state_dict(parameters)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Contexts (B, T), integer, and next tokens (B,), int64 -> (logits (B, V), mean cross-entropy in nats).
-
-        The loss is a scalar; it is None without targets.
-        """
+        """As MLPRaw.forward."""
         emb = self.wte(idx).flatten(1)
         logits = self.mlp(emb) if self.direct is None else self.mlp(emb) + self.direct(emb)
         return logits, None if targets is None else F.cross_entropy(logits, targets)
