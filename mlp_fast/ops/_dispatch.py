@@ -88,7 +88,7 @@ def register(
         backward: its gradients, with kernels or without: (dout, kept, need_x, need_weight, *arguments of forward) ->
             (dx, dweight, dbias), of which those are None that are not needed. dweight and dbias come together.
         plain: (index, x, weight, bias, ...) -> out in plain torch, without the strings. Gradients that are to be
-            differentiated again are its gradients.
+            differentiated again, or in batches, are its gradients.
     """
     _register_public(name, public, operands)
     schema = torch.library.infer_schema(forward, mutates_args=())
@@ -124,7 +124,9 @@ def register(
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         kept, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed([dout]):  # the gradients will be differentiated too
+        # Gradients that will be differentiated too, or of a batch of dout (is_grads_batched) at a time.
+        batched = torch._C._functorch.is_legacy_batchedtensor(dout)
+        if torch.is_grad_enabled() or transformed([dout]) or batched:
             found = _gradients_of_plain(plain, tensors, ctx.needs_input_grad, dout)
         else:
             found = backward_op(dout, kept, ctx.needs_input_grad[1:4], *tensors, *ctx.strings)

@@ -62,7 +62,9 @@ def linear_cross_entropy(
         weight: of each class in the loss, (V,), floating-point, without a gradient; None weighs all alike.
         reduction: `mean` over the rows, by the weights of their targets; `sum`; or `none`, a loss for every row.
         ignore_index: rows with this target have no loss and no gradient; None ignores no row (torch's None: -100).
-        label_smoothing: the share, in [0, 1], of each target that is spread evenly over all classes.
+        label_smoothing: the share, in [0, 1], of each target that is spread evenly over all classes. With 16-bit inputs
+            on CUDA it keeps a float32 copy of input until the backward pass, and its part of a gradient is rounded to
+            16 bits before it is added.
         precision: as in embed_linear_tanh.
 
     Returns:
@@ -127,8 +129,8 @@ def _public(
     forward = torch.ops.mlp_fast.linear_cross_entropy_forward
     if weight is None and (reduction, ignore_index, label_smoothing) == ("mean", None, 0):
         return forward(target, *operands, None, precision)[0]
-    V, wide_input = linear_weight.shape[0], wide(input)
-    w = wide_input.new_ones(V) if weight is None else weight.to(wide_input.dtype)
+    V, dtype = linear_weight.shape[0], torch.promote_types(input.dtype, torch.float32)
+    w = input.new_ones(V, dtype=dtype) if weight is None else weight.to(dtype)
     target = target.long()
     counts = None if ignore_index is None else target != ignore_index
 
@@ -143,7 +145,7 @@ def _public(
     coefficients = torch.stack([(1 - label_smoothing) * target_weight, sigma * w.sum()])
     loss, _ = forward(target, *operands, coefficients, precision)
     if label_smoothing > 0:
-        dot = wide_input @ (w @ wide(linear_weight))
+        dot = wide(input) @ (w @ wide(linear_weight))
         loss = loss - sigma * (dot if linear_bias is None else dot + w @ wide(linear_bias))
     loss = counting(loss)
     if reduction == "none":

@@ -401,6 +401,21 @@ def test_loss_gradients_only_where_needed() -> None:
                 torch.testing.assert_close(leaf.grad, expected.float(), rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_of_a_batch_of_outputs_at_a_time() -> None:
+    """torch.autograd.grad(is_grads_batched=True), as vectorised Jacobians use it."""
+    h, (weight, bias), targets = randn(5, 12), head(40, 12), randint(40, 5)
+    idx, wte, w1, b1 = randint(9, 5, 3), randn(9, 4), randn(12, 12, seed=1), randn(12, seed=2)
+    losses = lambda h: ops.linear_cross_entropy(h, weight, bias, targets, reduction="none")  # noqa: E731
+    hidden = lambda wte: ops.embed_linear_tanh(idx, wte, w1, b1).sum(0)  # noqa: E731
+    for f, x in ((losses, h), (hidden, wte)):
+        out = f(leaf := x.clone().requires_grad_())
+        batch = torch.eye(len(out), device=DEVICE)
+        (batched,) = torch.autograd.grad(out, leaf, batch, is_grads_batched=True, retain_graph=True)
+        for dout, found in zip(batch, batched, strict=True):
+            (expected,) = torch.autograd.grad(out, leaf, dout, retain_graph=True)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_loss_invalid_targets_make_nan() -> None:
     from mlp_fast.kernels.linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 
