@@ -184,7 +184,7 @@ def test_a_run_survives_the_loss_of_its_folder(
     advance = Eager.advance
 
     def vanishing(self: Eager, steps: int) -> torch.Tensor:
-        if self.step == 15:
+        if self.held.step == 15:
             shutil.rmtree(out)
         return advance(self, steps)
 
@@ -208,7 +208,7 @@ def test_a_run_that_ends_after_its_folder_offers_nothing_of_it(
 
     def vanishing(self: Eager, steps: int) -> torch.Tensor:
         losses = advance(self, steps)
-        if self.step == 15:
+        if self.held.step == 15:
             shutil.rmtree(out)
             if end == "nan":
                 losses[-1] = torch.nan
@@ -340,7 +340,7 @@ def poison_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     advance = Eager.advance
 
     def poisoned(self: Eager, steps: int) -> torch.Tensor:
-        first = self.step
+        first = self.held.step
         losses = advance(self, steps)
         if first <= step < first + steps:
             losses[step - first] = torch.nan
@@ -360,7 +360,7 @@ def test_a_state_with_any_number_not_finite_is_not_saved(
 
     def poisoned(self: Eager) -> TrainState:
         result = state(self)
-        if self.step == 30:
+        if self.held.step == 30:
             next(iter(getattr(result, kind).values())).flatten()[-1] = torch.inf
         return result
 

@@ -121,7 +121,7 @@ def test_a_signal_breaks_off_an_evaluation(
     mean_loss, finished = Eager.mean_loss, []
 
     def interrupted(self: Eager, windows: WeightedWindows) -> float:
-        if self.step == step and not finished:  # a second one would end the process
+        if self.held.step == step and not finished:  # a second one would end the process
             kill(os.getpid(), signal.SIGINT)
             finished.append(windows)
         return mean_loss(self, windows)

@@ -156,12 +156,12 @@ def test_opcheck() -> None:
     x = inputs()
     check = torch.library.opcheck
     embed = (x["idx"], x["wte"], x["weight"], x["bias"])
-    check(OPERATORS.embed_linear_tanh.default, embed)
-    check(OPERATORS.embed_linear_tanh.default, (*embed[:2], x["weight"].t().detach().contiguous().t(), embed[3]))
-    check(OPERATORS.embed_linear_tanh.default, (*(t.detach() for t in embed), "gather", "tf32"))
+    check(OPERATORS.embed_linear_tanh_v2.default, embed)
+    check(OPERATORS.embed_linear_tanh_v2.default, (*embed[:2], x["weight"].t().detach().contiguous().t(), embed[3]))
+    check(OPERATORS.embed_linear_tanh_v2.default, (*(t.detach() for t in embed), "gather", "tf32"))
     loss, opaque = (x["h"], x["weight2"], x["bias2"], x["targets"]), (x["targets"], x["h"], x["weight2"], x["bias2"])
-    check(OPERATORS.linear_cross_entropy.default, loss)
-    check(OPERATORS.linear_cross_entropy.default, (*loss, torch.ones(SHAPE.V), "none", 0, 0.1))
+    check(OPERATORS.linear_cross_entropy_v2.default, loss)
+    check(OPERATORS.linear_cross_entropy_v2.default, (*loss, torch.ones(SHAPE.V), "none", 0, 0.1))
     for rows in (None, torch.rand(2, 5)):
         check(OPERATORS.linear_cross_entropy_forward.default, (*opaque, rows, "fp32"))
     h = eager_hidden(x).detach()
@@ -372,7 +372,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     for call in (fused, torch.compile(fused, fullgraph=True, backend="aot_eager")):
         with torch.autocast("cpu", dtype=dtype):
             assert fused.hidden(x["idx"]).dtype == dtype
-            assert OPERATORS.embed_linear_tanh(x["idx"], x["wte"], x["weight"], x["bias"]).dtype == dtype
+            assert OPERATORS.embed_linear_tanh_v2(x["idx"], x["wte"], x["weight"], x["bias"]).dtype == dtype
             loss = loss_by(call, x)
         loss.backward()
         assert loss.dtype == torch.float32

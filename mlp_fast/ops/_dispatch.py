@@ -1,8 +1,8 @@
 """Which implementation computes an operator, and how torch learns of a differentiable one.
 
-A differentiable operator mlp_fast::NAME is composed of others: of mlp_fast::NAME_forward, which runs the Triton kernels
-and which compilers take as it is; or of plain torch, wherever there is no kernel and for every derivative that the
-kernels lack.
+A differentiable operator is mlp_fast::NAME_v2. It is composed of others: of mlp_fast::NAME_forward, which runs the
+Triton kernels and which compilers take as it is; or of plain torch, wherever there is no kernel and for every
+derivative that the kernels lack.
 """
 
 import importlib
@@ -18,6 +18,9 @@ from mlp_fast.kernels._runtime import interpreting
 from mlp_fast.ops._checks import FLOATS
 
 _library = torch.library.Library("mlp_fast", "FRAGMENT")
+# torch.compile finds a compiled graph on disk by the names and arguments of the operators in the user's code. So these
+# have a version, which changes with the schemas of NAME_forward and NAME_backward, which the graph calls.
+_VERSION = "v2"
 
 
 def use_kernels(t: Tensor) -> bool:
@@ -63,7 +66,7 @@ def call(name: str, public: Callable[..., Tensor], *args: Any) -> Tensor:
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
     )
-    return (getattr(torch.ops.mlp_fast, name) if seen else public)(*args)
+    return (getattr(torch.ops.mlp_fast, f"{name}_{_VERSION}") if seen else public)(*args)
 
 
 def register(
@@ -75,11 +78,11 @@ def register(
     backward: Callable[..., Sequence[Tensor | None]],
     plain: Callable[..., Tensor],
 ) -> None:
-    """Registers the operators mlp_fast::NAME, NAME_forward and NAME_backward. Type hints become schemas.
+    """Registers the operators mlp_fast::NAME_v2, NAME_forward and NAME_backward. Type hints become schemas.
 
     Args:
         name: NAME.
-        public: what NAME computes, composed of NAME_forward or of plain torch.
+        public: what NAME_v2 computes, composed of NAME_forward or of plain torch.
         operands: which of its arguments autocast casts to its dtype of the moment, where they are floating-point.
         forward: what NAME_forward computes, with kernels or without: (index, x, weight, bias, ...) -> out, or
             (out, kept). The arguments after bias are tensors without a gradient, and then strings. The backward pass
@@ -90,7 +93,7 @@ def register(
         plain: (index, x, weight, bias, ...) -> out in plain torch, without the strings. Gradients that are to be
             differentiated again, or in batches, are its gradients.
     """
-    _register_public(name, public, operands)
+    _register_public(f"{name}_{_VERSION}", public, operands)
     schema = torch.library.infer_schema(forward, mutates_args=())
     forward_op = torch.library.custom_op(
         f"mlp_fast::{name}_forward", _on_device(forward), mutates_args=(), schema=schema

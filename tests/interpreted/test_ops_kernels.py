@@ -752,8 +752,8 @@ def test_opcheck_of_the_kernels() -> None:
     check, operators = torch.library.opcheck, torch.ops.mlp_fast
     embed = (randint(11, 5, 2), *(t.requires_grad_() for t in model(2, 11, 3, 4)))
     for form in ("table", "gather"):
-        check(operators.embed_linear_tanh.default, (*embed, form))
-    check(operators.linear_cross_entropy.default, (randn(5, 4).requires_grad_(), *head(7, 4), randint(7, 5)))
+        check(operators.embed_linear_tanh_v2.default, (*embed, form))
+    check(operators.linear_cross_entropy_v2.default, (randn(5, 4).requires_grad_(), *head(7, 4), randint(7, 5)))
     tensors = [[randn(3, seed=i).abs(), randn(2, 2, seed=i).abs()] for i in range(4)]
     check(operators.adamw_.default, (*tensors, *torch.ones(2, device=DEVICE).unbind(), 0.9, 0.999, 1e-8, 0.01))
 
