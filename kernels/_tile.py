@@ -71,6 +71,12 @@ def vector(i, length):
 
 
 @triton.jit
+def flat(tile):
+    """The same tile with its offsets added up, once for several loads and stores."""
+    return tile[0] + tile[1], 0, tile[2]
+
+
+@triton.jit
 def load_tile(ptr, tile):
     """The numbers of a tile; 0 outside of the matrix."""
     return tl.load(ptr + tile[0] + tile[1], mask=tile[2], other=0.0)

@@ -63,7 +63,7 @@ from torch import Tensor
 from . import _model
 from ._math import dot, tanh
 from ._runtime import INPUT_PRECISION, MAX_REGISTERS, CompileTimeConfig, input_precision, interpreting
-from ._tile import block_size, load_tile, store_tile, tile, transposed_tile, vector
+from ._tile import block_size, flat, load_tile, store_tile, tile, transposed_tile, vector
 from .adamw import adamw_update
 
 MAX_B, MAX_V, MAX_T, MAX_E, MAX_H = 8192, 256, 16, 256, 4096
@@ -350,7 +350,7 @@ def tokens_at(start, t, buf):
 @triton.jit
 def load_three(ptr, PLANE: tl.constexpr, at):
     """A tile of parameters and of their two moments, which lie one and two planes further."""
-    at = (at[0] + at[1], 0, at[2])
+    at = flat(at)
     return load_tile(ptr, at), load_tile(ptr + PLANE, at), load_tile(ptr + 2 * PLANE, at)
 
 
@@ -361,7 +361,7 @@ def update_three(three, grad, ptr, PLANE: tl.constexpr, at, s, buf):
     decay, step_size, root = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     # param, m, v = AdamW(param, grad, m, v), adamw.py
     param, m, v = adamw_update(three[0], grad, three[1], three[2], decay, step_size, root, BETA1, BETA2, EPS)
-    at = (at[0] + at[1], 0, at[2])
+    at = flat(at)
     store_tile(ptr, at, param)
     store_tile(ptr + PLANE, at, m)
     store_tile(ptr + 2 * PLANE, at, v)
@@ -423,7 +423,7 @@ def clear_sum(sum_ptr, SIZE: tl.constexpr, p, C: tl.constexpr):
 def sum_of_parts(ptr, SIZE: tl.constexpr, at, C: tl.constexpr):
     """A tile of the sum of the R groups' partial sums, SIZE numbers each, added in their order."""
     R: tl.constexpr = C.R
-    at = (at[0] + at[1], 0, at[2])
+    at = flat(at)
     # total = part[0] + ... + part[R - 1]
     total = load_tile(ptr, at)
     for r in tl.static_range(1, R):
