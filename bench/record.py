@@ -73,7 +73,7 @@ def comparison(plan: Plan) -> dict[str, Any]:
     config = plan.config(num_steps=20 if plan.dry else COMPARED_STEPS)
     # On CUDA Inductor takes minutes for each; compile-step stands for the others.
     left_out = ("compile-raw", "compile") if plan.device == "cuda" or plan.dry else ()
-    here = [n for n in backends.REGISTRY if n not in left_out and backends.unsupported(n, config) is None]
+    here = [name for name in backends.available(config) if name not in left_out]
     return _command(compare.main, plan, "--backends", ",".join(here), "--num-steps", str(config.num_steps))
 
 

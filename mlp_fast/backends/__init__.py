@@ -98,9 +98,9 @@ def unsupported(name: str, config: Config, shape: Shape | None = None, tape: Tap
     return cls.unsupported_precision(config.precision, device) or cls.refused(config, device, shape, tape)
 
 
-def available(config: Config) -> list[str]:
-    """The backends that this machine has with these settings."""
-    return [name for name in REGISTRY if unsupported(name, config) is None]
+def available(config: Config, shape: Shape | None = None) -> list[str]:
+    """The backends that this machine has with these settings, and, where they are given, sizes."""
+    return [name for name in REGISTRY if unsupported(name, config, shape) is None]
 
 
 def check(config: Config) -> None:

@@ -147,6 +147,6 @@ def chosen(names: Sequence[str] | None, config: Config, shape: Shape) -> list[st
         UserError: a name is unknown, or a backend that was asked for is unavailable.
     """
     if names is None:
-        return [name for name in backends.REGISTRY if backends.unsupported(name, config, shape) is None]
+        return backends.available(config, shape)
     resolved = [backends.resolve(dataclasses.replace(config, backend=name), shape).cls.name for name in names]
     return list(dict.fromkeys(resolved))
