@@ -23,6 +23,7 @@ tests/gpuless/test_counts.py counts again, and fails where a figure has got wors
 """
 
 import argparse
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpus, recording
-from bench.execution import KINDS, Row, add, rows_of
+from bench.execution import KINDS, Launch, Row, add, rows_of
 from bench.gpus import GPUS, Gpu
 from bench.recording import Recording
 from bench.resources import require_compiler
@@ -65,9 +66,16 @@ def counted(name: str, gpu: str, precision: str, programs: Sequence[int], phases
     return {**key, "phases": {p: figures(row) for p, row in phases.items()}, SUM: {**figures(total), "kinds": kinds}}
 
 
+@functools.cache
+def launches(name: str, sm: int, processors: int, precision: str) -> list[Launch]:
+    """The launches of a workload, emulated once for all GPUs of an architecture and as many multiprocessors."""
+    gpu = next(gpu for gpu in GPUS.values() if (gpu.sm, gpu.processors) == (sm, processors))
+    return WORKLOADS[name].launches(gpu, precision)
+
+
 def count(name: str, gpu: Gpu, precision: str) -> Counted:
     """Compiles, emulates and counts a workload as it is on a GPU."""
-    found = WORKLOADS[name].launches(gpu, precision)
+    found = launches(name, gpu.sm, gpu.processors, precision)
     phases: dict[str, Row] = {}
     for launch in found:
         for phase, row in rows_of(launch, gpu).items():
